@@ -1,0 +1,1 @@
+"""Elastic Averaging SGD as a PyTorch Lightning strategy."""
