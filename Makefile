@@ -1,0 +1,39 @@
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Workers are processes: more threads in each only fight over the cores.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help train test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
+	@echo 'make test    lint, types, all tests'
+	@echo 'make lint    lint and types only'
+	@echo 'make clean   remove what was built (.venv too); runs in outputs/ stay'
+
+# The stamp is newer than what it was installed from, so a second run starts at once.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'make: $(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12 ...' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/easgd-train $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find lightning_easgd conf tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,125 @@
+"""scikit-learn's handwritten digits: real images that come inside its wheel."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from lightning_easgd.data.sampling import (
+    BatchedTensors,
+    check_sampling,
+    evaluation_loader,
+    training_loader,
+)
+
+_SPLIT_SEED = 2015
+_VAL_FRACTION = 0.1
+_TEST_FRACTION = 0.2
+
+
+class DigitsDataModule(L.LightningDataModule):
+    """The 1797 images of 8x8 pixels of scikit-learn's digits, in [0, 1], float32 of shape (N, 1, 8, 8).
+
+    The split (70 % training, 10 % validation, 20 % test, each class alike) is the same in every process and
+    for every seed, so that accuracies of different runs are comparable.
+
+    Args:
+        batch_size: Samples in a batch of one worker.
+        sampling: "full": every worker draws its own shuffle of the whole training set; "sharded": each worker
+            has its own part of it.
+        num_workers: Processes that load data in each worker; the images are in memory, so 0 is fastest.
+        seed: Seed of the order in which training images are drawn.
+    """
+
+    def __init__(
+        self, batch_size: int = 32, sampling: str = "full", num_workers: int = 0, seed: int = 0
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(
+                f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more."
+            )
+        self.batch_size = batch_size
+        self.sampling = check_sampling("DigitsDataModule", sampling)
+        self.num_workers = num_workers
+        self.seed = seed
+        self._splits: dict[str, BatchedTensors] = {}
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Reads the images and splits them; the stage does not matter, as all of them are one small array."""
+        if self._splits:
+            return
+        images, labels = _load_images()
+        parts = stratified_split(labels, {"val": _VAL_FRACTION, "test": _TEST_FRACTION}, rest="train")
+        self._splits = {
+            name: BatchedTensors(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]))
+            for name, rows in parts.items()
+        }
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Returns this worker's training batches."""
+        return training_loader(
+            self._splits["train"],
+            batch_size=self.batch_size,
+            sampling=self.sampling,
+            # Known only now: in __init__ there is no trainer, and in a spawn parent every rank would be 0.
+            rank=self.trainer.global_rank if self.trainer else 0,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Returns the validation set."""
+        return self._evaluation("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Returns the test set."""
+        return self._evaluation("test")
+
+    def _evaluation(self, split: str) -> DataLoader[Any]:
+        # No gradients are kept in evaluation: larger batches cost no accuracy and less overhead.
+        return evaluation_loader(
+            self._splits[split], batch_size=max(self.batch_size, 256), num_workers=self.num_workers
+        )
+
+
+def stratified_split(
+    labels: NDArray[np.int64], fractions: dict[str, float], rest: str
+) -> dict[str, NDArray[np.int64]]:
+    """Splits the row numbers of `labels` so that each part has the same share of every class.
+
+    Args:
+        labels: The class of each row.
+        fractions: Name and share of each part but one.
+        rest: Name of the part that takes what remains.
+
+    Returns:
+        The sorted row numbers of each part.
+    """
+    generator = np.random.default_rng(_SPLIT_SEED)
+    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*fractions, rest)}
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        start = 0
+        for name, fraction in fractions.items():
+            stop = start + round(fraction * len(rows))
+            parts[name].append(rows[start:stop])
+            start = stop
+        parts[rest].append(rows[start:])
+    return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
+
+
+def _load_images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    try:
+        from sklearn.datasets import load_digits  # noqa: PLC0415  # an extra, needed only here
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "DigitsDataModule: scikit-learn, which ships the images, is not installed; run pip install "
+            "'lightning_easgd[demo]'."
+        ) from error
+    digits = load_digits()
+    images = (digits.images[:, None] / 16.0).astype(np.float32)
+    return images, digits.target.astype(np.int64)

@@ -1,0 +1,103 @@
+"""How the workers share a training set."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+
+Sampling: TypeAlias = Literal["full", "sharded"]
+
+# Ranks and seeds are small integers: a large odd factor keeps (seed 0, rank 1) and (seed 1, rank 0) apart.
+_RANK_STRIDE = 1_000_003
+
+
+class WorkerSampler(DistributedSampler[Any]):
+    """Draws a worker's own shuffle of the whole data set, as in the EASGD paper.
+
+    It is a `DistributedSampler` of a world of one: Lightning neither replaces it nor forgets `set_epoch`,
+    which gives every epoch another order.
+
+    Args:
+        dataset: The data set to draw from.
+        rank: The worker's global rank; workers of different rank draw different orders.
+        seed: The run's seed.
+    """
+
+    def __init__(self, dataset: Dataset[Any], rank: int, seed: int = 0) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed + _RANK_STRIDE * rank)
+
+
+class BatchedTensors(TensorDataset):
+    """A `TensorDataset` that is indexed once per batch, not once per sample."""
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """Returns the samples of one batch, already collated; `DataLoader` prefers this method."""
+        picked = list(indices)
+        return tuple(tensor[picked] for tensor in self.tensors)
+
+
+def keep_batch(batch: Iterable[Tensor]) -> list[Tensor]:
+    """The `collate_fn` of `BatchedTensors`, whose batches need no collating."""
+    return list(batch)
+
+
+def check_sampling(owner: str, sampling: str) -> Sampling:
+    """Returns `sampling` when it is a known one, and raises otherwise.
+
+    Args:
+        owner: Name of the class that was given the argument, for the message.
+        sampling: The value to check.
+    """
+    for known in get_args(Sampling):
+        if sampling == known:
+            return known  # type: ignore[no-any-return]  # get_args is untyped
+    raise ValueError(
+        f"{owner}(sampling={sampling!r}): unknown sampling; choose 'full' (every worker draws from the whole "
+        f"training set) or 'sharded' (each worker has its own part)."
+    )
+
+
+def training_loader(
+    dataset: BatchedTensors, *, batch_size: int, sampling: Sampling, rank: int, seed: int, num_workers: int
+) -> DataLoader[Any]:
+    """Builds the shuffled loader of one worker.
+
+    With `sampling="sharded"` the loader has an ordinary random sampler, which Lightning replaces by its
+    `DistributedSampler` when the strategy is distributed.
+
+    Args:
+        dataset: The training set.
+        batch_size: Samples in a batch of one worker.
+        sampling: "full" or "sharded".
+        rank: The worker's global rank.
+        seed: The run's seed.
+        num_workers: Processes that load data.
+    """
+    sampler = WorkerSampler(dataset, rank, seed) if sampling == "full" else None
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        shuffle=sampler is None,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=keep_batch,
+    )
+
+
+def evaluation_loader(dataset: BatchedTensors, *, batch_size: int, num_workers: int) -> DataLoader[Any]:
+    """Builds the loader of a whole validation or test set, in its own order.
+
+    Args:
+        dataset: The data to evaluate on.
+        batch_size: Samples in a batch.
+        num_workers: Processes that load data.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=keep_batch,
+    )

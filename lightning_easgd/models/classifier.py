@@ -1,0 +1,94 @@
+"""Image classification as a `LightningModule`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import lightning as L
+import torch.nn.functional as F  # noqa: N812  # the name everyone knows it by
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
+Batch: TypeAlias = tuple[Tensor, Tensor] | list[Tensor]
+
+
+class Classifier(L.LightningModule):
+    """Trains a network with cross-entropy and logs loss and accuracy as `train/…`, `val/…`, `test/…`.
+
+    Validation and test metrics are those of all ranks. Training metrics stay local to each rank: a collective
+    there would make every worker wait for the slowest, which is what elastic averaging avoids.
+
+    Args:
+        network: Maps a batch of inputs to logits.
+        optimizer: Called with the parameters, returns the optimizer (a class with its options bound, as
+            `functools.partial(torch.optim.SGD, lr=0.1)`).
+        scheduler: Called with the optimizer, returns the learning rate scheduler; stepped once per epoch.
+        num_classes: Number of classes.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: OptimizerFactory,
+        scheduler: SchedulerFactory | None = None,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        # Micro average: the share of correct answers, whatever the classes' sizes.
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
+        self.val_metrics = _evaluation_metrics(num_classes)
+        self.test_metrics = _evaluation_metrics(num_classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Returns the logits of `inputs`."""
+        logits: Tensor = self.network(inputs)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Returns the loss of one batch."""
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = F.cross_entropy(logits, targets)
+        self.train_accuracy(logits.detach(), targets)
+        self.log("train/loss", loss, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Updates the validation metrics with one batch."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Updates the test metrics with one batch."""
+        self._evaluate("test", self.test_metrics, batch)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Builds the optimizer, and the scheduler where there is one."""
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+
+    def _evaluate(self, stage: str, metrics: MetricCollection, batch: Any) -> None:
+        inputs, targets = batch
+        logits = self(inputs)
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        metrics["loss"].update(loss)
+        metrics["accuracy"].update(logits, targets)
+        self.log(f"{stage}/loss", metrics["loss"], batch_size=len(targets))
+        self.log(f"{stage}/accuracy", metrics["accuracy"], batch_size=len(targets), prog_bar=True)
+
+
+def _evaluation_metrics(num_classes: int) -> MetricCollection:
+    return MetricCollection(
+        {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(num_classes, average="micro")},
+        compute_groups=False,
+    )
