@@ -1,26 +1,29 @@
 """Callbacks that watch a run through the strategy's public interface and write what they see to CSV files.
 
-None of them runs a collective, or waits for an exchange in flight, while batches are trained. They gather what the
-ranks have seen where all ranks meet anyway: at the end of a validation and at the end of training. With strategies
-that have no center (DDP, one device, independent workers) they record what makes sense there.
+None of them runs a collective, or waits for an exchange in flight, while batches are trained. They gather
+what the ranks have seen where all ranks meet anyway: at the end of a validation and at the end of training.
+With strategies that have no center (DDP, one device, independent workers) they record what makes sense there.
 """
 
 import csv
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, Self, TypeAlias, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 Score: TypeAlias = Callable[[L.LightningModule, Any], tuple[Tensor, int]]
 
 ACCURACY_FILE = "accuracy.csv"
 COMMUNICATION_FILE = "communication.csv"
+ELASTIC_DIRECTORY = "elastic"
 TIME_FILE = "time.csv"
 
 
@@ -68,7 +71,8 @@ class ElasticMonitor(Callback):
     """Logs the elastic distance ‖x_i - x̃‖ of this worker, exchanges, bytes sent and seconds waited.
 
     Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
-    `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of training.
+    `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
+    training.
 
     Args:
         every_n_exchanges: Record every so many exchanges.
@@ -87,9 +91,12 @@ class ElasticMonitor(Callback):
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Starts anew, so that a second `fit` does not repeat the rows of the first."""
+        """Starts a new file, so that a second `fit` does not repeat the rows of the first."""
         self._recorded = 0
         self._rows = []
+        if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
+            header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited"]
+            _write_csv(self._path(trainer), header, [])
 
     def on_train_batch_end(
         self,
@@ -130,43 +137,40 @@ class ElasticMonitor(Callback):
         if self.directory is None:
             return
         strategy = trainer.strategy
-        ours = isinstance(strategy, ElasticStrategy)
-        counts = strategy.communication if isinstance(strategy, ElasticStrategy) else None
+        if not isinstance(strategy, ElasticStrategy):
+            return
+        counts = strategy.communication
         gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+        ddp = ddp_bytes(gradient_bytes, trainer.global_step, trainer.world_size)
         totals = _gather(
-            trainer,
-            [
-                trainer.global_step,
-                counts.exchanges if counts else 0,
-                counts.bytes_sent if counts else 0,
-                counts.seconds_waited if counts else 0.0,
-                ddp_bytes(gradient_bytes, trainer.global_step, trainer.world_size),
-            ],
+            trainer, [trainer.global_step, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited]
         )
-        if trainer.is_global_zero and ours:
-            header = ["rank", "steps", "exchanges", "bytes_sent", "seconds_waited", "ddp_bytes"]
+        if trainer.is_global_zero:
             _write_csv(
                 Path(self.directory) / COMMUNICATION_FILE,
-                header,
-                (
-                    [rank, int(steps), int(exchanges), int(sent), waited, int(ddp)]
-                    for rank, (steps, exchanges, sent, waited, ddp) in enumerate(totals)
-                ),
+                ["rank", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
+                ([rank, *map(int, row[:-1]), row[-1]] for rank, row in enumerate(totals)),
             )
 
+    def _path(self, trainer: L.Trainer) -> Path:
+        assert self.directory is not None
+        return Path(self.directory) / ELASTIC_DIRECTORY / f"rank_{trainer.global_rank}.csv"
+
     def _write(self, trainer: L.Trainer) -> None:
-        if self.directory is not None and self._rows:
-            header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited"]
-            path = Path(self.directory) / "elastic" / f"rank_{trainer.global_rank}.csv"
-            _write_csv(path, header, self._rows)
+        if self.directory is None or not self._rows:
+            return
+        with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(self._rows)
+        self._rows = []
 
 
 class WorkerEvaluation(Callback):
     """Scores the center and each worker's own weights on the same data.
 
-    Lightning's validation splits the data over the ranks, each of which would score another worker on another part.
-    Here every worker sees the whole set; the center, which is the same everywhere, is scored in equal parts by all
-    ranks. With a strategy without a center, the model that training returns (rank 0's) takes its place.
+    Lightning's validation splits the data over the ranks, each of which would score another worker on another
+    part. Here every worker sees the whole set; the center, which is the same everywhere, is scored in equal
+    parts by all ranks. With a strategy without a center, the model that training returns (rank 0's) takes its
+    place.
 
     The data come from the datamodule's `val_dataloader` after each validation, and from its `test_dataloader`
     at the end of training.
@@ -198,7 +202,7 @@ class WorkerEvaluation(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the validation set."""
-        if trainer.training or trainer.validating and trainer.state.fn == "fit":
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._evaluate(trainer, pl_module, "val")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -271,13 +275,14 @@ class WorkerEvaluation(Callback):
 
 
 class TimeSplit(Callback):
-    """Splits each rank's wall-clock of training into compute, data, communication and evaluation.
+    """Splits each rank's wall-clock of training into compute, data, communication and the rest.
 
-    Communication is what the strategy says it has waited; data is the time between two batches that no validation
-    takes; compute is the rest. What DDP's all-reduce takes cannot be seen from outside and is part of compute;
-    Lightning's broadcast before each batch, which EASGD switches off, is part of data.
+    Communication is what the strategy says it has waited; compute is the time inside batches less what was
+    waited there; data is the time between two batches that no validation takes; the rest is validation and
+    checkpoints. What DDP's all-reduce takes cannot be seen from outside and is part of compute; Lightning's
+    broadcast before each batch, which EASGD switches off, is part of data.
 
-    Put it before `WorkerEvaluation`, whose final test would count as compute otherwise.
+    Put it last, so that what other callbacks do in a validation is not taken for data.
 
     Args:
         directory: Where `time.csv` goes; None writes none.
@@ -286,63 +291,57 @@ class TimeSplit(Callback):
     def __init__(self, directory: str | Path | None = None) -> None:
         self.directory = directory
         self.seconds: list[dict[str, float]] = []
-        self._reset()
-
-    def _reset(self) -> None:
-        self._start = self._mark = time.perf_counter()
-        self._data = self._evaluation = self._waited_evaluating = 0.0
-        self._evaluating_since: tuple[float, float] | None = None
+        self._compute = self._data = 0.0
+        self._start = self._stop = _Moment(0.0, 0.0)
+        self._mark = self._batch_start = _Moment(0.0, 0.0)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Starts the clock."""
-        self._reset()
-        self._waited_before = _seconds_waited(trainer)
+        self._compute = self._data = 0.0
+        self._start = self._stop = self._mark = _Moment.now(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Marks where the first batch of an epoch is fetched."""
-        self._mark = time.perf_counter()
+        self._mark = _Moment.now(trainer)
 
     def on_train_batch_start(
         self,
-        trainer: L.Trainer,  # noqa: ARG002
+        trainer: L.Trainer,
         pl_module: L.LightningModule,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """The batch is here: what has passed since the mark was spent on it."""
-        self._data += time.perf_counter() - self._mark
+        """Counts what has passed since the mark as data: the batch is here now."""
+        self._batch_start = _Moment.now(trainer)
+        self._data += self._batch_start.working_since(self._mark)
 
     def on_train_batch_end(
         self,
-        trainer: L.Trainer,  # noqa: ARG002
+        trainer: L.Trainer,
         pl_module: L.LightningModule,  # noqa: ARG002
         outputs: Any,  # noqa: ARG002
         batch: Any,  # noqa: ARG002
         batch_idx: int,  # noqa: ARG002
     ) -> None:
-        """Marks where the next batch is fetched."""
-        self._mark = time.perf_counter()
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Stops counting for training."""
-        self._evaluating_since = time.perf_counter(), _seconds_waited(trainer)
+        """Counts the batch as compute, less what was waited in it."""
+        self._mark = self._stop = _Moment.now(trainer)
+        self._compute += self._mark.working_since(self._batch_start)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Counts the validation, less what was waited for an exchange in it."""
-        if self._evaluating_since is None:
-            return
-        since, waited = self._evaluating_since
-        self._mark = time.perf_counter()
-        self._evaluation += self._mark - since - (_seconds_waited(trainer) - waited)
-        self._evaluating_since = None
+        """Marks where the next batch is fetched."""
+        self._mark = self._stop = _Moment.now(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Marks where training ends if this epoch is the last."""
+        self._stop = _Moment.now(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Gathers the split of every rank; rank 0 writes it."""
-        total = time.perf_counter() - self._start
-        communication = _seconds_waited(trainer) - self._waited_before
-        compute = total - self._data - communication - self._evaluation
-        names = ["compute", "data", "communication", "evaluation", "total"]
-        rows = _gather(trainer, [compute, self._data, communication, self._evaluation, total])
+        communication = self._stop.waited - self._start.waited
+        total = self._stop.clock - self._start.clock
+        rest = total - self._compute - self._data - communication
+        names = ["compute", "data", "communication", "rest", "total"]
+        rows = _gather(trainer, [self._compute, self._data, communication, rest, total])
         self.seconds = [dict(zip(names, row, strict=True)) for row in rows]
         if trainer.is_global_zero and self.directory is not None:
             _write_csv(
@@ -350,6 +349,24 @@ class TimeSplit(Callback):
                 ["rank", *names],
                 ([rank, *row] for rank, row in enumerate(rows)),
             )
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A time on the clock, and how many seconds the strategy had waited until then."""
+
+    clock: float
+    waited: float
+
+    @classmethod
+    def now(cls, trainer: L.Trainer) -> Self:
+        strategy = trainer.strategy
+        waited = strategy.communication.seconds_waited if isinstance(strategy, ElasticStrategy) else 0.0
+        return cls(time.perf_counter(), waited)
+
+    def working_since(self, earlier: "_Moment") -> float:
+        """Seconds since `earlier` in which the strategy did not wait."""
+        return self.clock - earlier.clock - (self.waited - earlier.waited)
 
 
 def ddp_bytes(gradient_bytes: int, steps: int, world_size: int) -> int:
@@ -367,11 +384,6 @@ def ddp_bytes(gradient_bytes: int, steps: int, world_size: int) -> int:
 
 def _own_weights(strategy: object) -> AbstractContextManager[Any]:
     return strategy.worker_weights() if isinstance(strategy, ElasticStrategy) else nullcontext()
-
-
-def _seconds_waited(trainer: L.Trainer) -> float:
-    strategy = trainer.strategy
-    return strategy.communication.seconds_waited if isinstance(strategy, ElasticStrategy) else 0.0
 
 
 def _gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:

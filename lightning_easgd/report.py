@@ -1,0 +1,128 @@
+"""The table that ends a run, made from the CSV files in its directory."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from lightning_easgd.callbacks import ACCURACY_FILE, COMMUNICATION_FILE, TIME_FILE
+
+CENTER = "center"
+_WORKER = "worker_"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One row of `accuracy.csv`: how well some weights did on a set.
+
+    Attributes:
+        stage: "val" or "test".
+        step: Optimizer steps of a worker until then.
+        weights: "center" or "worker_<rank>".
+        accuracy: Share of right answers.
+    """
+
+    stage: str
+    step: int
+    weights: str
+    accuracy: float
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Reads a CSV file with a header; a file that was not written has no rows.
+
+    Args:
+        path: The file.
+    """
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_accuracy(run: Path) -> list[Accuracy]:
+    """Reads what `WorkerEvaluation` has written.
+
+    Args:
+        run: Directory of the run.
+    """
+    return [
+        Accuracy(row["stage"], int(row["step"]), row["weights"], float(row["accuracy"]))
+        for row in read_rows(run / ACCURACY_FILE)
+    ]
+
+
+def last_accuracy(run: Path, stage: str) -> dict[str, float]:
+    """Returns the last accuracy of each weights, the center's first.
+
+    Args:
+        run: Directory of the run.
+        stage: "val" or "test".
+    """
+    return {row.weights: row.accuracy for row in read_accuracy(run) if row.stage == stage}
+
+
+def render(run: Path) -> str:
+    """Formats accuracy, time and traffic of a finished run.
+
+    Args:
+        run: Directory of the run.
+    """
+    lines = [*_accuracy_lines(run), *_time_lines(run), *_traffic_lines(run)]
+    if not lines:
+        return f"  nothing to report: callbacks=default writes the CSV files that {run} lacks"
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(f"  {label:<{width}}  {text}" for label, text in lines)
+
+
+def is_elastic(run: Path) -> bool:
+    """Says whether the run had a center; without one, rank 0's model takes its place in `accuracy.csv`.
+
+    Args:
+        run: Directory of the run.
+    """
+    return (run / COMMUNICATION_FILE).exists()
+
+
+def _accuracy_lines(run: Path) -> list[tuple[str, str]]:
+    lines = []
+    scores = last_accuracy(run, "test")
+    if not is_elastic(run) and len(set(scores.values())) == 1:  # DDP: every rank has the same model
+        scores = {CENTER: scores[CENTER]}
+    for weights, value in scores.items():
+        if weights == CENTER:
+            name = "at the center" if is_elastic(run) else "of the model"
+        else:
+            name = f"of worker {weights.removeprefix(_WORKER)}"
+        lines.append((f"test accuracy {name}", f"{value:7.2%}"))
+    return lines
+
+
+def _time_lines(run: Path) -> list[tuple[str, str]]:
+    rows = read_rows(run / TIME_FILE)
+    if not rows:
+        return []
+    mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
+    total = mean.pop("total")
+    labels = {"rest": "validation, checkpoints"}
+    if not is_elastic(run):  # nobody can tell from outside how long such a strategy waits
+        del mean["communication"]
+        labels["compute"] = "compute and communication"
+    shares = [
+        (f"  {labels.get(name, name)}", f"{value:6.1f} s  {value / max(total, 1e-9):6.1%}")
+        for name, value in mean.items()
+    ]
+    return [("training time (mean of the workers)", f"{total:6.1f} s"), *shares]
+
+
+def _traffic_lines(run: Path) -> list[tuple[str, str]]:
+    rows = read_rows(run / COMMUNICATION_FILE)
+    if not rows:
+        return []
+    mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
+    sent, ddp = mean["bytes_sent"], mean["ddp_bytes"]
+    share = f" ({sent / ddp:.1%} of it)" if ddp else ""
+    return [
+        ("exchanges", f"{mean['exchanges']:6.0f}    in {mean['steps']:.0f} steps of each worker"),
+        ("bytes sent by each worker", f"{sent / 1e6:8.2f} MB; DDP: {ddp / 1e6:.2f} MB{share}"),
+    ]

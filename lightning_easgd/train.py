@@ -1,0 +1,171 @@
+"""`easgd-train`: one training run, described by the configuration `lightning_easgd.conf`."""
+
+import inspect
+import platform
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_easgd import plots, report
+from lightning_easgd.command_errors import UsageError, run_command
+
+_COMMAND = "easgd-train"
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.txt"
+_PACKAGES = ("lightning_easgd", "lightning", "torch", "torchmetrics", "hydra-core", "numpy")
+
+
+def main() -> None:
+    """Runs the command."""
+    run_command(_COMMAND, _hydra_main)
+
+
+@hydra.main(config_path="pkg://lightning_easgd.conf", config_name="train", version_base="1.3")
+def _hydra_main(config: DictConfig) -> float | None:
+    return train(config)
+
+
+def train(config: DictConfig) -> float | None:
+    """Trains as the configuration says.
+
+    Args:
+        config: The composed configuration `train`.
+
+    Returns:
+        The last validation accuracy at the center, for Hydra's sweepers; None on other ranks than 0 and when
+        the run did not measure it.
+    """
+    quiet()
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    trainer = build_trainer(config)
+    _check_launch(config, trainer)
+    datamodule = instantiate(config.data)
+    model = build_model(config)
+    run = Path(config.paths.run)
+    if trainer.is_global_zero:
+        _record(config, run)
+    trainer.fit(model, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    if not trainer.is_global_zero:
+        return None
+    _conclude(config, run)
+    return report.last_accuracy(run, "val").get(report.CENTER)
+
+
+def build_model(config: DictConfig) -> L.LightningModule:
+    """Builds the model with the optimizer and scheduler of their own groups.
+
+    Args:
+        config: A configuration with `model`, and `optimizer` and `scheduler` where it is to be trained.
+    """
+    scheduler = instantiate(config.scheduler) if config.get("scheduler") else None
+    model: L.LightningModule = instantiate(
+        config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler
+    )
+    return model
+
+
+def build_trainer(config: DictConfig) -> L.Trainer:
+    """Builds the trainer with strategy, callbacks and loggers.
+
+    Args:
+        config: The composed configuration `train`.
+    """
+    loggers = [_build_logger(config.logger, name) for name in config.logger]
+    trainer: L.Trainer = instantiate(
+        config.trainer,
+        strategy=build_strategy(config.strategy),
+        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+        logger=loggers or False,
+    )
+    return trainer
+
+
+def build_strategy(config: DictConfig) -> Any:
+    """Builds the strategy; `tau` is left out where it means nothing, so that a sweep may set it for all.
+
+    Args:
+        config: The group `strategy`.
+    """
+    initializer = inspect.getattr_static(get_class(config._target_), "__init__")
+    left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
+    return instantiate(OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]))
+
+
+def _build_logger(config: DictConfig, name: str) -> Any:
+    try:
+        return instantiate(config[name])
+    except hydra.errors.InstantiationException as error:
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            raise UsageError(
+                f"{_COMMAND}(logger={name}): the package {name} is not installed; run pip install "
+                f"'lightning_easgd[{name}]' or choose logger=csv"
+            ) from error
+        raise
+
+
+def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
+    """Refuses, before any process starts, what would train something else than was asked for."""
+    settings = HydraConfig.get()
+    if settings.runtime.choices["strategy"] == "single" and trainer.world_size > 1:
+        raise UsageError(
+            f"{_COMMAND}(strategy=single, trainer.devices={config.trainer.devices}): one process uses one "
+            f"device; set trainer.devices=1 or choose another strategy"
+        )
+    popen = config.strategy.get("start_method") == "popen"
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    external = environment is not None and environment.creates_processes_externally
+    if settings.mode == RunMode.MULTIRUN and popen and trainer.num_devices > 1 and not external:
+        raise UsageError(
+            f"{_COMMAND}(--multirun, strategy.start_method=popen, trainer.devices={config.trainer.devices}): "
+            f"each rank would repeat the whole sweep and train other settings; set "
+            f"strategy.start_method=spawn"
+        )
+
+
+def _record(config: DictConfig, run: Path) -> None:
+    """Writes what the run was made from: the resolved configuration and the versions."""
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    for package in _PACKAGES:
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:  # run from a clone that is not installed
+            lines.append(f"{package} unknown")
+    (run / VERSIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _conclude(config: DictConfig, run: Path) -> None:
+    """Prints the table and draws the figure; neither can spoil a run that is done."""
+    if config.report:
+        print(report.render(run))
+    if config.plot:
+        try:
+            print(f"  figure: {plots.draw(run)}")
+        except ModuleNotFoundError as error:
+            print(f"  no figure: {error}")
+    print(f"  run directory: {run}")
+
+
+def quiet() -> None:
+    """Silences what Lightning says about every run of this command and no user can act upon."""
+    for message in (
+        # The shipped data sets are in memory, where loader processes only cost time.
+        r".*does not have many workers which may be a bottleneck.*",
+        # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
+        r"Experiment logs directory .* exists and is not empty.*",
+        r"Checkpoint directory .* exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+if __name__ == "__main__":
+    main()
