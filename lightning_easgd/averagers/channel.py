@@ -1,0 +1,92 @@
+"""What moves bytes between the workers: the interface, and its implementation on a process group."""
+
+import time
+from abc import ABC, abstractmethod
+from datetime import timedelta
+from typing import final
+
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Channel", "ExchangeError", "ProcessGroupChannel", "Transfer"]
+
+
+class ExchangeError(RuntimeError):
+    """An exchange between the workers failed: one of them died, raised, hung, or left the common order."""
+
+
+class Transfer(ABC):
+    """A reduction under way. Its buffer belongs to the channel until :meth:`wait` has returned."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the buffer holds the sum over all workers; raise :class:`ExchangeError` if it never will."""
+
+
+class Channel(ABC):
+    """The workers' common line.
+
+    All workers start the same reductions in the same order; each worker starts them when it gets there.
+
+    Attributes:
+        rank: This worker's number, 0 ≤ rank < size.
+        size: How many workers there are (p).
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def sum(self, buffer: Tensor) -> Transfer:
+        """Start to replace ``buffer`` on every worker by the sum over all workers, and return at once.
+
+        The result is bitwise the same on all workers.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most channels own nothing
+        """Give back what the channel holds. No reduction may be under way."""
+
+
+@final
+class ProcessGroupChannel(Channel):
+    """A :class:`Channel` on a process group of its own, so that nothing else queues on it.
+
+    Creating one is a collective operation on the default group: every rank creates it at the same point.
+
+    Args:
+        backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
+        timeout: How long a reduction may wait for the slowest worker.
+    """
+
+    def __init__(self, backend: str, timeout: timedelta) -> None:
+        self._group = dist.new_group(backend=backend, timeout=timeout)
+        self._timeout = timeout
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def sum(self, buffer: Tensor) -> Transfer:  # noqa: D102
+        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        assert work is not None
+        return _WorkTransfer(work, self._timeout)
+
+    def close(self) -> None:  # noqa: D102
+        dist.destroy_process_group(self._group)
+
+
+@final
+class _WorkTransfer(Transfer):
+    def __init__(self, work: dist.Work, timeout: timedelta) -> None:
+        self._work = work
+        self._timeout = timeout
+
+    def wait(self) -> None:
+        started = time.monotonic()
+        try:
+            self._work.wait()
+        except RuntimeError as error:
+            waited = time.monotonic() - started
+            raise ExchangeError(
+                f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
+                f" {waited:.1f} s; another worker died, raised an error or hangs. Look for the first error among the"
+                f" ranks; a longer timeout helps only if a worker was just slow. Cause: {error}"
+            ) from error

@@ -1,0 +1,180 @@
+"""The workers' common order of exchanges: what rides ahead of each exchange, and how all come to a meeting point.
+
+Workers run freely between exchanges, but the reductions of one group must pair up. So each exchange is announced by
+a header of a few integers, reduced next to the payload and never waited for on its own. It carries the stop flag and
+checks that all workers mean the same exchange. A worker that has nothing to do (it has come to a validation, or to
+the end of its data) announces that instead, and keeps answering the others' exchanges until all have come to the
+same meeting point: workers with different numbers of batches meet instead of hanging.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol, final
+
+import torch
+
+from lightning_easgd.averagers.channel import Channel, ExchangeError, Transfer
+
+__all__ = ["ExchangeLine", "Header", "Meeting", "Statistics"]
+
+_MARK_BITS = 16
+
+
+class Meeting(IntEnum):
+    """A point of the run at which all workers meet; the value travels in the header."""
+
+    VALIDATION = 1
+    CHECKPOINT = 2
+    EPOCH_END = 3
+    TRAINING_END = 4
+    CENTER_WEIGHTS = 5
+
+
+class Exchanger(Protocol):
+    """What the line needs of an averager: to take part in an exchange that other workers began."""
+
+    def complete(self) -> None:
+        """Wait for the exchange under way and apply it."""
+
+    def join(self) -> None:
+        """Take part in an exchange without a gradient step of its own."""
+
+
+@dataclass
+class Statistics:
+    """What this worker has spent on communication, cumulative.
+
+    Attributes:
+        exchanges: Exchanges begun.
+        bytes_sent: Bytes that this worker sent for them, by the count of a ring all-reduce: 2 (p - 1) / p times the
+            size of what was reduced.
+        seconds_waited: Seconds in which this worker stood still for a transfer to arrive.
+    """
+
+    exchanges: int = 0
+    bytes_sent: int = 0
+    seconds_waited: float = 0.0
+
+
+@final
+class Header:
+    """The announcement of one exchange or meeting: six integers, summed over the workers.
+
+    A value that all announcing workers must share travels as (count, Σ v, Σ v²): it is shared by all exactly if
+    count · Σ v² = (Σ v)².
+    """
+
+    def __init__(self, channel: Channel, *, mark: int = 0, meeting: int = 0, stop: bool = False) -> None:
+        self._sums = torch.tensor([int(mark > 0), mark, mark**2, meeting, meeting**2, int(stop)])
+        self._workers = channel.size
+        self._transfer: Transfer | None = channel.sum(self._sums)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the header in bytes."""
+        return self._sums.nbytes
+
+    def wait(self) -> None:
+        """Wait until all workers have announced themselves.
+
+        Raises:
+            ExchangeError: If they announced different things.
+        """
+        if self._transfer is None:
+            return
+        self._transfer.wait()
+        self._transfer = None
+        exchanging, mark, marks, meeting, meetings, _ = map(int, self._sums)
+        if exchanging * marks != mark**2:
+            raise ExchangeError(
+                "EASGDStrategy: the workers began different exchanges. Their optimizers are not stepped in the same"
+                " order, or they do not have the same parameters, learning rates or moving rates; make what decides"
+                " on optimizer steps and learning rates the same on every rank."
+            )
+        waiting = self._workers - exchanging
+        if exchanging == 0 and waiting * meetings != meeting**2:
+            raise ExchangeError(
+                "EASGDStrategy: some workers are at a validation, checkpoint or end of training where others are"
+                " not. The ranks have different numbers of batches and a trigger that depends on it; set"
+                " limit_train_batches to a number that every rank has, or validate at the end of the epoch."
+            )
+
+    @property
+    def exchange(self) -> int | None:
+        """Number of the averager whose exchange was announced, None if all workers have come to the meeting."""
+        exchanging, mark = int(self._sums[0]), int(self._sums[1])
+        return (mark // exchanging >> _MARK_BITS) - 1 if exchanging else None
+
+    @property
+    def stop(self) -> bool:
+        """Whether any worker asks all to stop."""
+        return bool(self._sums[5])
+
+
+@dataclass
+class ExchangeLine:
+    """The order of exchanges that all workers share.
+
+    Attributes:
+        control: The channel of the headers; it reduces CPU tensors.
+        data: The channel of the exchanges themselves.
+        stop_requested: Set it to ask all workers to stop; it rides on the next header.
+        stop_agreed: True from the first header on in which any worker asked; the same header on all workers.
+        statistics: What this worker has spent.
+    """
+
+    control: Channel
+    data: Channel
+    stop_requested: bool = False
+    stop_agreed: bool = False
+    statistics: Statistics = field(default_factory=Statistics)
+
+    def announce(self, averager: int, agreement: object) -> Header:
+        """Announce an exchange of the averager of this number; returns at once.
+
+        Args:
+            averager: The averager's place in the list given to :meth:`meet`.
+            agreement: What all workers must have in common for the exchange to make sense; compared by its ``repr``.
+        """
+        checksum = zlib.crc32(repr(agreement).encode()) >> (32 - _MARK_BITS)
+        return Header(self.control, mark=(averager + 1 << _MARK_BITS) + checksum, stop=self.stop_requested)
+
+    def accept(self, header: Header) -> None:
+        """Wait for a header, and take notice of a request to stop.
+
+        Raises:
+            ExchangeError: See :meth:`Header.wait`.
+        """
+        header.wait()
+        self.stop_agreed |= header.stop
+
+    def meet(self, meeting: Meeting, averagers: Sequence[Exchanger]) -> None:
+        """Return when all workers have come to this meeting, with no exchange under way.
+
+        Until then this worker takes part in the exchanges of those that still train: its own parameters are pulled
+        and count in the center's mean, but take no gradient step.
+
+        Raises:
+            ExchangeError: If a worker came to another meeting, or is lost.
+        """
+        for averager in averagers:
+            averager.complete()
+        while True:
+            header = Header(self.control, meeting=meeting, stop=self.stop_requested)
+            self.accept(header)
+            if header.exchange is None:
+                return
+            averagers[header.exchange].join()
+
+    def count(self, nbytes: int) -> None:
+        """Add one exchange of this many bytes to the statistics."""
+        self.statistics.exchanges += 1
+        self.statistics.bytes_sent += round(2 * (self.data.size - 1) / self.data.size * nbytes)
+
+    def close(self) -> None:
+        """Give back both channels."""
+        self.control.close()
+        if self.data is not self.control:
+            self.data.close()

@@ -1,0 +1,203 @@
+r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_easgd.averagers.channel import Transfer
+from lightning_easgd.averagers.line import ExchangeLine, Header
+from lightning_easgd.center import FlatTensors, center_dtype
+from lightning_easgd.elastic import elastic_pull_, elastic_push_
+from lightning_easgd.momentum import ParameterPosition, Position
+from lightning_easgd.rates import MovingRates
+
+__all__ = ["SynchronousAverager"]
+
+
+@final
+class SynchronousAverager:
+    r"""Elastic averaging of one optimizer's parameters, every τ of its steps.
+
+    .. math::
+        x^i_{t+1} &= x^i_t - \eta g^i_t(x^i_t) - \alpha (x^i_t - \tilde x_t) \\
+        \tilde x_{t+1} &= \tilde x_t + \tfrac{\beta}{p} \sum_i (x^i_t - \tilde x_t)
+
+    (Zhang, Choromanska, LeCun 2015, eqs 3-6, in Jacobi form: both lines use the values of before the step). Around
+    each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their reduction,
+    and :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
+    waits for nothing; the reduction has τ steps to arrive and is waited for by the next exchange, or by a reader of
+    the center. No staleness comes of it: the numbers are those of a blocking all-reduce.
+
+    The step t = 0 makes no exchange: worker and center are equal there.
+
+    Args:
+        optimizer: The worker's optimizer; its parameters are what is averaged, also those added to it later.
+        line: The exchanges' common order.
+        number: This averager's place in the list given to :meth:`ExchangeLine.meet`.
+        tau: τ, the communication period in optimizer steps.
+        rates: α and β.
+        position: What the worker exchanges: its parameters, or the point before the look-ahead.
+
+    Attributes:
+        clock: t, the optimizer's steps so far.
+        center: :math:`\tilde x`, bitwise the same on all workers. Up to date after :meth:`complete`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        line: ExchangeLine,
+        *,
+        number: int,
+        tau: int,
+        rates: MovingRates,
+        position: Callable[[Optimizer], Position] = ParameterPosition,
+    ) -> None:
+        self._optimizer = optimizer
+        self._line = line
+        self._number = number
+        self._tau = tau
+        self._rates = rates
+        self._position = position(optimizer)
+        self._in_flight: _Exchange | None = None
+        self._pull_due: list[float] | None = None
+        self._exchanged = False
+        self.clock = 0
+        self._lay_out({})
+        # All workers start from one common point; rank 0's, should they differ.
+        if line.data.rank != 0:
+            self.center.flat.zero_()
+        line.data.sum(self.center.flat).wait()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The averaged parameters, in the order of the optimizer's groups."""
+        return [parameter for group in self._groups for parameter in group]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before an optimizer step, at the point where its gradient is taken: begin an exchange if one is due.
+
+        Raises:
+            ExchangeError: If the exchange before this one was never completed by all workers.
+        """
+        if self._parameters_added():
+            self._extend()
+        if self.clock == 0 or self.clock % self._tau:
+            return
+        self.complete()
+        if self._line.stop_agreed:  # on every worker at this same exchange: nobody begins another
+            return
+        rates = self._current_rates()
+        header = self._line.announce(self._number, (self._wire.flat.numel(), rates))
+        self._start(rates, header)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After an optimizer step: pull the worker by the exchange that :meth:`begin` began, and count the step."""
+        self._pull()
+        self._position.after_step()
+        self.clock += 1
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Take part in an exchange that other workers announced, without a step of this worker's own."""
+        self._start(self._current_rates(), header=None)
+        self._pull()
+        self.complete()
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Wait for the exchange under way, if any, and move the center.
+
+        Raises:
+            ExchangeError: If a worker is lost, or the workers' exchanges do not match.
+        """
+        exchange = self._in_flight
+        if exchange is None:
+            return
+        started = time.monotonic()
+        if exchange.header is not None:
+            self._line.accept(exchange.header)
+        exchange.transfer.wait()
+        self._in_flight = None
+        self._line.statistics.seconds_waited += time.monotonic() - started
+        workers = self._line.data.size
+        for center, total, (_, beta) in zip(self.center.segments, self._wire.segments, exchange.rates, strict=True):
+            elastic_push_([center], [total], beta / workers)
+
+    def elastic_distance(self) -> float | None:
+        r"""The norm of this worker's :math:`x^i - \tilde x` at the last exchange; None before the first."""
+        return float(torch.linalg.vector_norm(self._difference.flat)) if self._exchanged else None
+
+    @torch.no_grad()
+    def show_center(self) -> None:
+        """Put the center into the parameters, and keep the worker's own values."""
+        # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
+        # when an error cut an exchange short.
+        self._kept = self._wire if self._in_flight is None else FlatTensors(self._groups, self._wire.flat.dtype)
+        self._kept.load_(self.parameters)
+        self.center.store(self.parameters)
+
+    @torch.no_grad()
+    def show_worker(self) -> None:
+        """Put the values kept by :meth:`show_center` back into the parameters, bit for bit."""
+        self._kept.store(self.parameters)
+
+    def _start(self, rates: "_Rates", header: Header | None) -> None:
+        self._position.write(self._wire)
+        self._wire.flat.sub_(self.center.flat)
+        self._difference.flat.copy_(self._wire.flat)
+        self._exchanged = True
+        self._pull_due = [alpha for alpha, _ in rates]
+        self._line.count(self._wire.flat.nbytes + (header.nbytes if header else 0))
+        self._in_flight = _Exchange(rates, header, self._line.data.sum(self._wire.flat))
+
+    def _pull(self) -> None:
+        if self._pull_due is None:
+            return
+        for parameters, differences, alpha in zip(self._groups, self._difference.groups, self._pull_due, strict=True):
+            elastic_pull_(parameters, differences, alpha)
+        self._pull_due = None
+
+    def _current_rates(self) -> "_Rates":
+        workers = self._line.data.size
+        return [self._rates.resolve(workers, float(group["lr"])) for group in self._optimizer.param_groups]
+
+    def _parameters_added(self) -> bool:
+        groups = self._optimizer.param_groups
+        return len(groups) != len(self._groups) or any(
+            len(group["params"]) != len(known) for group, known in zip(groups, self._groups, strict=True)
+        )
+
+    def _extend(self) -> None:
+        """Take in parameters added to the optimizer; their common value until now is their center's start."""
+        self.complete()
+        self._lay_out(dict(zip(self.parameters, self.center.views, strict=True)))
+
+    def _lay_out(self, centers: dict[Tensor, Tensor]) -> None:
+        self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
+        dtype = center_dtype(self.parameters)
+        self.center = FlatTensors(self._groups, dtype)
+        self._wire = FlatTensors(self._groups, dtype)
+        self._difference = FlatTensors(self._groups, dtype)
+        with torch.no_grad():
+            self.center.load_([centers.get(parameter, parameter) for parameter in self.parameters])
+
+
+_Rates = list[tuple[float, float]]
+
+
+@final
+@dataclass(frozen=True)
+class _Exchange:
+    """An exchange whose reduction has not been waited for."""
+
+    rates: _Rates
+    header: Header | None
+    transfer: Transfer

@@ -1,0 +1,136 @@
+r"""The equations of elastic averaging, as pure functions on lists of tensors.
+
+Notation of Zhang, Choromanska and LeCun, *Deep learning with Elastic Averaging SGD*, NeurIPS 2015
+(arXiv:1412.6651): :math:`p` workers :math:`x^i`, center variable :math:`\tilde x`, learning rate :math:`\eta`,
+elastic penalty :math:`\rho`, the worker's moving rate :math:`\alpha = \eta\rho`, the center's moving rate
+:math:`\beta = p\alpha`, momentum :math:`\delta`.
+
+A list holds one tensor per parameter; lists of one call have the same length and shapes. A function whose name
+ends in ``_`` writes to its first argument (:func:`elastic_exchange_` to its first two) and reads the others. When
+a worker has a narrower dtype than the center, arithmetic is done in the wider one and rounded once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "center_update_",
+    "elastic_difference",
+    "elastic_exchange_",
+    "elastic_pull_",
+    "elastic_push_",
+    "moving_rate_from_center_rate",
+    "moving_rate_from_penalty",
+    "nesterov_position_",
+    "penalty_from_moving_rate",
+]
+
+Tensors = Sequence[Tensor]
+
+
+def elastic_difference(workers: Tensors, centers: Tensors) -> list[Tensor]:
+    r"""The elastic difference, not yet scaled by a moving rate.
+
+    .. math:: \Delta = x - \tilde x
+
+    Args:
+        workers: :math:`x`, the worker's parameters.
+        centers: :math:`\tilde x`, of the same shapes.
+
+    Returns:
+        :math:`\Delta`, new tensors of the wider of the two dtypes.
+    """
+    return list(torch._foreach_sub(list(workers), list(centers)))
+
+
+def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
+    r"""Pull a worker towards the center that it was compared with (Algorithm 1, step a).
+
+    .. math:: x \leftarrow x - \alpha \Delta
+
+    Args:
+        workers: :math:`x`, changed in place. It may have moved since ``differences`` was taken: the gradient step
+            comes between the two.
+        differences: :math:`\Delta = x_{old} - \tilde x_{old}` of :func:`elastic_difference`.
+        alpha: :math:`\alpha`, the worker's moving rate.
+    """
+    torch._foreach_sub_(list(workers), list(differences), alpha=alpha)
+
+
+def elastic_push_(centers: Tensors, differences: Tensors, alpha: float) -> None:
+    r"""Push the center towards one worker (Algorithm 1, step b).
+
+    .. math:: \tilde x \leftarrow \tilde x + \alpha \Delta
+
+    Args:
+        centers: :math:`\tilde x`, changed in place.
+        differences: :math:`\Delta` of the same exchange, hence of the same two old values.
+        alpha: The rate of the center's move; :math:`\alpha` for the symmetric exchange.
+    """
+    torch._foreach_add_(list(centers), list(differences), alpha=alpha)
+
+
+def elastic_exchange_(workers: Tensors, centers: Tensors, alpha: float, center_alpha: float | None = None) -> None:
+    r"""One exchange between one worker and the center (Algorithm 1, steps a and b).
+
+    .. math:: d = x - \tilde x, \qquad x \leftarrow x - \alpha d, \qquad \tilde x \leftarrow \tilde x + \alpha_c d
+
+    Both moves use the values of *before* the exchange. With :math:`\alpha_c = \alpha` (the default) the forces are
+    equal and opposite: :math:`x + \tilde x` does not change.
+
+    Args:
+        workers: :math:`x`, changed in place.
+        centers: :math:`\tilde x`, changed in place.
+        alpha: :math:`\alpha`, the worker's moving rate.
+        center_alpha: :math:`\alpha_c`, the rate of the center's move when it differs (asymmetric exchange).
+    """
+    differences = elastic_difference(workers, centers)
+    elastic_pull_(workers, differences, alpha)
+    elastic_push_(centers, differences, alpha if center_alpha is None else center_alpha)
+
+
+def center_update_(centers: Tensors, worker_means: Tensors, beta: float) -> None:
+    r"""Move the center of synchronous EASGD towards the mean of the workers (eq. 6).
+
+    .. math:: \tilde x \leftarrow \tilde x + \alpha \sum_i (x^i - \tilde x)
+              = (1 - \beta) \tilde x + \beta \cdot \tfrac1p \sum_i x^i
+
+    Args:
+        centers: :math:`\tilde x`, changed in place.
+        worker_means: :math:`\frac1p\sum_i x^i`, all :math:`x^i` of before the workers' moves (Jacobi form).
+        beta: :math:`\beta`, the center's moving rate; :math:`p\alpha` for the symmetric exchange.
+    """
+    torch._foreach_lerp_(list(centers), list(worker_means), beta)
+
+
+def nesterov_position_(look_ahead: Tensors, momentum_buffers: Tensors, lr_times_momentum: float) -> None:
+    r"""Turn the look-ahead point that ``torch.optim.SGD(nesterov=True)`` stores into the worker's position.
+
+    .. math:: x = y + \eta\,\delta\, b
+
+    torch keeps :math:`y = x + \delta v` in the parameters and :math:`b` in ``momentum_buffer``, with
+    :math:`v = -\eta b`. EAMSGD (Algorithm 2) exchanges :math:`x`, not :math:`y`.
+
+    Args:
+        look_ahead: On entry :math:`y`, on return :math:`x`; changed in place.
+        momentum_buffers: :math:`b`.
+        lr_times_momentum: :math:`\eta\delta` of the step that wrote :math:`b`.
+    """
+    torch._foreach_add_(list(look_ahead), list(momentum_buffers), alpha=lr_times_momentum)
+
+
+def moving_rate_from_center_rate(beta: float, workers: int) -> float:
+    r"""The worker's moving rate under elastic symmetry, :math:`\alpha = \beta / p`."""
+    return beta / workers
+
+
+def moving_rate_from_penalty(rho: float, lr: float) -> float:
+    r"""The worker's moving rate of an elastic penalty, :math:`\alpha = \eta\rho`."""
+    return lr * rho
+
+
+def penalty_from_moving_rate(alpha: float, lr: float) -> float:
+    r"""The elastic penalty of a moving rate, :math:`\rho = \alpha / \eta`: it rises while :math:`\eta` decays."""
+    return alpha / lr

@@ -1,0 +1,27 @@
+"""The strategies for ``lightning.pytorch``."""
+
+from typing import final
+
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_easgd.strategies.elastic_workers import CenterHooks, ElasticWorkers
+from lightning_easgd.strategies.workers import LocalWorkers
+
+__all__ = ["EASGDStrategy", "LocalStrategy"]
+
+
+@final
+class _CenterCallback(CenterHooks, Callback):
+    pass
+
+
+@final
+class LocalStrategy(LocalWorkers, DDPStrategy):  # noqa: D101
+    __doc__ = LocalWorkers.__doc__
+
+
+@final
+class EASGDStrategy(ElasticWorkers, DDPStrategy):  # noqa: D101
+    __doc__ = ElasticWorkers.__doc__
+    _callback_class = _CenterCallback
