@@ -123,9 +123,7 @@ class ElasticMonitor(Callback):
         self._rows.append([trainer.global_step, *values.values()])
         for name, value in values.items():
             if value is not None:
-                pl_module.log(
-                    name, value, rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1
-                )
+                pl_module.log(name, value, rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Writes the rows so far, so that a run that is killed leaves them."""
@@ -243,9 +241,7 @@ class WorkerEvaluation(Callback):
             batches.append(batch)
         return batches
 
-    def _total(
-        self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]
-    ) -> tuple[float, int]:
+    def _total(self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]) -> tuple[float, int]:
         was_training = module.training
         module.eval()
         total, count = 0.0, 0
@@ -269,9 +265,7 @@ class WorkerEvaluation(Callback):
             )
         self._rows += [[stage, trainer.global_step, name, value] for name, value in scores.items()]
         if self.directory is not None:
-            _write_csv(
-                Path(self.directory) / ACCURACY_FILE, ["stage", "step", "weights", "accuracy"], self._rows
-            )
+            _write_csv(Path(self.directory) / ACCURACY_FILE, ["stage", "step", "weights", "accuracy"], self._rows)
 
 
 class TimeSplit(Callback):
@@ -389,10 +383,10 @@ def _own_weights(strategy: object) -> AbstractContextManager[Any]:
 def _gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
     """Returns the numbers of every rank, in order; all ranks have to call it."""
     # float64 holds counts of bytes exactly up to 2**53.
-    row = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
-    gathered = trainer.strategy.all_gather(row)
-    rows: list[list[float]] = gathered.reshape(-1, len(values)).tolist()
-    return rows
+    rows = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
+    rows[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
+    reduced: list[list[float]] = trainer.strategy.reduce(rows, reduce_op="sum").tolist()
+    return reduced
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -42,8 +42,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
     checkpoint = _checkpoint(config)
     saved = saved_config(checkpoint)
     chosen = {
-        name: config[name] if saved is None or name in (keep or set()) else saved[name]
-        for name in ("data", "model")
+        name: config[name] if saved is None or name in (keep or set()) else saved[name] for name in ("data", "model")
     }
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -58,9 +57,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
         enable_model_summary=False,
         default_root_dir=config.paths.run,
     )
-    results = trainer.test(
-        model, datamodule=instantiate(chosen["data"]), ckpt_path=str(checkpoint), verbose=False
-    )
+    results = trainer.test(model, datamodule=instantiate(chosen["data"]), ckpt_path=str(checkpoint), verbose=False)
     return {name: float(value) for name, value in results[0].items()}
 
 
@@ -81,8 +78,7 @@ def saved_config(checkpoint: Path) -> DictConfig | None:
 def _checkpoint(config: DictConfig) -> Path:
     if config.ckpt_path is None:
         raise UsageError(
-            f"{_COMMAND}(ckpt_path=null): there is nothing to evaluate; give "
-            "ckpt_path=RUN/checkpoints/best.ckpt"
+            f"{_COMMAND}(ckpt_path=null): there is nothing to evaluate; give ckpt_path=RUN/checkpoints/best.ckpt"
         )
     path = Path(config.ckpt_path).absolute()
     if not path.is_file():

@@ -66,9 +66,7 @@ def build_model(config: DictConfig) -> L.LightningModule:
         config: A configuration with `model`, and `optimizer` and `scheduler` where it is to be trained.
     """
     scheduler = instantiate(config.scheduler) if config.get("scheduler") else None
-    model: L.LightningModule = instantiate(
-        config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler
-    )
+    model: L.LightningModule = instantiate(config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler)
     return model
 
 

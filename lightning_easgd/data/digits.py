@@ -34,14 +34,10 @@ class DigitsDataModule(L.LightningDataModule):
         seed: Seed of the order in which training images are drawn.
     """
 
-    def __init__(
-        self, batch_size: int = 32, sampling: str = "full", num_workers: int = 0, seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int = 32, sampling: str = "full", num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ValueError(
-                f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more."
-            )
+            raise ValueError(f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more.")
         self.batch_size = batch_size
         self.sampling = check_sampling("DigitsDataModule", sampling)
         self.num_workers = num_workers
@@ -86,9 +82,7 @@ class DigitsDataModule(L.LightningDataModule):
         )
 
 
-def stratified_split(
-    labels: NDArray[np.int64], fractions: dict[str, float], rest: str
-) -> dict[str, NDArray[np.int64]]:
+def stratified_split(labels: NDArray[np.int64], fractions: dict[str, float], rest: str) -> dict[str, NDArray[np.int64]]:
     """Splits the row numbers of `labels` so that each part has the same share of every class.
 
     Args:
