@@ -116,14 +116,16 @@ class ElasticMonitor(Callback):
         self._recorded = seen.exchanges
         values = {
             "elastic/distance": strategy.elastic_distance(),
-            "elastic/exchanges": float(seen.exchanges),
-            "elastic/bytes_sent": float(seen.bytes_sent),
+            "elastic/exchanges": seen.exchanges,
+            "elastic/bytes_sent": seen.bytes_sent,
             "elastic/seconds_waited": seen.seconds_waited,
         }
         self._rows.append([trainer.global_step, *values.values()])
         for name, value in values.items():
             if value is not None:
-                pl_module.log(name, value, rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1)
+                pl_module.log(
+                    name, float(value), rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1
+                )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Writes the rows so far, so that a run that is killed leaves them."""

@@ -31,15 +31,20 @@ def run_command(name: str, command: Callable[[], object]) -> None:
         command: A function decorated with `hydra.main`.
     """
     # Hydra would print the error itself and exit; with this it lets the exception through.
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
+    setting = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         command()
     except Exception as error:
         sentence = explain(name, error)
-        if sentence is None or wants_traceback:
+        if sentence is None or setting == "1":
             raise
         sys.exit(sentence)
+    finally:
+        if setting is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = setting
 
 
 def explain(name: str, error: Exception) -> str | None:

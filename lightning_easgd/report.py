@@ -4,6 +4,7 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from lightning_easgd.callbacks import ACCURACY_FILE, COMMUNICATION_FILE, TIME_FILE
 
@@ -26,6 +27,12 @@ class Accuracy:
     step: int
     weights: str
     accuracy: float
+
+
+class _Line(NamedTuple):
+    label: str
+    value: str
+    note: str = ""
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -71,8 +78,8 @@ def render(run: Path) -> str:
     lines = [*_accuracy_lines(run), *_time_lines(run), *_traffic_lines(run)]
     if not lines:
         return f"  nothing to report: callbacks=default writes the CSV files that {run} lacks"
-    width = max(len(label) for label, _ in lines)
-    return "\n".join(f"  {label:<{width}}  {text}" for label, text in lines)
+    width = max(len(line.label) for line in lines)
+    return "\n".join(f"  {line.label:<{width}} {line.value:>10}  {line.note}".rstrip() for line in lines)
 
 
 def is_elastic(run: Path) -> bool:
@@ -84,8 +91,8 @@ def is_elastic(run: Path) -> bool:
     return (run / COMMUNICATION_FILE).exists()
 
 
-def _accuracy_lines(run: Path) -> list[tuple[str, str]]:
-    lines = []
+def _accuracy_lines(run: Path) -> list[_Line]:
+    lines: list[_Line] = []
     scores = last_accuracy(run, "test")
     if not is_elastic(run) and len(set(scores.values())) == 1:  # DDP: every rank has the same model
         scores = {CENTER: scores[CENTER]}
@@ -94,11 +101,11 @@ def _accuracy_lines(run: Path) -> list[tuple[str, str]]:
             name = "at the center" if is_elastic(run) else "of the model"
         else:
             name = f"of worker {weights.removeprefix(_WORKER)}"
-        lines.append((f"test accuracy {name}", f"{value:7.2%}"))
+        lines.append(_Line(f"test accuracy {name}", f"{value:.2%}"))
     return lines
 
 
-def _time_lines(run: Path) -> list[tuple[str, str]]:
+def _time_lines(run: Path) -> list[_Line]:
     rows = read_rows(run / TIME_FILE)
     if not rows:
         return []
@@ -109,20 +116,20 @@ def _time_lines(run: Path) -> list[tuple[str, str]]:
         del mean["communication"]
         labels["compute"] = "compute and communication"
     shares = [
-        (f"  {labels.get(name, name)}", f"{value:6.1f} s  {value / max(total, 1e-9):6.1%}")
+        _Line(f"  {labels.get(name, name)}", f"{value:.1f} s", f"{value / max(total, 1e-9):.1%}")
         for name, value in mean.items()
     ]
-    return [("training time (mean of the workers)", f"{total:6.1f} s"), *shares]
+    return [_Line("training time (mean of the workers)", f"{total:.1f} s"), *shares]
 
 
-def _traffic_lines(run: Path) -> list[tuple[str, str]]:
+def _traffic_lines(run: Path) -> list[_Line]:
     rows = read_rows(run / COMMUNICATION_FILE)
     if not rows:
         return []
     mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
     sent, ddp = mean["bytes_sent"], mean["ddp_bytes"]
-    share = f" ({sent / ddp:.1%} of it)" if ddp else ""
+    share = f", {sent / ddp:.1%} of it" if ddp else ""
     return [
-        ("exchanges", f"{mean['exchanges']:6.0f}    in {mean['steps']:.0f} steps of each worker"),
-        ("bytes sent by each worker", f"{sent / 1e6:8.2f} MB; DDP: {ddp / 1e6:.2f} MB{share}"),
+        _Line("exchanges", f"{mean['exchanges']:.0f}", f"in {mean['steps']:.0f} steps of each worker"),
+        _Line("bytes sent by each worker", f"{sent / 1e6:.2f} MB", f"DDP: {ddp / 1e6:.2f} MB{share}"),
     ]

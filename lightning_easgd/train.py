@@ -161,6 +161,8 @@ def quiet() -> None:
         # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
         r"Experiment logs directory .* exists and is not empty.*",
         r"Checkpoint directory .* exists and is not empty.*",
+        # Lightning and the tested torch; nothing of ours.
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -1,5 +1,6 @@
 """scikit-learn's handwritten digits: real images that come inside its wheel."""
 
+import importlib.util
 from typing import Any
 
 import lightning as L
@@ -32,12 +33,20 @@ class DigitsDataModule(L.LightningDataModule):
             has its own part of it.
         num_workers: Processes that load data in each worker; the images are in memory, so 0 is fastest.
         seed: Seed of the order in which training images are drawn.
+
+    Raises:
+        ModuleNotFoundError: If scikit-learn is missing.
     """
 
     def __init__(self, batch_size: int = 32, sampling: str = "full", num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more.")
+        if importlib.util.find_spec("sklearn") is None:  # here, where no process has started yet
+            raise ModuleNotFoundError(
+                "DigitsDataModule(): scikit-learn, which ships the images, is not installed; run pip install "
+                "'lightning_easgd[demo]'."
+            )
         self.batch_size = batch_size
         self.sampling = check_sampling("DigitsDataModule", sampling)
         self.num_workers = num_workers
@@ -107,13 +116,8 @@ def stratified_split(labels: NDArray[np.int64], fractions: dict[str, float], res
 
 
 def _load_images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    try:
-        from sklearn.datasets import load_digits  # noqa: PLC0415  # an extra, needed only here
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "DigitsDataModule: scikit-learn, which ships the images, is not installed; run pip install "
-            "'lightning_easgd[demo]'."
-        ) from error
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # an extra, needed only here
+
     digits = load_digits()
     images = (digits.images[:, None] / 16.0).astype(np.float32)
     return images, digits.target.astype(np.int64)

@@ -1,0 +1,71 @@
+"""What the tests of the application share: a tiny model, a silent trainer, composed configurations, commands."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra import compose, initialize_config_module
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from torch import nn
+
+from lightning_easgd.models import Classifier
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def tiny_classifier(**arguments) -> Classifier:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    return Classifier(network, functools.partial(torch.optim.SGD, lr=0.1), **arguments)
+
+
+def quiet_trainer(**arguments) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+    return L.Trainer(**(defaults | arguments))
+
+
+def composed(run: Path, *overrides: str, name: str = "train") -> DictConfig:
+    """The configuration as the command sees it; a run in this process may follow."""
+    with initialize_config_module("lightning_easgd.conf", version_base="1.3"):
+        config = compose(name, [f"paths.run={run}", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    del config._metadata.flags["struct"]
+    config.pop("hydra")
+    config._metadata.flags["struct"] = True
+    return config
+
+
+def command(module: str, *arguments: str, cwd: Path, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the package as a user does, in its own process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [sys.executable, "-m", f"lightning_easgd.{module}", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def only_run(cwd: Path) -> Path:
+    (run,) = (cwd / "outputs").glob("*/*")
+    return run

@@ -1,0 +1,208 @@
+"""The callbacks, on one process with a strategy that plays an elastic one."""
+
+import contextlib
+import csv
+import time
+
+import lightning as L
+import pytest
+import torch
+from application import quiet_trainer, tiny_classifier
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from lightning_easgd.callbacks import (
+    ElasticMonitor,
+    ElasticStrategy,
+    TimeSplit,
+    WorkerEvaluation,
+    ddp_bytes,
+)
+from lightning_easgd.data import DigitsDataModule
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class _Counts:
+    exchanges = 0
+    bytes_sent = 0
+    seconds_waited = 0.0
+
+
+class Elastic(SingleDeviceStrategy):
+    """Exchanges at every second step, waits 10 ms each time; its center answers 0 to everything."""
+
+    def __init__(self):
+        super().__init__(device="cpu")
+        self.communication = _Counts()
+        self.steps = 0
+        self.in_batch = False
+
+    def optimizer_step(self, *arguments, **named):
+        self.steps += 1
+        if self.steps % 2 == 0:
+            time.sleep(0.01)
+            self.communication.exchanges += 1
+            self.communication.bytes_sent += 100
+            self.communication.seconds_waited += 0.01
+        return super().optimizer_step(*arguments, **named)
+
+    def elastic_distance(self):
+        return self.communication.exchanges / 2 or None
+
+    @contextlib.contextmanager
+    def center_weights(self):
+        parameters = list(self.model.parameters())
+        own = [p.detach().clone() for p in parameters]
+        with torch.no_grad():
+            for p in parameters:
+                p.zero_()
+        yield
+        with torch.no_grad():
+            for p, value in zip(parameters, own, strict=True):
+                p.copy_(value)
+
+    @contextlib.contextmanager
+    def worker_weights(self):
+        yield
+
+    def reduce(self, tensor, *arguments, **named):
+        assert not self.in_batch, "a collective while a batch is trained"
+        return tensor
+
+    all_gather = broadcast = barrier = reduce
+
+
+class First(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.strategy.in_batch = True
+
+
+class Last(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.strategy.in_batch = False
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def fit(strategy, *callbacks, **arguments):
+    defaults = {"max_epochs": 2, "limit_train_batches": 6}
+    trainer = quiet_trainer(strategy=strategy, callbacks=list(callbacks), **(defaults | arguments))
+    model = tiny_classifier()
+    trainer.fit(model, datamodule=DigitsDataModule())
+    return trainer, model
+
+
+def test_protocol_tells_elastic_strategies_from_others():
+    assert isinstance(Elastic(), ElasticStrategy)
+    assert not isinstance(SingleDeviceStrategy(device="cpu"), ElasticStrategy)
+
+
+def test_monitor_writes_every_exchange(tmp_path):
+    trainer, model = fit(Elastic(), First(), ElasticMonitor(directory=tmp_path), Last())
+    written = rows(tmp_path / "elastic" / "rank_0.csv")
+    assert [int(row["step"]) for row in written] == [2, 4, 6, 8, 10, 12]
+    assert [float(row["distance"]) for row in written] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    (total,) = rows(tmp_path / "communication.csv")
+    assert (total["steps"], total["exchanges"], total["bytes_sent"], total["ddp_bytes"]) == ("12", "6", "600", "0")
+    assert trainer.logged_metrics["elastic/exchanges"] == 6
+
+
+def test_monitor_records_every_nth_exchange(tmp_path):
+    fit(Elastic(), ElasticMonitor(every_n_exchanges=3, directory=tmp_path))
+    assert [int(row["exchanges"]) for row in rows(tmp_path / "elastic" / "rank_0.csv")] == [3, 6]
+
+
+def test_monitor_starts_again_with_a_second_fit(tmp_path):
+    monitor = ElasticMonitor(directory=tmp_path)
+    fit(Elastic(), monitor)
+    fit(Elastic(), monitor)
+    assert len(rows(tmp_path / "elastic" / "rank_0.csv")) == 6
+
+
+def test_monitor_refuses_zero():
+    with pytest.raises(ValueError, match=r"ElasticMonitor\(every_n_exchanges=0\)"):
+        ElasticMonitor(every_n_exchanges=0)
+
+
+def test_worker_evaluation_scores_center_and_worker_on_the_same_data(tmp_path):
+    evaluation = WorkerEvaluation(directory=tmp_path)
+    _, model = fit(Elastic(), First(), evaluation, Last(), max_epochs=3, limit_train_batches=None)
+    written = rows(tmp_path / "accuracy.csv")
+    assert [(row["stage"], row["weights"]) for row in written] == [
+        (stage, weights) for stage in ("val", "val", "val", "test") for weights in ("center", "worker_0")
+    ]
+    data = DigitsDataModule()
+    data.setup("test")
+    images, labels = data._splits["test"].tensors
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).float().mean().item()
+    assert evaluation.last_scores["worker_0"] == pytest.approx(right)
+    assert right > 0.5
+    # All logits equal: the argmax is class 0.
+    assert evaluation.last_scores["center"] == pytest.approx((labels == 0).float().mean().item())
+
+
+def test_worker_evaluation_leaves_the_mode_of_the_module(tmp_path):
+    modes = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append(pl_module.network.training)
+
+    fit(Elastic(), WorkerEvaluation(), Watch())
+    assert all(modes)
+
+
+def test_worker_evaluation_takes_the_model_where_there_is_no_center():
+    evaluation = WorkerEvaluation(max_batches=1)
+    fit(SingleDeviceStrategy(device="cpu"), evaluation)
+    assert evaluation.last_scores["center"] == evaluation.last_scores["worker_0"]
+
+
+def test_worker_evaluation_needs_a_datamodule():
+    data = DigitsDataModule()
+    data.setup("fit")
+    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[WorkerEvaluation()])
+    with pytest.raises(TypeError, match=r"WorkerEvaluation\(\).*datamodule"):
+        trainer.fit(tiny_classifier(), data.train_dataloader(), data.val_dataloader())
+
+
+def test_time_split_accounts_for_all_of_the_time(tmp_path):
+    split = TimeSplit(directory=tmp_path)
+    fit(Elastic(), First(), Last(), split)
+    (seconds,) = split.seconds
+    parts = [seconds[name] for name in ("compute", "data", "communication", "rest")]
+    assert sum(parts) == pytest.approx(seconds["total"])
+    assert all(part >= 0 for part in parts)
+    assert seconds["communication"] == pytest.approx(0.06)
+    assert rows(tmp_path / "time.csv")[0].keys() == {"rank", *seconds}
+
+
+def test_time_split_tells_slow_data_from_slow_training():
+    class SlowData(DigitsDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            if self.trainer.training:
+                time.sleep(0.02)
+            return batch
+
+    class SlowValidation(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            time.sleep(0.2)
+
+    split = TimeSplit()
+    trainer = quiet_trainer(max_epochs=2, limit_train_batches=6, callbacks=[SlowValidation(), split])
+    trainer.fit(tiny_classifier(), datamodule=SlowData())
+    (seconds,) = split.seconds
+    assert seconds["data"] >= 12 * 0.02
+    assert seconds["rest"] >= 2 * 0.2
+    assert seconds["communication"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gradient_bytes", "steps", "world", "sent"), [(100, 10, 1, 0), (100, 10, 2, 1000), (100, 10, 4, 1500)]
+)
+def test_ddp_bytes_is_a_ring_all_reduce_per_step(gradient_bytes, steps, world, sent):
+    assert ddp_bytes(gradient_bytes, steps, world) == sent

@@ -1,0 +1,105 @@
+"""What is shipped: all packages, all configurations, and a wheel that works without the clone."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import venv
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+import yaml
+from application import CONF, ROOT, only_run
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_every_package_is_listed():
+    folders = {path.parent for path in (ROOT / "lightning_easgd").rglob("__init__.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"lightning_easgd.conf"}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
+
+
+def test_configurations_are_found_through_the_package():
+    shipped = files("lightning_easgd.conf")
+    for path in CONF.rglob("*.yaml"):
+        assert shipped.joinpath(*path.relative_to(CONF).parts).is_file(), path
+
+
+def test_citation_and_changelog_agree_with_the_version():
+    version = PROJECT["project"]["version"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert [author["family-names"] for author in citation["preferred-citation"]["authors"]] == [
+        "Zhang", "Choromanska", "LeCun",
+    ]  # fmt: skip
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_makefile_names_the_problem_with_an_old_python(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    done = subprocess.run(
+        ["make", f"PYTHON={old}", "train"], cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.returncode != 0
+    assert "older than Python 3.11" in done.stderr
+
+
+def test_ci_script_is_executable_and_runs_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert "make test" in script.read_text()
+
+
+def sources(folder: Path) -> Path:
+    """A copy of what is built: setuptools leaves files behind, and old ones would get into the wheel."""
+    for name in ("lightning_easgd", "conf"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def run(*arguments: object, cwd: Path) -> str:
+    outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        [str(argument) for argument in arguments],
+        cwd=cwd, env=outside | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_wheel_works_outside_the_clone(tmp_path):
+    (tmp_path / "sources").mkdir()
+    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    run(sys.executable, *build, sources(tmp_path / "sources"), cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    configurations = {f"lightning_easgd/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
+    assert names >= configurations | {"lightning_easgd/py.typed"}
+    assert not any(name.startswith(("conf/", "tests/")) for name in names)
+
+    venv.create(tmp_path / "venv", with_pip=True)
+    scripts = tmp_path / "venv" / "bin"
+    requirement = f"lightning_easgd[demo] @ {wheel.as_uri()}"
+    run(
+        scripts / "python", "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", requirement,
+        cwd=tmp_path,
+    )  # fmt: skip
+    work = tmp_path / "work"
+    work.mkdir()
+    assert "EASGDStrategy" in run(scripts / "easgd-train", "--cfg", "job", cwd=work)
+    run(scripts / "easgd-train", "experiment=digits_quick", cwd=work)
+    checkpoint = only_run(work) / "checkpoints" / "last.ckpt"
+    assert (only_run(work) / "figure.png").exists()
+    assert "test/accuracy" in run(scripts / "easgd-evaluate", f"ckpt_path={checkpoint}", cwd=work)

@@ -1,0 +1,81 @@
+"""Table and figure come from CSV files only."""
+
+import sys
+
+import pytest
+
+from lightning_easgd import plots, report
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "accuracy.csv").write_text(
+        "stage,step,weights,accuracy\nval,10,center,0.5\nval,10,worker_0,0.25\nval,20,center,0.75\n"
+        "val,20,worker_0,0.5\ntest,20,center,0.9876\ntest,20,worker_0,0.9\n"
+    )
+    (tmp_path / "time.csv").write_text("rank,compute,data,communication,rest,total\n0,6,1,1,2,10\n1,7,1,0,2,10\n")
+    (tmp_path / "communication.csv").write_text(
+        "rank,steps,exchanges,bytes_sent,ddp_bytes,seconds_waited\n0,100,10,1000000,10000000,1\n"
+    )
+    (tmp_path / "elastic").mkdir()
+    (tmp_path / "elastic" / "rank_0.csv").write_text(
+        "step,distance,exchanges,bytes_sent,seconds_waited\n10,0.5,1,1,0\n20,,2,2,0\n30,0.25,3,3,0\n"
+    )
+    return tmp_path
+
+
+def test_table_of_an_elastic_run(run):
+    assert report.render(run).splitlines() == [
+        "  test accuracy at the center             98.76%",
+        "  test accuracy of worker 0               90.00%",
+        "  training time (mean of the workers)     10.0 s",
+        "    compute                                6.5 s  65.0%",
+        "    data                                   1.0 s  10.0%",
+        "    communication                          0.5 s  5.0%",
+        "    validation, checkpoints                2.0 s  20.0%",
+        "  exchanges                                   10  in 100 steps of each worker",
+        "  bytes sent by each worker              1.00 MB  DDP: 10.00 MB, 10.0% of it",
+    ]
+
+
+def test_table_of_a_run_without_a_center(run):
+    (run / "communication.csv").unlink()
+    table = report.render(run)
+    assert "test accuracy of the model" in table
+    assert "compute and communication" in table
+    assert "center" not in table
+
+
+def test_equal_ranks_are_shown_once(run):
+    (run / "communication.csv").unlink()
+    (run / "accuracy.csv").write_text("stage,step,weights,accuracy\ntest,1,center,0.5\ntest,1,worker_0,0.5\n")
+    assert "worker 0" not in report.render(run)
+
+
+def test_last_accuracy_is_the_last(run):
+    assert report.last_accuracy(run, "val") == {"center": 0.75, "worker_0": 0.5}
+
+
+def test_run_without_callbacks_says_so(tmp_path):
+    assert "nothing to report: callbacks=default" in report.render(tmp_path)
+
+
+def test_figure_is_a_png(run):
+    path = plots.draw(run)
+    assert path == run / "figure.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_of_a_run_without_files(tmp_path):
+    assert plots.draw(tmp_path).exists()
+
+
+def test_missing_matplotlib_is_one_clear_sentence(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"matplotlib is not installed; run pip install 'lightning_easgd\[demo"
+    ):
+        plots.draw(run)

@@ -1,0 +1,154 @@
+"""`easgd-train` and `easgd-evaluate` as a user runs them."""
+
+import csv
+import sys
+
+import pytest
+from application import command, only_run
+from omegaconf import OmegaConf
+
+from lightning_easgd import evaluate, train
+
+SHORT = ("trainer.devices=2", "trainer.max_epochs=2", "trainer.limit_train_batches=24", "strategy.tau=4")
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def refusal(monkeypatch, tmp_path, main, *arguments: str) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["easgd", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert isinstance(caught.value.code, str), "a message, which makes the exit code 1"
+    return caught.value.code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])
+def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
+    done = command("train", *SHORT, f"strategy.start_method={start_method}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert names >= {
+        "config.yaml", "versions.txt", "metrics.csv", "figure.png", "accuracy.csv", "time.csv", "communication.csv",
+        "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+    }  # fmt: skip
+    for line in ("test accuracy at the center", "of worker 0", "of worker 1", "communication", "DDP:"):
+        assert done.stdout.count(line) == 1, done.stdout
+    assert "Epoch 1: 100%" in done.stdout + done.stderr
+    weights = {row["weights"] for row in rows(run / "accuracy.csv")}
+    assert weights == {"center", "worker_0", "worker_1"}
+    assert [int(row["exchanges"]) for row in rows(run / "communication.csv")] == [11, 11]
+    assert OmegaConf.load(run / "config.yaml").strategy.tau == 4
+    assert "torch 2." in (run / "versions.txt").read_text()
+
+
+@pytest.mark.slow
+def test_evaluation_of_the_checkpoint_is_that_of_the_center(tmp_path):
+    done = command("train", *SHORT, "model.network.width=4", "plot=false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    center = [row for row in rows(run / "accuracy.csv") if (row["stage"], row["weights"]) == ("test", "center")]
+    # The network's width is not the default: it comes from the run's saved configuration.
+    evaluated = command("evaluate", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    printed = dict(line.split() for line in evaluated.stdout.splitlines() if line.startswith("  test/"))
+    assert float(printed["test/accuracy"]) == pytest.approx(float(center[0]["accuracy"]), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_defaults_reach_97_percent_at_the_center(tmp_path):
+    done = command("train", "callbacks.progress_bar.refresh_rate=0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = {row["weights"]: float(row["accuracy"]) for row in rows(only_run(tmp_path) / "accuracy.csv")}
+    assert len(last) == 1 + 4
+    assert last["center"] >= 0.97
+
+
+@pytest.mark.slow
+def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
+    done = command(
+        "train", "-m", *SHORT[:3], "strategy.tau=4,8", "strategy.start_method=spawn", "plot=false", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "multirun").glob("*/*")
+    exchanges = [rows(sweep / job / "communication.csv")[1]["exchanges"] for job in ("0", "1")]
+    assert exchanges == ["11", "5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["strategy.tua=3"], "easgd-train(strategy.tua=...): there is no key 'tua' in 'strategy'; did you mean "
+         "strategy.tau?"),
+        (["stratgy.tau=3"], "easgd-train(stratgy=...): there is no key 'stratgy'; did you mean strategy?"),
+        (["seeds=3"], "easgd-train(seeds=...): there is no key 'seeds'; did you mean seed?"),
+        (["model.network.depth=3"], "easgd-train(model.network.depth=...): there is no key 'depth' in "
+         "'model.network'; choose one of: hidden, num_classes, width"),
+        (["strategy=esgd"], "easgd-train(strategy=esgd): there is no such strategy; did you mean strategy=easgd?"),
+        (["data=mnist"], "easgd-train(data=mnist): there is no such data; choose one of: digits"),
+        (["strategy"], "easgd-train(strategy): this cannot be read as an override; write key=value"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_one_sentence_with_a_hint(monkeypatch, tmp_path, arguments, message):
+    assert refusal(monkeypatch, tmp_path, train.main, *arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "beginning"),
+    [
+        (["strategy.tau=0"], "EASGDStrategy(tau=0)"),
+        (["strategy.tau=1.5"], "EASGDStrategy(tau=1.5)"),
+        (["strategy.mode=asink"], "EASGDStrategy(mode='asink')"),
+        (["strategy=eamsgd", "strategy.momentum=2"], "EASGDStrategy(momentum=2)"),
+        (["data.sampling=half"], "DigitsDataModule(sampling='half')"),
+        (["callbacks.elastic_monitor.every_n_exchanges=0"], "ElasticMonitor(every_n_exchanges=0)"),
+        (["strategy=single", "trainer.devices=2"], "easgd-train(strategy=single, trainer.devices=2)"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_starts(monkeypatch, tmp_path, arguments, beginning):
+    sentence = refusal(monkeypatch, tmp_path, train.main, *arguments)
+    assert sentence.startswith(beginning)
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("strategy", ["easgd", "ddp", "local"])
+def test_a_sweep_with_popen_is_refused_with_the_remedy(monkeypatch, tmp_path, strategy):
+    sentence = refusal(monkeypatch, tmp_path, train.main, "-m", f"strategy={strategy}", "seed=0,1")
+    assert "each rank would repeat the whole sweep" in sentence
+    assert sentence.endswith("set strategy.start_method=spawn")
+
+
+def test_a_logger_that_is_not_installed_is_one_sentence(monkeypatch, tmp_path):
+    def absent(*arguments, **named):
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.TensorBoardLogger.__init__", absent)
+    sentence = refusal(monkeypatch, tmp_path, train.main, "logger=tensorboard", "strategy=single")
+    assert "pip install 'lightning_easgd[tensorboard]' or choose logger=csv" in sentence
+
+
+def test_a_run_is_not_spoiled_by_a_missing_matplotlib(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["easgd-train", "strategy=single", "trainer.fast_dev_run=true"])
+    train.main()
+    assert "no figure: plots.draw(): matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_errors_that_are_no_ones_input_keep_their_traceback(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "train", lambda config: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["easgd-train"])
+    with pytest.raises(ZeroDivisionError):
+        train.main()
+
+
+def test_evaluate_needs_a_checkpoint(monkeypatch, tmp_path):
+    assert "easgd-evaluate(ckpt_path=null)" in refusal(monkeypatch, tmp_path, evaluate.main)
+    sentence = refusal(monkeypatch, tmp_path, evaluate.main, "ckpt_path=nowhere.ckpt")
+    assert sentence == "easgd-evaluate(ckpt_path=nowhere.ckpt): there is no such file; check the path"
