@@ -80,7 +80,7 @@ def build_trainer(config: DictConfig) -> L.Trainer:
     trainer: L.Trainer = instantiate(
         config.trainer,
         strategy=build_strategy(config.strategy),
-        callbacks=[instantiate(callback) for callback in config.callbacks.values() if callback],
+        callbacks=_build_callbacks(config),
         logger=loggers or False,
     )
     return trainer
@@ -95,6 +95,16 @@ def build_strategy(config: DictConfig) -> Any:
     initializer = inspect.getattr_static(get_class(config._target_), "__init__")
     left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
     return instantiate(OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]))
+
+
+def _build_callbacks(config: DictConfig) -> list[Any]:
+    # The trainer's switches turn the group's callbacks off; Lightning would call the two a contradiction.
+    switches = {"progress_bar": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
+    return [
+        instantiate(callback)
+        for name, callback in config.callbacks.items()
+        if callback and not (name in switches and config.trainer[switches[name]] is False)
+    ]
 
 
 def _build_logger(config: DictConfig, name: str) -> Any:
@@ -161,6 +171,8 @@ def quiet() -> None:
         # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
         r"Experiment logs directory .* exists and is not empty.*",
         r"Checkpoint directory .* exists and is not empty.*",
+        # A checkpoint that is only tested does not need the callbacks of its training.
+        r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
         # Lightning and the tested torch; nothing of ours.
         r"`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):

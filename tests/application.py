@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from torch import nn
 
 from lightning_easgd.models import Classifier
@@ -46,9 +46,8 @@ def composed(run: Path, *overrides: str, name: str = "train") -> DictConfig:
     with initialize_config_module("lightning_easgd.conf", version_base="1.3"):
         config = compose(name, [f"paths.run={run}", *overrides], return_hydra_config=True)
     HydraConfig.instance().set_config(config)
-    del config._metadata.flags["struct"]
-    config.pop("hydra")
-    config._metadata.flags["struct"] = True
+    with open_dict(config):
+        del config["hydra"]
     return config
 
 

@@ -87,7 +87,7 @@ def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
          "strategy.tau?"),
         (["stratgy.tau=3"], "easgd-train(stratgy=...): there is no key 'stratgy'; did you mean strategy?"),
         (["seeds=3"], "easgd-train(seeds=...): there is no key 'seeds'; did you mean seed?"),
-        (["model.network.depth=3"], "easgd-train(model.network.depth=...): there is no key 'depth' in "
+        (["model.network.layers=3"], "easgd-train(model.network.layers=...): there is no key 'layers' in "
          "'model.network'; choose one of: hidden, num_classes, width"),
         (["strategy=esgd"], "easgd-train(strategy=esgd): there is no such strategy; did you mean strategy=easgd?"),
         (["data=mnist"], "easgd-train(data=mnist): there is no such data; choose one of: digits"),
