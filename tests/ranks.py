@@ -48,7 +48,8 @@ def end_ranks(
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
-            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, folder, function, arguments)) for rank in range(ranks)
+            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, folder, function, arguments))
+            for rank in range(ranks)
         ]
         for process in processes:
             process.start()
@@ -80,7 +81,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _rank(rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     # What torchrun sets, so that a Trainer in the function becomes this rank.
     os.environ |= {
         "RANK": str(rank),

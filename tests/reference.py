@@ -10,7 +10,9 @@ from lightning_easgd.averagers import ExchangeLine
 from lightning_easgd.rates import MovingRates
 
 
-def synchronous_trace(workers: int, steps: int, tau: int, alpha: float, beta: float, lr: float = 0.1, delta: float = 0.0):
+def synchronous_trace(
+    workers: int, steps: int, tau: int, alpha: float, beta: float, lr: float = 0.1, delta: float = 0.0
+):
     """Rows (x_1, …, x_p, x̃) after each step of synchronous EASGD (δ = 0) or EAMSGD on f_i = ½(x - b_i)²."""
     minima = np.array(MINIMA[:workers])
     x, v, center = np.ones(workers), np.zeros(workers), 1.0
