@@ -121,7 +121,7 @@ class ExchangeLine:
         control: The channel of the headers; it reduces CPU tensors.
         data: The channel of the exchanges themselves.
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
-        stop_agreed: True from the first header on in which any worker asked; the same header on all workers.
+        stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
     """
 
@@ -130,6 +130,7 @@ class ExchangeLine:
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
+    _stop_heard: bool = False
 
     def announce(self, averager: int, agreement: object) -> Header:
         """Announce an exchange of the averager of this number; returns at once.
@@ -142,13 +143,18 @@ class ExchangeLine:
         return Header(self.control, mark=(averager + 1 << _MARK_BITS) + checksum, stop=self.stop_requested)
 
     def accept(self, header: Header) -> None:
-        """Wait for a header, and take notice of a request to stop.
+        """Wait for a header, and hear what it carries.
 
         Raises:
             ExchangeError: See :meth:`Header.wait`.
         """
         header.wait()
-        self.stop_agreed |= header.stop
+        self._stop_heard |= header.stop
+
+    def agree(self) -> bool:
+        """Whether to stop here; called only at points that all workers come to after the same header."""
+        self.stop_agreed = self._stop_heard
+        return self.stop_agreed
 
     def meet(self, meeting: Meeting, averagers: Sequence[Exchanger]) -> None:
         """Return when all workers have come to this meeting, with no exchange under way.
@@ -165,6 +171,7 @@ class ExchangeLine:
             header = Header(self.control, meeting=meeting, stop=self.stop_requested)
             self.accept(header)
             if header.exchange is None:
+                self.agree()
                 return
             averagers[header.exchange].join()
 

@@ -91,7 +91,7 @@ class SynchronousAverager:
         if self.clock == 0 or self.clock % self._tau:
             return
         self.complete()
-        if self._line.stop_agreed:  # on every worker at this same exchange: nobody begins another
+        if self._line.agree():  # nobody begins another exchange
             return
         rates = self._current_rates()
         header = self._line.announce(self._number, (self._wire.flat.numel(), rates))

@@ -256,9 +256,7 @@ class ElasticWorkers(LocalWorkers):
         averager.begin()
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         averager.finish()
-        assert self._line is not None
-        if self._line.stop_agreed:
-            request_stop(self._trainer)
+        self._stop_if_agreed()
         return output
 
     def on_validation_start(self) -> None:
@@ -325,10 +323,15 @@ class ElasticWorkers(LocalWorkers):
     # The parts of the above
 
     def _on_sigterm(self) -> None:
-        if self._averaging and self._line is not None:
+        if self._line is not None:
             self._line.stop_requested = True
         else:
             super()._on_sigterm()
+
+    def _stop_if_agreed(self) -> None:
+        assert self._line is not None
+        if self._line.stop_agreed:
+            request_stop(self._trainer)
 
     def _named_center(self, wait: bool = True) -> dict[str, Tensor]:
         assert self.lightning_module is not None
@@ -346,6 +349,7 @@ class ElasticWorkers(LocalWorkers):
         assert self._line is not None
         assert self.lightning_module is not None
         self._line.meet(meeting, list(self._averagers.values()))
+        self._stop_if_agreed()
         self._center_buffers = common_buffers(self.lightning_module, self._line.control)
 
     @contextlib.contextmanager

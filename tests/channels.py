@@ -1,0 +1,98 @@
+"""Channels without processes: workers are threads of one process."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.averagers import Channel, ExchangeLine, Transfer
+
+
+class Hub:
+    """Joins the reductions of ``size`` workers: the k-th of each worker belong together."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Condition()
+        self._rounds: dict[int, list[Tensor]] = {}
+
+    def channel(self, rank: int) -> "HubChannel":
+        return HubChannel(self, rank)
+
+
+class HubChannel(Channel):
+    def __init__(self, hub: Hub, rank: int) -> None:
+        self.rank, self.size, self._hub, self._round = rank, hub.size, hub, 0
+
+    def sum(self, buffer: Tensor) -> Transfer:
+        number, self._round = self._round, self._round + 1
+        with self._hub._lock:
+            self._hub._rounds.setdefault(number, []).append(buffer)
+            self._hub._lock.notify_all()
+        return _HubTransfer(self._hub, number)
+
+
+class _HubTransfer(Transfer):
+    def __init__(self, hub: Hub, number: int) -> None:
+        self._hub, self._number = hub, number
+
+    def wait(self) -> None:
+        with self._hub._lock:
+            arrived = self._hub._lock.wait_for(lambda: len(self._buffers) == self._hub.size, timeout=20)
+            assert arrived, "a worker never came to this reduction"
+            if any(buffer is not self._buffers[0] for buffer in self._buffers):
+                total = sum(buffer.clone() for buffer in self._buffers)
+                for buffer in self._buffers:
+                    buffer.copy_(total)
+                self._hub._rounds[self._number] = [self._buffers[0]] * self._hub.size
+
+    @property
+    def _buffers(self) -> list[Tensor]:
+        return self._hub._rounds[self._number]
+
+
+class LoneChannel(Channel):
+    """One worker; writes down what happens, and lets a test decide when a reduction has arrived."""
+
+    rank, size = 0, 1
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def sum(self, buffer: Tensor) -> Transfer:
+        self.events.append("start")
+        return _LoneTransfer(self.events)
+
+
+class _LoneTransfer(Transfer):
+    def __init__(self, events: list[str]) -> None:
+        self._events = events
+
+    def wait(self) -> None:
+        self._events.append("wait")
+
+
+def run_threads(work: Callable[[int, ExchangeLine], Any], workers: int) -> list[Any]:
+    """Call ``work(rank, line)`` on a thread per worker; return the results."""
+    control, data = Hub(workers), Hub(workers)
+    results: list[Any] = [None] * workers
+    errors: list[BaseException] = []
+
+    def run(rank: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            results[rank] = work(rank, ExchangeLine(control.channel(rank), data.channel(rank)))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a worker hangs"
+    if errors:
+        raise errors[0]
+    return results

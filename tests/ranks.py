@@ -1,0 +1,110 @@
+"""Run a function as the ranks of one job: forked processes, a hard timeout, and each rank's result."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+@dataclass
+class Outcome:
+    """How one rank ended: its exit code, and what its function returned or raised."""
+
+    exitcode: int
+    value: Any = None
+    error: str | None = None
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60) -> list[Any]:
+    """Return what ``function(*arguments)`` returns on each rank; fail if one of them fails."""
+    outcomes = end_ranks(function, ranks, *arguments, timeout=timeout)
+    for rank, outcome in enumerate(outcomes):
+        assert outcome.exitcode == 0, f"rank {rank} ended with {outcome.exitcode}:\n{outcome.error}"
+    return [outcome.value for outcome in outcomes]
+
+
+def end_ranks(
+    function: Callable[..., Any],
+    ranks: int,
+    *arguments: Any,
+    timeout: float = 60,
+    interfere: Callable[[list[int]], None] | None = None,
+) -> list[Outcome]:
+    """Run ``function(*arguments)`` on each rank and return how each ended; all must end within the timeout.
+
+    ``interfere`` is called with the process ids while they run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        processes = [
+            _CONTEXT.Process(target=_rank, args=(rank, ranks, port, folder, function, arguments))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            if interfere is not None:
+                interfere([process.pid for process in processes])
+            deadline = time.monotonic() + timeout
+            for process in processes:
+                process.join(max(0.1, deadline - time.monotonic()))
+            hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+            assert not hanging, f"ranks {hanging} hang: still running after {timeout} s"
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        outcomes = []
+        for rank, process in enumerate(processes):
+            outcome = Outcome(process.exitcode)
+            result = Path(folder, str(rank))
+            if result.exists():
+                outcome.value, outcome.error = pickle.loads(result.read_bytes())
+            outcomes.append(outcome)
+        return outcomes
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _rank(
+    rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    # What torchrun sets, so that a Trainer in the function becomes this rank.
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    torch.set_num_threads(1)
+    value, error, code = None, None, 0
+    try:
+        value = function(*arguments)
+    except SystemExit as exit_:
+        code = exit_.code or 0
+        error = repr(exit_)
+    except BaseException:
+        error, code = traceback.format_exc(), 1
+    target = Path(folder, str(rank))
+    target.with_suffix(".tmp").write_bytes(pickle.dumps((value, error)))
+    target.with_suffix(".tmp").rename(target)
+    raise SystemExit(code)

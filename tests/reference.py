@@ -1,0 +1,75 @@
+"""Independent references: the recursions of the paper in a few lines, and a blocking twin of the fast averager."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.optim import Optimizer
+from toys import MINIMA
+
+from lightning_easgd.averagers import ExchangeLine
+from lightning_easgd.rates import MovingRates
+
+
+def synchronous_trace(
+    workers: int, steps: int, tau: int, alpha: float, beta: float, lr: float = 0.1, delta: float = 0.0
+):
+    """Rows (x_1, …, x_p, x̃) after each step of synchronous EASGD (δ = 0) or EAMSGD on f_i = ½(x - b_i)²."""
+    minima = np.array(MINIMA[:workers])
+    x, v, center = np.ones(workers), np.zeros(workers), 1.0
+    rows = []
+    for t in range(steps):
+        exchange = t % tau == 0
+        difference = x - center
+        v = delta * v - lr * (x + delta * v - minima)
+        x = x + v - (alpha * difference if exchange else 0)
+        center = center + (beta * difference.mean() if exchange else 0)
+        rows.append((*x, center))
+    return np.array(rows)
+
+
+class BlockingAverager:
+    """Plain synchronous EASGD: the reduction is waited for at once, and the center moved before the step."""
+
+    def __init__(self, optimizer: Optimizer, line: ExchangeLine, *, number, tau, rates: MovingRates, position) -> None:
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.centers = [parameter.detach().clone().float() for parameter in self.parameters]
+        self.optimizer, self.tau, self.rates, self.clock = optimizer, tau, rates, 0
+
+    def begin(self) -> None:
+        self.pulls = []
+        if self.clock == 0 or self.clock % self.tau:
+            return
+        workers = dist.get_world_size()
+        alpha, beta = self.rates.resolve(workers, self.optimizer.param_groups[0]["lr"])
+        differences = [p.detach() - center for p, center in zip(self.parameters, self.centers, strict=True)]
+        # One buffer: with three ranks or more the order of a ring's additions depends on the place in the buffer.
+        total = torch.cat([difference.flatten() for difference in differences])
+        dist.all_reduce(total)
+        torch.nn.utils.vector_to_parameters(
+            torch.nn.utils.parameters_to_vector(self.centers).add(total, alpha=beta / workers), self.centers
+        )
+        self.pulls = [(p, difference, alpha) for p, difference in zip(self.parameters, differences, strict=True)]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for parameter, difference, alpha in self.pulls:
+            parameter.sub_(difference, alpha=alpha)
+        self.clock += 1
+
+    def complete(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def show_center(self) -> None:
+        self.kept = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, center in zip(self.parameters, self.centers, strict=True):
+            parameter.copy_(center)
+
+    @torch.no_grad()
+    def show_worker(self) -> None:
+        for parameter, value in zip(self.parameters, self.kept, strict=True):
+            parameter.copy_(value)
+
+    @property
+    def center(self):
+        return type("Views", (), {"views": self.centers})

@@ -1,0 +1,93 @@
+"""Small modules whose trajectories can be written by hand, and a quiet trainer."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+MINIMA = (1.0, -3.0, 2.0, 0.5)
+
+
+class Quadratic(L.LightningModule):
+    """f_i(x) = ½(x - b_i)² of rank i, from x = 1; records (x_i, x̃) after each step."""
+
+    def __init__(self, lr: float = 0.1, steps: int = 6, record: bool = True, **sgd: Any) -> None:
+        super().__init__()
+        self.record = record
+        self.x = nn.Parameter(torch.ones(1))
+        self.lr = lr
+        self.steps = steps
+        self.sgd = sgd
+        self.trace: list[tuple[float, float]] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return 0.5 * (self.x - MINIMA[self.trainer.global_rank]).square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, **self.sgd)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.zeros(self.steps * self.trainer.world_size), batch_size=1)
+
+    def position(self) -> float:
+        """x, which with Nesterov momentum is y + ηδb."""
+        group = self.trainer.optimizers[0].param_groups[0]
+        buffer = self.trainer.optimizers[0].state[self.x].get("momentum_buffer")
+        if buffer is None or not group["nesterov"]:
+            return self.x.item()
+        return (self.x + group["lr"] * group["momentum"] * buffer).item()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.record:  # reading the center waits for the exchange under way
+            self.trace.append((self.position(), self.trainer.strategy.center["x"].item()))
+
+
+class Regression(L.LightningModule):
+    """A small network with BatchNorm on random data; each rank has its own part."""
+
+    def __init__(self, batches: int = 8, validate: bool = True) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        self.batches = batches
+        if not validate:
+            self.validation_step = None  # type: ignore[assignment]
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        data = torch.randn(self.batches * 8 * self.trainer.world_size, 4, generator=torch.Generator().manual_seed(1))
+        return DataLoader(data, batch_size=8)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.randn(32, 4, generator=torch.Generator().manual_seed(2)), batch_size=8)
+
+
+def quiet_trainer(**arguments: Any) -> L.Trainer:
+    """A Trainer on CPU without bars, logs and checkpoints."""
+    defaults = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**(defaults | arguments))
+
+
+def fitted(module: L.LightningModule, strategy: Any, ranks: int, **trainer: Any) -> L.LightningModule:
+    """Fit in a process that :func:`ranks.run_ranks` made."""
+    quiet_trainer(strategy=strategy, devices=ranks, **trainer).fit(module)
+    return module
