@@ -87,11 +87,13 @@ class ElasticMonitor(Callback):
             )
         self.every_n_exchanges = every_n_exchanges
         self.directory = directory
+        self._first_step = 0
         self._recorded = 0
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Starts a new file, so that a second `fit` does not repeat the rows of the first."""
+        self._first_step = trainer.global_step  # not 0 in a run that resumes another
         self._recorded = 0
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
@@ -141,10 +143,9 @@ class ElasticMonitor(Callback):
             return
         counts = strategy.communication
         gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        ddp = ddp_bytes(gradient_bytes, trainer.global_step, trainer.world_size)
-        totals = _gather(
-            trainer, [trainer.global_step, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited]
-        )
+        steps = trainer.global_step - self._first_step
+        ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
+        totals = _gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
             _write_csv(
                 Path(self.directory) / COMMUNICATION_FILE,

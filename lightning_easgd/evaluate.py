@@ -55,6 +55,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=config.progress_bar,
         default_root_dir=config.paths.run,
     )
     results = trainer.test(model, datamodule=instantiate(chosen["data"]), ckpt_path=str(checkpoint), verbose=False)

@@ -99,11 +99,15 @@ def build_strategy(config: DictConfig) -> Any:
 
 def _build_callbacks(config: DictConfig) -> list[Any]:
     # The trainer's switches turn the group's callbacks off; Lightning would call the two a contradiction.
-    switches = {"progress_bar": "enable_progress_bar", "checkpoint": "enable_checkpointing"}
+    switched_off = tuple(
+        prefix
+        for prefix, switch in (("progress_bar", "enable_progress_bar"), ("checkpoint", "enable_checkpointing"))
+        if config.trainer[switch] is False
+    )
     return [
         instantiate(callback)
         for name, callback in config.callbacks.items()
-        if callback and not (name in switches and config.trainer[switches[name]] is False)
+        if callback and not str(name).startswith(switched_off)
     ]
 
 
@@ -171,6 +175,8 @@ def quiet() -> None:
         # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
         r"Experiment logs directory .* exists and is not empty.*",
         r"Checkpoint directory .* exists and is not empty.*",
+        # Each run has a directory of its own, also one that resumes another.
+        r"The dirpath has changed from .*",
         # A checkpoint that is only tested does not need the callbacks of its training.
         r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
         # Lightning and the tested torch; nothing of ours.

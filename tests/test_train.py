@@ -61,6 +61,19 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_center(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
+    quick = ("trainer.devices=2", "trainer.limit_train_batches=10", "strategy.tau=2", "plot=false")
+    for number, more in enumerate(
+        (["trainer.max_epochs=1"], ["trainer.max_epochs=3", "ckpt_path=1/checkpoints/last.ckpt"])
+    ):
+        done = command("train", *quick, *more, f"hydra.run.dir={number + 1}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    # Steps 11 to 30: what DDP would have sent is counted for this run alone.
+    assert [row["steps"] for row in rows(tmp_path / "2" / "communication.csv")] == ["20", "20"]
+    assert {int(row["step"]) for row in rows(tmp_path / "2" / "accuracy.csv")} == {20, 30}
+
+
+@pytest.mark.slow
 def test_defaults_reach_97_percent_at_the_center(tmp_path):
     done = command("train", "callbacks.progress_bar.refresh_rate=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
