@@ -5,6 +5,7 @@ from typing import Any, final
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.elastic import nesterov_position_
@@ -30,7 +31,8 @@ class Position(ABC):
 class ParameterPosition(Position):
     """EASGD: the worker is where its parameters are."""
 
-    def write(self, into: FlatTensors) -> None:  # noqa: D102
+    @override
+    def write(self, into: FlatTensors) -> None:
         into.load_([parameter for group in self._optimizer.param_groups for parameter in group["params"]])
 
 
@@ -48,10 +50,12 @@ class LookAheadPosition(Position):
         self._lr_times_momentum: list[float] = []
         self.after_step()
 
-    def after_step(self) -> None:  # noqa: D102
+    @override
+    def after_step(self) -> None:
         self._lr_times_momentum = [float(group["lr"]) * group["momentum"] for group in self._optimizer.param_groups]
 
-    def write(self, into: FlatTensors) -> None:  # noqa: D102
+    @override
+    def write(self, into: FlatTensors) -> None:
         groups = self._optimizer.param_groups
         into.load_([parameter for group in groups for parameter in group["params"]])
         # A group added since the last step has no rate here, and no momentum either.

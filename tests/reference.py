@@ -70,6 +70,5 @@ class BlockingAverager:
         for parameter, value in zip(self.parameters, self.kept, strict=True):
             parameter.copy_(value)
 
-    @property
-    def center(self):
-        return type("Views", (), {"views": self.centers})
+    def center_values(self) -> list[torch.Tensor]:
+        return self.centers

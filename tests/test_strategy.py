@@ -193,7 +193,7 @@ def test_one_clock_per_optimizer():
     def train():
         class Clocks(Callback):
             def on_train_batch_end(self, trainer, *_):
-                clocks.append([averager.clock for averager in trainer.strategy._averagers.values()])
+                clocks.append([averager.clock for averager in trainer.strategy._averagers])
 
         clocks = []
         strategy = EASGDStrategy(tau=2)

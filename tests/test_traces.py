@@ -9,7 +9,7 @@ from test_elastic import SYNCHRONOUS
 from toys import Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
-from lightning_easgd.strategies import elastic_workers
+from lightning_easgd.averagers import synchronous
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -136,7 +136,7 @@ def test_one_worker_without_force_is_the_single_device_run_bitwise(strategy):
 @pytest.mark.parametrize("tau", [1, 3])
 def test_numbers_are_those_of_the_blocking_form(ranks, tau, monkeypatch):
     fast = run_ranks(weights_by_step, ranks, EASGDStrategy(tau=tau), ranks)
-    monkeypatch.setattr(elastic_workers, "SynchronousAverager", BlockingAverager)
+    monkeypatch.setattr(synchronous, "SynchronousAverager", BlockingAverager)
     plain = run_ranks(weights_by_step, ranks, EASGDStrategy(tau=tau), ranks)
     assert len(fast[0]) == 12
     for a, b in zip(fast, plain, strict=True):

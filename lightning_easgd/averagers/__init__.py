@@ -1,10 +1,13 @@
 """When the workers and the center are averaged, and over which channel."""
 
+from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
 from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics
-from lightning_easgd.averagers.synchronous import SynchronousAverager
+from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
 __all__ = [
+    "Averager",
+    "Averaging",
     "Channel",
     "ExchangeError",
     "ExchangeLine",
@@ -12,5 +15,6 @@ __all__ = [
     "ProcessGroupChannel",
     "Statistics",
     "SynchronousAverager",
+    "SynchronousAveraging",
     "Transfer",
 ]

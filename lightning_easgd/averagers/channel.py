@@ -7,6 +7,7 @@ from typing import final
 
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 __all__ = ["Channel", "ExchangeError", "ProcessGroupChannel", "Transfer"]
 
@@ -64,12 +65,14 @@ class ProcessGroupChannel(Channel):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
-    def sum(self, buffer: Tensor) -> Transfer:  # noqa: D102
+    @override
+    def sum(self, buffer: Tensor) -> Transfer:
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
         assert work is not None
         return _WorkTransfer(work, self._timeout)
 
-    def close(self) -> None:  # noqa: D102
+    @override
+    def close(self) -> None:
         dist.destroy_process_group(self._group)
 
 

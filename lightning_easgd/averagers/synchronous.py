@@ -1,26 +1,28 @@
 r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_easgd.averagers.channel import Transfer
-from lightning_easgd.averagers.line import ExchangeLine, Header
+from lightning_easgd.averagers.base import Averager, Averaging
+from lightning_easgd.averagers.channel import Channel, Transfer
+from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
 from lightning_easgd.center import FlatTensors, center_dtype
 from lightning_easgd.elastic import elastic_pull_, elastic_push_
 from lightning_easgd.momentum import ParameterPosition, Position
 from lightning_easgd.rates import MovingRates
 
-__all__ = ["SynchronousAverager"]
+__all__ = ["SynchronousAverager", "SynchronousAveraging"]
 
 
 @final
-class SynchronousAverager:
+class SynchronousAverager(Averager):
     r"""Elastic averaging of one optimizer's parameters, every τ of its steps.
 
     .. math::
@@ -75,8 +77,8 @@ class SynchronousAverager:
         line.data.sum(self.center.flat).wait()
 
     @property
+    @override
     def parameters(self) -> list[Tensor]:
-        """The averaged parameters, in the order of the optimizer's groups."""
         return [parameter for group in self._groups for parameter in group]
 
     @torch.no_grad()
@@ -131,13 +133,17 @@ class SynchronousAverager:
         for center, total, (_, beta) in zip(self.center.segments, self._wire.segments, exchange.rates, strict=True):
             elastic_push_([center], [total], beta / workers)
 
+    @override
+    def center_values(self) -> list[Tensor]:
+        return self.center.views
+
+    @override
     def elastic_distance(self) -> float | None:
-        r"""The norm of this worker's :math:`x^i - \tilde x` at the last exchange; None before the first."""
         return float(torch.linalg.vector_norm(self._difference.flat)) if self._exchanged else None
 
     @torch.no_grad()
+    @override
     def show_center(self) -> None:
-        """Put the center into the parameters, and keep the worker's own values."""
         # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
         # when an error cut an exchange short.
         self._kept = self._wire if self._in_flight is None else FlatTensors(self._groups, self._wire.flat.dtype)
@@ -145,8 +151,8 @@ class SynchronousAverager:
         self.center.store(self.parameters)
 
     @torch.no_grad()
+    @override
     def show_worker(self) -> None:
-        """Put the values kept by :meth:`show_center` back into the parameters, bit for bit."""
         self._kept.store(self.parameters)
 
     def _start(self, rates: "_Rates", header: Header | None) -> None:
@@ -201,3 +207,58 @@ class _Exchange:
     rates: _Rates
     header: Header | None
     transfer: Transfer
+
+
+@final
+class SynchronousAveraging(Averaging):
+    """Synchronous EASGD of all optimizers of a fit, on one line of exchanges.
+
+    Args:
+        control: The channel of the headers.
+        data: The channel of the exchanges.
+        tau: τ, the communication period of each optimizer, in its own steps.
+        rates: α and β.
+        position: What the workers exchange.
+    """
+
+    def __init__(
+        self,
+        control: Channel,
+        data: Channel,
+        *,
+        tau: int,
+        rates: MovingRates,
+        position: Callable[[Optimizer], Position] = ParameterPosition,
+    ) -> None:
+        self.control = control
+        self._line = ExchangeLine(control, data)
+        self.statistics = self._line.statistics
+        self._tau = tau
+        self._rates = rates
+        self._position = position
+
+    @override
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        self.averagers = self._synchronous = {
+            optimizer: SynchronousAverager(
+                optimizer, self._line, number=number, tau=self._tau, rates=self._rates, position=self._position
+            )
+            for number, optimizer in enumerate(optimizers)
+        }
+
+    @override
+    def meet(self, meeting: Meeting) -> None:
+        self._line.meet(meeting, list(self._synchronous.values()))
+
+    @override
+    def request_stop(self) -> None:
+        self._line.stop_requested = True
+
+    @property
+    @override
+    def stop_agreed(self) -> bool:
+        return self._line.stop_agreed
+
+    @override
+    def close(self) -> None:
+        self._line.close()

@@ -5,7 +5,8 @@ from typing import final
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_easgd.strategies.elastic_workers import CenterHooks, ElasticWorkers
+from lightning_easgd.strategies.center_workers import CenterHooks
+from lightning_easgd.strategies.elastic_workers import ElasticWorkers
 from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["EASGDStrategy", "LocalStrategy"]

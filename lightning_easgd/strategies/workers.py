@@ -51,6 +51,7 @@ class LocalWorkers(_Base):
         start_method: StartMethod = "popen",
         **ddp_arguments: Any,
     ) -> None:
+        _check_timeout(type(self).__name__, timeout)
         _check_ddp_arguments(type(self).__name__, ddp_arguments)
         super().__init__(
             accelerator=accelerator,
@@ -117,6 +118,15 @@ class LocalWorkers(_Base):
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
         return tensor if self._interrupted else super().reduce(tensor, *args, **kwargs)
+
+
+def _check_timeout(strategy: str, timeout: object) -> None:
+    if not isinstance(timeout, timedelta):
+        raise TypeError(
+            f"{strategy}(timeout={timeout!r}): give a datetime.timedelta, such as timedelta(seconds={timeout!r})."
+        )
+    if timeout <= timedelta(0):
+        raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")
 
 
 def _check_ddp_arguments(strategy: str, arguments: dict[str, Any]) -> None:

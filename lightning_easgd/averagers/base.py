@@ -1,0 +1,95 @@
+"""What every way of averaging has in common: one averager per optimizer, and workers that meet."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_easgd.averagers.channel import Channel
+from lightning_easgd.averagers.line import Meeting, Statistics
+
+__all__ = ["Averager", "Averaging"]
+
+
+class Averager(ABC):
+    """Averages one optimizer's parameters with their center, on the optimizer's own clock.
+
+    Attributes:
+        clock: t, the optimizer's steps so far.
+    """
+
+    clock: int
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[Tensor]:
+        """The averaged parameters, in the order of the optimizer's groups."""
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Before an optimizer step, at the point where its gradient is taken: begin an exchange if one is due."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """After an optimizer step: finish what the worker needs of the exchange, and count the step."""
+
+    @abstractmethod
+    def complete(self) -> None:
+        """Wait for the exchange under way, if any, and apply it."""
+
+    @abstractmethod
+    def center_values(self) -> list[Tensor]:
+        """The center of each parameter, as far as it is known without waiting."""
+
+    @abstractmethod
+    def elastic_distance(self) -> float | None:
+        """The norm of this worker's distance from the center at the last exchange; None before the first."""
+
+    @abstractmethod
+    def show_center(self) -> None:
+        """Put the center into the parameters, and keep the worker's own values."""
+
+    @abstractmethod
+    def show_worker(self) -> None:
+        """Put the values kept by :meth:`show_center` back into the parameters, bit for bit."""
+
+
+class Averaging(ABC):
+    """The averaging of one fit: an averager for each optimizer, and the points at which all workers meet.
+
+    Attributes:
+        control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
+        statistics: What this worker has spent on communication.
+        averagers: The averager of each optimizer; empty before :meth:`start`.
+    """
+
+    control: Channel
+    statistics: Statistics
+    averagers: Mapping[Optimizer, Averager] = MappingProxyType({})
+
+    @abstractmethod
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        """Let the center begin where the workers are, and all clocks at 0. All workers call this at the same point."""
+
+    @abstractmethod
+    def meet(self, meeting: Meeting) -> None:
+        """Return when all workers have come to this meeting, with every exchange applied.
+
+        Raises:
+            ExchangeError: If a worker came to another meeting, or is lost.
+        """
+
+    @abstractmethod
+    def request_stop(self) -> None:
+        """Ask all workers to stop; may be called by a signal handler."""
+
+    @property
+    @abstractmethod
+    def stop_agreed(self) -> bool:
+        """Whether to stop here, because some worker asked."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the averaging holds."""

@@ -1,0 +1,69 @@
+"""Which weights the module shows: the worker's own, or the center's."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easgd.averagers import Averager
+from lightning_easgd.buffers import copy_buffers, load_buffers
+
+__all__ = ["ShownWeights"]
+
+
+@final
+class ShownWeights:
+    """Switches a module between the worker's parameters and buffers and those of the center, by copying.
+
+    The tensors keep their addresses, which compiled modules and CUDA graphs rely on.
+
+    Args:
+        module: The module.
+        averagers: The averagers that hold its parameters' center.
+
+    Attributes:
+        center: Whether the module shows the center.
+    """
+
+    def __init__(self, module: nn.Module, averagers: Sequence[Averager]) -> None:
+        self._module = module
+        self._averagers = averagers
+        self._worker_buffers: list[Tensor] = []
+        self.center = False
+
+    def show_center(self, buffers: Sequence[Tensor]) -> None:
+        """Show the center, with these values of the module's buffers."""
+        for averager in self._averagers:
+            averager.show_center()
+        self._worker_buffers = copy_buffers(self._module)
+        load_buffers(self._module, buffers)
+        self.center = True
+
+    def show_worker(self) -> None:
+        """Show the worker's own values, bit for bit those of before :meth:`show_center`."""
+        self._load_worker()
+        self.center = False
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[None]:
+        """Context in which the module shows the worker; afterwards exactly what it showed before."""
+        if not self.center:
+            yield
+            return
+        parameters = [parameter for averager in self._averagers for parameter in averager.parameters]
+        values = [parameter.detach().clone() for parameter in parameters]
+        buffers = copy_buffers(self._module)
+        self._load_worker()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, values)
+            load_buffers(self._module, buffers)
+
+    def _load_worker(self) -> None:
+        for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
+            averager.show_worker()
+        load_buffers(self._module, self._worker_buffers)

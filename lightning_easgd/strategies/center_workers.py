@@ -1,0 +1,303 @@
+"""Workers around a center that is the model: what Lightning sees of it, free of a class tree."""
+
+import contextlib
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_easgd._compat import request_stop
+from lightning_easgd.averagers import Averager, Averaging, Meeting, Statistics
+from lightning_easgd.buffers import common_buffers, copy_buffers
+from lightning_easgd.shown_weights import ShownWeights
+from lightning_easgd.strategies.workers import LocalWorkers
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["CenterHooks", "CenterWorkers"]
+
+
+class CenterWorkers(LocalWorkers):
+    """Workers that are averaged with a center now and then; a subclass says how.
+
+    The center is the model: validation, checkpoints and the module after ``fit`` hold it.
+    """
+
+    _callback_class: ClassVar[type["CenterHooks"]]
+
+    def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if evaluate not in ("center", "worker"):
+            raise ValueError(
+                f"{type(self).__name__}(evaluate={evaluate!r}): unknown weights; use 'center' or 'worker'."
+            )
+        self.evaluate = evaluate
+        self._averaging: Averaging | None = None  # from setup to teardown of a fit
+        self._shown: ShownWeights | None = None  # from the start of training to teardown
+        self._training = False  # while exchanges may happen
+        self._callback: Any = None
+        self._even_batches = True
+        self._validating = False
+        self._center_buffers: list[Tensor] = []
+        self._final_center: Mapping[str, Tensor] | None = None
+        self._statistics = Statistics()
+
+    @abstractmethod
+    def _make_averaging(self) -> Averaging:
+        """Make the averaging of one fit; all ranks do it at the same point."""
+
+    # What users read
+
+    @property
+    def center(self) -> Mapping[str, Tensor]:
+        """The center as it is now: read-only, parameter name → tensor of the parameter's shape.
+
+        The tensors are float32 (float64 for double parameters). Reading waits for the exchange under way; the next
+        one may change the tensors. After ``fit`` it is the final center.
+
+        Raises:
+            RuntimeError: If training has not started in this process.
+        """
+        if self._shown is not None:
+            for averager in self._averagers:
+                averager.complete()
+            return MappingProxyType(self._named_center())
+        if self._final_center is None:
+            raise RuntimeError(
+                f"{type(self).__name__}.center: there is no center before training starts, nor in the process that"
+                " only spawned the ranks; there, read the module's parameters after fit: they are the center."
+            )
+        return self._final_center
+
+    @property
+    def communication(self) -> Statistics:
+        """What this rank has spent on communication in the latest fit."""
+        return self._statistics
+
+    def elastic_distance(self) -> float | None:
+        r"""The distance :math:`\|x^i - \tilde x\|_2` of this worker at its last exchange, None before the first.
+
+        It makes no communication and waits for none.
+        """
+        distances = [averager.elastic_distance() for averager in self._averagers]
+        known = [distance for distance in distances if distance is not None]
+        return math.hypot(*known) if known else None
+
+    @contextlib.contextmanager
+    def center_weights(self) -> Iterator[None]:
+        """Context in which the module holds the center; afterwards each worker's own values, bit for bit.
+
+        During training all ranks enter it at the same point of their work.
+        """
+        with self._at_center(Meeting.CENTER_WEIGHTS):
+            yield
+
+    @contextlib.contextmanager
+    def worker_weights(self) -> Iterator[None]:
+        """Context in which the module holds this worker's own values, where it holds the center otherwise.
+
+        That is in validation and, until the strategy is torn down, at the end of training.
+        """
+        with contextlib.nullcontext() if self._shown is None else self._shown.worker():
+            yield
+
+    # Lightning's hooks, in the order in which it calls them
+
+    def setup_optimizers(self, trainer: "Trainer") -> None:
+        """Create the optimizers."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "consolidate_state_dict"):
+                raise TypeError(
+                    f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
+                    " parameters, and workers do not; use the optimizer that it wraps."
+                )
+
+    def setup(self, trainer: "Trainer") -> None:
+        """Set up the workers, and for a fit what averages them."""
+        super().setup(trainer)
+        if trainer.state.fn != "fit":
+            return
+        if self._layer_sync is not None:
+            rank_zero_warn(
+                "Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward pass, so that the workers"
+                " run in lock-step; without it the center's statistics are the workers' mean."
+            )
+        self._averaging = self._make_averaging()
+        self._statistics = self._averaging.statistics
+        self._callback = self._callback_class(self)
+        trainer.callbacks.insert(0, self._callback)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Let the center begin where the workers are, and the clocks at 0."""
+        super().on_train_start()
+        assert self._averaging is not None
+        assert self.lightning_module is not None
+        self._averaging.start(self.optimizers)
+        self._shown = ShownWeights(self.lightning_module, self._averagers)
+        self._training = True
+        self._validating = False
+        batches = self._trainer.num_training_batches
+        same = batches == self.broadcast(batches) and math.isfinite(batches)
+        self._even_batches = self.reduce_boolean_decision(same)
+
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: "LightningModule | Any | None" = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Make one step of the worker, with an exchange around it if this optimizer's clock says so."""
+        assert self._averaging is not None
+        averager = self._averaging.averagers[optimizer]
+        averager.begin()
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        averager.finish()
+        self._stop_if_agreed()
+        return output
+
+    def on_validation_start(self) -> None:
+        """Let all ranks meet, and show the center to a validation that is part of a fit."""
+        super().on_validation_start()
+        if not self._training or self._validating:
+            return
+        self._validating = True
+        self._meet(Meeting.VALIDATION)
+        if self.evaluate == "center":
+            self._show_center()
+
+    def on_validation_end(self) -> None:
+        """Go back to the worker's own weights."""
+        super().on_validation_end()
+        if not self._validating:
+            return
+        self._validating = False
+        if self._shown is not None and self._shown.center:
+            self._shown.show_worker()
+
+    def on_train_epoch_end(self) -> None:
+        """Let ranks whose epochs have different lengths meet, before Lightning's own collectives of the epoch's end."""
+        if self._training and not self._even_batches:
+            self._meet(Meeting.EPOCH_END)
+
+    def on_train_end(self) -> None:
+        """Let all ranks finish, and leave the center in the module."""
+        super().on_train_end()
+        if not self._training:
+            return
+        self._meet(Meeting.TRAINING_END)
+        self._show_center()
+        self._training = False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state at the center. During training all ranks ask for it at the same point of their work."""
+        if not self._training:
+            return super().lightning_module_state_dict()
+        with self._at_center(Meeting.CHECKPOINT):
+            # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
+            return copy.deepcopy(super().lightning_module_state_dict())
+
+    def teardown(self) -> None:
+        """Leave the center in the module, also when an error ended the run, and let go of the averaging."""
+        if self._shown is not None:
+            if not self._shown.center:  # an error ended the run: the other ranks may be anywhere
+                self._keep_buffers()
+                self._show_center()
+            named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
+            self._final_center = MappingProxyType(named)
+        self._shown = None
+        self._training = self._validating = False
+        if self._callback is not None:
+            with contextlib.suppress(ValueError):
+                self._trainer.callbacks.remove(self._callback)
+            self._callback = None
+        if self._averaging is not None:
+            self._averaging.close()
+            self._averaging = None
+        super().teardown()
+
+    # The parts of the above
+
+    def _on_sigterm(self) -> None:
+        if self._averaging is not None:
+            self._averaging.request_stop()
+        else:
+            super()._on_sigterm()
+
+    def _stop_if_agreed(self) -> None:
+        assert self._averaging is not None
+        if self._averaging.stop_agreed:
+            request_stop(self._trainer)
+
+    @property
+    def _averagers(self) -> list[Averager]:
+        return [] if self._averaging is None else list(self._averaging.averagers.values())
+
+    def _named_center(self) -> dict[str, Tensor]:
+        assert self.lightning_module is not None
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
+        return {
+            names.get(parameter, f"optimizers.{number}.{index}"): value
+            for number, averager in enumerate(self._averagers)
+            for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
+        }
+
+    def _meet(self, meeting: Meeting) -> None:
+        """Wait for all ranks, apply every exchange, and make the center's buffers."""
+        assert self._averaging is not None
+        assert self.lightning_module is not None
+        self._averaging.meet(meeting)
+        self._stop_if_agreed()
+        self._center_buffers = common_buffers(self.lightning_module, self._averaging.control)
+
+    def _keep_buffers(self) -> None:
+        """In place of a meeting that cannot be: this rank's buffers stand for the center's."""
+        assert self.lightning_module is not None
+        self._center_buffers = copy_buffers(self.lightning_module)
+
+    @contextlib.contextmanager
+    def _at_center(self, meeting: Meeting) -> Iterator[None]:
+        assert self._shown is not None or not self._training
+        if self._shown is None or self._shown.center:
+            yield
+            return
+        if self._interrupted:
+            self._keep_buffers()
+        else:
+            self._meet(meeting)
+        self._show_center()
+        try:
+            yield
+        finally:
+            self._shown.show_worker()
+
+    def _show_center(self) -> None:
+        assert self._shown is not None
+        self._shown.show_center(self._center_buffers)
+
+
+class CenterHooks:
+    """Calls the strategy before all other callbacks; Lightning calls a strategy's own hooks after them."""
+
+    def __init__(self, strategy: CenterWorkers) -> None:
+        self._strategy = strategy
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        """Show the center before other callbacks look at the module."""
+        self._strategy.on_validation_start()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        """Meet before other callbacks communicate."""
+        self._strategy.on_train_epoch_end()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
+        """Leave the center in the module before other callbacks write or read it."""
+        self._strategy.on_train_end()
