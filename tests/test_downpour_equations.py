@@ -30,8 +30,8 @@ def test_downpour_follows_the_golden_trace():
                 x.copy_(center)
                 v.zero_()
             step = -eta * (x - optimum)
-            x += step
-            v += step
+            x.add_(step)
+            v.add_(step)
         assert [float(x) for x in (*workers, center)] == pytest.approx(expected, abs=1e-6)
 
 

@@ -25,7 +25,8 @@ def store_address(store: Store) -> tuple[str, int] | None:
     """Host and port of the TCP store under this store, None if there is none."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return (store.host, store.port) if hasattr(store, "host") else None
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return None if host is None or port is None else (str(host), int(port))
 
 
 def own_address(store: Store) -> str:

@@ -73,12 +73,12 @@ def test_elastic_rule_follows_the_golden_trace(momentum, trace):
     for clock, expected in enumerate(trace):
         for x, v, optimum in zip(workers, velocities, OPTIMA, strict=True):
             v.mul_(momentum)
-            v -= ETA * (x + v - optimum)  # v is δv by now: the gradient at the look-ahead point
+            v.sub_(ETA * (x + v - optimum))  # v is δv by now: the gradient at the look-ahead point
             if clock % 2 == 0 and clock:
                 message = x.clone()
                 center.exchange(0, message, ALPHA)
-                x -= message
-            x += v
+                x.sub_(message)
+            x.add_(v)
         assert [float(x) for x in (*workers, value(center))] == pytest.approx(expected, abs=1e-6)
 
 
@@ -101,8 +101,8 @@ def test_downpour_rule_follows_the_golden_trace():
                 x.copy_(message)
                 v.zero_()
             step = -ETA * (x - optimum)
-            x += step
-            v += step
+            x.add_(step)
+            v.add_(step)
         assert [float(x) for x in (*workers, value(center))] == pytest.approx(expected, abs=1e-6)
 
 
