@@ -1,0 +1,76 @@
+"""How much memory this process may still take, and memory that several processes share."""
+
+import os
+from pathlib import Path
+
+from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
+
+__all__ = ["allocate_shared", "available_memory"]
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping or breaking the control group's limit; None if unknown."""
+    limits = [limit for limit in (_system_memory(), _control_group_memory()) if limit is not None]
+    return min(limits, default=None)
+
+
+def allocate_shared(size: int, name: str) -> int:
+    """Create anonymous shared memory of this size, with all of its pages in place.
+
+    Args:
+        size: Bytes.
+        name: What ``/proc`` shows it as.
+
+    Returns:
+        Its descriptor. The memory is gone with the last descriptor and mapping; there is no file to remove.
+
+    Raises:
+        SharedMemoryUnavailableError: If this platform has no ``memfd``.
+        CenterError: If there is not enough memory.
+    """
+    if not hasattr(os, "memfd_create"):
+        raise SharedMemoryUnavailableError("allocate_shared: this platform has no memfd_create.")
+    available = available_memory()
+    if available is not None and available < size:
+        raise _too_small(size, f"{available / 2**20:.1f} MiB are available")
+    try:
+        descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    except OSError as error:
+        raise SharedMemoryUnavailableError(f"allocate_shared: memfd_create failed: {error}.") from error
+    try:
+        # Taken now, not at the first write: there a lack of memory would be a SIGBUS.
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        os.close(descriptor)
+        raise _too_small(size, str(error)) from error
+    return descriptor
+
+
+def _too_small(size: int, why: str) -> CenterError:
+    return CenterError(
+        f"SharedMemoryCenter(size={size}): the node's part of the center needs {size / 2**20:.1f} MiB of shared memory,"
+        f" but {why}. Free memory, raise the limits of the process (ulimit -f) or of its control group, or spread the"
+        " center over more nodes."
+    )
+
+
+def _system_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _control_group_memory() -> int | None:
+    try:
+        group = next(
+            line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
+        )
+        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
+        limit = (folder / "memory.max").read_text().strip()
+        return None if limit == "max" else int(limit) - int((folder / "memory.current").read_text())
+    except (OSError, StopIteration):
+        return None

@@ -1,0 +1,214 @@
+"""How the ranks of a run bring up the served center together."""
+
+import hashlib
+import os
+import secrets
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from lightning_easgd.service.control import ControlPlane
+from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
+from lightning_easgd.service.in_process import InProcessCenter
+from lightning_easgd.service.interface import CenterService
+from lightning_easgd.service.layout import CHUNK_ELEMENTS, Layout, place_chunks
+from lightning_easgd.service.placed import ServedCenter
+from lightning_easgd.service.rendezvous import Rendezvous
+from lightning_easgd.service.rules import CenterRule
+from lightning_easgd.service.serving import ShardServer
+from lightning_easgd.service.shared_memory import SharedMemoryCenter
+from lightning_easgd.service.sockets import RemoteShard
+from lightning_easgd.service.stores import own_address, own_client
+
+__all__ = ["open_center"]
+
+_openings: Counter[str] = Counter()  # a run may open its center again; the keys of the last time are still there
+
+
+def open_center(
+    store: Store,
+    *,
+    rank: int,
+    nodes: Sequence[Sequence[int]],
+    segments: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    rule: CenterRule,
+    initial: Tensor | None,
+    timeout: float = 60.0,
+    name: str = "center",
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> ServedCenter:
+    """Open the served center; every rank calls it once, and gets its own end.
+
+    Ranks of one node share memory; where the platform cannot, each rank keeps a part of its own and all talk over
+    sockets, with a warning. Rank j of a node talks to rank j of every other node.
+
+    Args:
+        store: The ranks' store; it is cloned, and keys are set under a prefix of this center's own.
+        rank: This process's rank.
+        nodes: The ranks of each node; together they are 0 … world size - 1.
+        segments: (start, stop) of each part of the flat vector that has one rate. Together they are the vector.
+        dtype: float32 or float64.
+        rule: What an exchange does; the same on all ranks.
+        initial: The center's initial value as a flat vector; only that of rank 0 is used.
+        timeout: Seconds that any operation waits for another rank.
+        name: Distinguishes the centers that are opened on one store.
+        chunk_elements: The most elements of one chunk.
+
+    Raises:
+        CenterTimeoutError: If a rank does not come.
+        CenterError: If the center cannot be set up on some rank; on every rank, with that rank's reason.
+    """
+    world_size = sum(map(len, nodes))
+    if sorted(other for node in nodes for other in node) != list(range(world_size)):
+        raise ValueError(f"open_center(nodes={nodes}): every rank from 0 to {world_size - 1} must be in one node.")
+    if rank == 0 and initial is None:
+        raise ValueError("open_center(initial=None): rank 0 gives the center's initial value.")
+    _openings[name] += 1
+    own_store = PrefixStore(f"easgd/{name}/{_openings[name]}", own_client(store))
+    rendezvous = Rendezvous(own_store, rank, world_size, timeout)
+    plan = _Plan(Layout.cut(segments, chunk_elements), dtype, rule, timeout)
+    secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
+    with ExitStack() as opened:  # closed again if something fails
+        shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
+        opened.callback(shard.close)
+        node, position = _place(rank, nodes)
+        server = ShardServer(shard, secret, timeout) if len(nodes) > 1 else None
+        if server is not None:
+            opened.callback(server.close)
+        home = [os.getpid(), own_address(store), server.port] if server is not None else [os.getpid(), "", 0]
+        homes = rendezvous.gather("homes", home)
+        remote: dict[int, RemoteShard] = {}
+        for other, ranks in enumerate(nodes):
+            if other != node:
+                peer = ranks[position % len(ranks)]
+                _, host, port = homes[peer]
+                remote[other] = RemoteShard((host, port), server=peer, rank=rank, secret=secret, timeout=timeout)
+                opened.callback(remote[other].close)
+        rendezvous.gather("connected", None)
+        if server is not None:
+            server.stop_accepting()
+        control = ControlPlane(
+            own_store,
+            rank=rank,
+            nodes=nodes,
+            processes={other: homes[other][0] for other in nodes[node]},
+            timeout=timeout,
+        )
+        opened.callback(control.close)
+        center = ServedCenter(
+            plan.layout,
+            dtype,
+            placement=place_chunks(plan.layout, len(nodes)),
+            node=node,
+            position=position / len(nodes[node]),
+            shard=shard,
+            remote=remote,
+            server=server,
+            control=control,
+        )
+        opened.callback(center.close)
+        if rank == 0:
+            assert initial is not None
+            for number, values in enumerate(rule.initial_stores(initial.detach().to("cpu", dtype).contiguous())):
+                center.write_all(values, number)
+        rendezvous.gather("ready", None)
+        opened.pop_all()
+        return center
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every part of the center is made from."""
+
+    layout: Layout
+    dtype: torch.dtype
+    rule: CenterRule
+    timeout: float
+
+    def in_process(self, held: Sequence[int]) -> InProcessCenter:
+        return InProcessCenter(self.layout, self.dtype, self.rule, held=held, timeout=self.timeout)
+
+    def create(self, held: Sequence[int], rank: int) -> SharedMemoryCenter:
+        return SharedMemoryCenter.create(self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout)
+
+    def attach(self, address: str, held: Sequence[int], rank: int) -> SharedMemoryCenter:
+        return SharedMemoryCenter.attach(
+            address, self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout
+        )
+
+    def held(self, node: int, nodes: int) -> list[int]:
+        return [chunk for chunk, owner in enumerate(place_chunks(self.layout, nodes)) if owner == node]
+
+
+def _agree(rendezvous: Rendezvous, rank: int, terms: list[object]) -> bytes:
+    """Make sure that all ranks open the same center, and return the secret that rank 0 draws."""
+    digest = hashlib.sha256(repr(terms).encode()).hexdigest()
+    answers = rendezvous.gather("terms", [digest, secrets.token_hex(16) if rank == 0 else ""])
+    others = [other for other, (theirs, _) in enumerate(answers) if theirs != digest]
+    if others:
+        raise CenterError(
+            f"open_center: ranks {others} open another center than rank {rank}: their segments, dtype, rule or nodes"
+            " differ. Build the same model and optimizer on every rank."
+        )
+    return bytes.fromhex(answers[0][1])
+
+
+def _place(rank: int, nodes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """This rank's node, and its position in it."""
+    return next((node, list(ranks).index(rank)) for node, ranks in enumerate(nodes) if rank in ranks)
+
+
+def _open_shard(
+    rendezvous: Rendezvous, rank: int, nodes: Sequence[Sequence[int]], plan: _Plan
+) -> tuple[CenterService, Sequence[Sequence[int]]]:
+    """This rank's view of its node's part, and the nodes as they turn out to be."""
+    node, position = _place(rank, nodes)
+    held = plan.held(node, len(nodes))
+    shard: CenterService | None = None
+    address, problem = "", _NO_PROBLEM
+    try:
+        if len(nodes[node]) == 1:
+            shard = plan.in_process(held)
+        elif position == 0:
+            shard = created = plan.create(held, rank)
+            address = created.address
+    except CenterError as error:
+        problem = _describe(error)
+    answers = rendezvous.gather("memory", [address, problem])
+    if shard is None and not any(kind for _, (kind, _) in answers):
+        try:
+            shard = plan.attach(answers[nodes[node][0]][0], held, rank)
+        except CenterError as error:
+            problem = _describe(error)
+    problems = {other: told for other, told in enumerate(rendezvous.gather("mapped", problem)) if told != _NO_PROBLEM}
+    if not problems:
+        assert shard is not None
+        return shard, nodes
+    if shard is not None:
+        shard.close()
+    for other, (kind, text) in problems.items():
+        if kind != SharedMemoryUnavailableError.__name__:
+            raise CenterError(f"open_center: rank {other}: {text}")
+    if rank == 0:
+        other, (_, text) = min(problems.items())
+        warnings.warn(
+            f"open_center: rank {other} cannot share memory ({text}) All ranks use sockets instead, which is slower.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    alone = [[other] for ranks in nodes for other in ranks]
+    return plan.in_process(plan.held(_place(rank, alone)[0], len(alone))), alone
+
+
+_NO_PROBLEM = ["", ""]
+
+
+def _describe(error: Exception) -> list[str]:
+    return [type(error).__name__, str(error)]

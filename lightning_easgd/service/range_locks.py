@@ -1,0 +1,98 @@
+"""Locks between processes, one for each byte of a file, which the kernel gives back when their holder dies."""
+
+import fcntl
+import os
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import final
+
+from lightning_easgd.service.errors import SharedMemoryUnavailableError
+from lightning_easgd.service.forking import ForkAware
+
+__all__ = ["LockTimeoutError", "RangeLocks"]
+
+_FIRST_PAUSE = 20e-6
+_LONGEST_PAUSE = 1e-3
+
+
+class LockTimeoutError(Exception):
+    """Another holder kept the lock for longer than the caller would wait."""
+
+
+@final
+class RangeLocks(ForkAware):
+    """Open-file-description locks on the bytes of one file.
+
+    A lock belongs to the open file description through which it was taken: two threads exclude each other only if each
+    has opened the file anew. The descriptors used here are never mapped and never inherited by a forked child, since
+    either would keep the lock after its holder's death.
+
+    Waiting polls. The kernel's own wait (``F_OFD_SETLKW``) has no timeout, and would hang behind a stopped process.
+
+    Args:
+        descriptor: A descriptor of the file, which must stay open as long as this object is used.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        if not hasattr(fcntl, "F_OFD_SETLK") or sys.maxsize < 2**32:
+            raise SharedMemoryUnavailableError("RangeLocks: this platform has no open-file-description locks.")
+        super().__init__()
+        self._path = f"/proc/self/fd/{descriptor}"
+        self._idle: list[int] = []
+        self._descriptors: set[int] = set()
+
+    @contextmanager
+    def hold(self, byte: int, timeout: float) -> Iterator[None]:
+        """Hold the lock of one byte.
+
+        Raises:
+            LockTimeoutError: If it cannot be had within ``timeout`` seconds.
+        """
+        descriptor = self._borrow()
+        try:
+            _acquire(descriptor, byte, timeout)
+            try:
+                yield
+            finally:
+                _set_lock(descriptor, fcntl.F_UNLCK, byte)
+        finally:
+            if descriptor in self._descriptors:  # not closed meanwhile
+                self._idle.append(descriptor)
+
+    def close(self) -> None:
+        """Close all descriptors; no lock may be held."""
+        self.abandon()
+
+    def abandon(self) -> None:  # noqa: D102
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        self._idle.clear()
+
+    def _borrow(self) -> int:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptors.add(descriptor)
+            return descriptor
+
+
+def _acquire(descriptor: int, byte: int, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return _set_lock(descriptor, fcntl.F_WRLCK, byte)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise LockTimeoutError from None
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _set_lock(descriptor: int, kind: int, byte: int) -> None:
+    # struct flock of 64-bit Linux: type, whence, start, length, pid (which must be 0 for these locks).
+    fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, byte, 1, 0))

@@ -1,0 +1,192 @@
+"""Connections between nodes: dead, stopped, silent and uninvited peers."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+import torch
+from ranks import Rank, running, wait_until
+
+from lightning_easgd.service import (
+    CenterError,
+    CenterTimeoutError,
+    DownpourRule,
+    ElasticRule,
+    InProcessCenter,
+    Layout,
+    WorkerLostError,
+)
+from lightning_easgd.service.serving import GREETING, ShardServer
+from lightning_easgd.service.sockets import RemoteShard
+from lightning_easgd.service.wire import Operation, Request
+
+LAYOUT = Layout.cut([(0, 1000)], 400)
+SECRET = b"0123456789abcdef"
+
+
+def local_center(rule=None, timeout=5.0):
+    return InProcessCenter(LAYOUT, torch.float32, rule or DownpourRule(), timeout=timeout)
+
+
+def connect(port, timeout=5.0, secret=SECRET):
+    return RemoteShard(("127.0.0.1", port), server=3, rank=1, secret=secret, timeout=timeout)
+
+
+def serving_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("easgd")]
+
+
+@pytest.fixture
+def server():
+    server = ShardServer(local_center(), SECRET, 0.5)
+    yield server
+    server.close()
+    assert serving_threads() == []
+
+
+def ones(chunk=0):
+    return torch.ones(LAYOUT.size(chunk))
+
+
+def test_exchange_read_and_write(server):
+    shard = connect(server.port)
+    shard.write(1, torch.full((LAYOUT.size(1),), 2.0), 0, 5)
+    pending = [shard.begin_exchange(1, ones(1), 1.0) for _ in range(10)]
+    assert [request.wait() for request in pending] == list(range(5, 15))
+    into = torch.empty(LAYOUT.size(1))
+    assert shard.read(1, into, 0) == 15
+    assert (into == 12.0).all()
+    shard.close()
+    shard.close()
+    with pytest.raises(CenterError, match="closed on this rank"):
+        shard.begin_exchange(0, ones(), 1.0)
+
+
+def test_more_in_flight_than_the_kernel_buffers():
+    layout = Layout.cut([(0, 20_000_000)])
+    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, 5.0)
+    shard = connect(server.port)
+    x = torch.ones(20_000_000)
+    pending = [shard.begin_exchange(chunk, x[part], 0.5) for chunk, part in enumerate(layout.chunks)]
+    assert {request.wait() for request in pending} == {0}
+    assert (x == 0.5).all()
+    shard.close()
+    server.close()
+
+
+def test_several_threads_on_one_connection(server):
+    shard = connect(server.port)
+
+    def push():
+        for _ in range(100):
+            shard.begin_exchange(0, ones(), 1.0).wait()
+
+    threads = [threading.Thread(target=push) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    into = torch.empty(LAYOUT.size(0))
+    shard.read(0, into, 0)
+    assert (into == 400).all()
+    shard.close()
+
+
+def test_an_uninvited_client_is_turned_away(server):
+    shard = connect(server.port, secret=b"x" * 16)
+    with pytest.raises(WorkerLostError, match="rank 3"):
+        shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.close()
+
+
+def test_a_client_that_stops_in_the_middle_of_a_message_is_given_up(server):
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(GREETING.pack(SECRET, 2) + Request(Operation.EXCHANGE, 0, 0, 0, 1.0).pack() + b"\0" * 100)
+        wait_until(lambda: len(serving_threads()) == 2)
+        wait_until(lambda: len(serving_threads()) == 1, 5)  # only the accepting one is left
+    other = connect(server.port)
+    other.begin_exchange(0, ones(), 1.0).wait()
+    into = torch.empty(LAYOUT.size(0))
+    assert other.read(0, into, 0) == 1
+    assert (into == 1).all()
+    other.close()
+
+
+def test_an_error_at_the_server_reaches_the_client():
+    center = local_center(timeout=0.2)
+    server = ShardServer(center, SECRET, 5.0)
+    shard = connect(server.port)
+    with center._holding(0), pytest.raises(CenterTimeoutError, match="held chunk 0"):
+        shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.close()
+    server.close()
+
+
+def test_nobody_there():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(WorkerLostError, match=r"rank 3.*cannot be reached"):
+        connect(port)
+
+
+def serve(connection):
+    server = ShardServer(local_center(), SECRET, 5.0)
+    connection.send(server.port)
+    time.sleep(60)
+
+
+@pytest.fixture
+def remote_server():
+    from ranks import CONTEXT
+
+    ours, theirs = CONTEXT.Pipe()
+    with running(Rank(serve, theirs)) as (rank,):
+        assert ours.poll(30)
+        yield rank, ours.recv()
+
+
+def test_a_killed_server_is_named_at_once(remote_server):
+    rank, port = remote_server
+    shard = connect(port, timeout=10.0)
+    shard.begin_exchange(0, ones(), 1.0).wait()
+    rank.send(signal.SIGKILL)
+    started = time.monotonic()
+    rank.process.join(5)
+    with pytest.raises(WorkerLostError, match="rank 3") as error:
+        shard.begin_exchange(0, ones(), 1.0).wait()
+    assert error.value.ranks == {3}
+    assert time.monotonic() - started < 2
+    shard.close()
+    assert serving_threads() == []
+
+
+def test_a_stopped_server_is_named_within_the_timeout(remote_server):
+    rank, port = remote_server
+    shard = connect(port, timeout=0.5)
+    shard.begin_exchange(0, ones(), 1.0).wait()
+    rank.send(signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(CenterTimeoutError, match="rank 3 has not answered"):
+        shard.begin_exchange(0, ones(), 1.0).wait()
+    assert 0.4 < time.monotonic() - started < 3
+    shard.close()
+    assert serving_threads() == []
+
+
+def test_a_forked_child_does_not_keep_the_connection_open(server):
+    shard = connect(server.port)
+    shard.begin_exchange(0, ones(), 1.0).wait()
+    child = os.fork()
+    if child == 0:
+        time.sleep(20)
+        os._exit(0)
+    try:
+        shard.close()
+        wait_until(lambda: len(serving_threads()) == 1, 5)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
