@@ -75,6 +75,7 @@ class ControlPlane(ForkAware):
         self._store_lost = False
         self._wake = threading.Event()
         self._closing = False
+        self._farewell = _LEFT
         self._store.set(_state_key(rank), "0")
         self._thread = threading.Thread(target=self._run, name="easgd-control", daemon=True)
         self._thread.start()
@@ -149,6 +150,11 @@ class ControlPlane(ForkAware):
             finally:
                 self._meeting = None
 
+    def resign(self) -> None:
+        """Tell the others that this rank has failed, and end the thread: to them it is dead from now on."""
+        self._farewell = _DEAD
+        self.close()
+
     def close(self) -> None:
         """Tell the others that this rank has left, and end the thread. A second call does nothing."""
         if self._closing:
@@ -187,7 +193,7 @@ class ControlPlane(ForkAware):
         if not self._store_lost:
             with suppress(RuntimeError):
                 self._publish_stop()
-                self._store.set(_state_key(self._rank), _LEFT)
+                self._store.set(_state_key(self._rank), self._farewell)
 
     def _attend(self, meeting: "_Meeting") -> None:
         if not meeting.announced:
