@@ -118,6 +118,8 @@ def test_stores_are_initialised_and_restored(nodes):
     with world(read_stores, 2, nodes) as (_, ranks):
         for rank in ranks:
             assert rank.result() == (3.0, 3.0, 7.0, [40] * 12)
+        for rank in ranks:
+            assert rank.ends_within(10)
 
 
 def open_twice(port, rank):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import Rank, running, wait_until
+from ranks import Rank, die, running, wait_until
 
 from lightning_easgd.service import (
     CenterError,
@@ -177,16 +177,20 @@ def test_a_stopped_server_is_named_within_the_timeout(remote_server):
     assert serving_threads() == []
 
 
-def test_a_forked_child_does_not_keep_the_connection_open(server):
-    shard = connect(server.port)
+def exchange_fork_and_die(port):
+    shard = connect(port)
     shard.begin_exchange(0, ones(), 1.0).wait()
-    child = os.fork()
-    if child == 0:
-        time.sleep(20)
+    if os.fork() == 0:
+        time.sleep(20)  # a data loader's worker outlives its rank
         os._exit(0)
-    try:
-        shard.close()
-        wait_until(lambda: len(serving_threads()) == 1, 5)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    die()
+
+
+def test_a_forked_child_does_not_keep_its_dead_parents_connection_open():
+    lost = set()
+    server = ShardServer(local_center(), SECRET, 5.0, lost)
+    with running(Rank(exchange_fork_and_die, server.port)) as (client,):
+        assert client.ends_within(20)
+        wait_until(lambda: lost == {1}, 3)
+        wait_until(lambda: len(serving_threads()) == 1, 3)
+    server.close()
