@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["free_running", "request_stop"]
+__all__ = ["communicates_at_epoch_end", "free_running", "request_stop"]
 
 
 def free_running(trainer: Any, on_sigterm: Callable[[], None]) -> Callable[[], None]:
@@ -54,3 +54,13 @@ def free_running(trainer: Any, on_sigterm: Callable[[], None]) -> Callable[[], N
 def request_stop(trainer: Any) -> None:
     """Make the trainer end the fit with ``SIGTERMException`` after the current batch, as its own handler does."""
     trainer._signal_connector.received_sigterm = True
+
+
+def communicates_at_epoch_end(trainer: Any) -> bool:
+    """Whether Lightning itself communicates at the end of an epoch: to reduce what was logged, or to stop and save."""
+    logged = trainer.fit_loop.epoch_loop._results.values()
+    return bool(
+        trainer.checkpoint_callbacks
+        or trainer.early_stopping_callbacks
+        or any(result.meta.on_epoch and (result.meta.sync.should or not result.is_tensor) for result in logged)
+    )

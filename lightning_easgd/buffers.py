@@ -1,7 +1,8 @@
 """The center's buffers, such as BatchNorm's running statistics: common to all workers, made when they are needed."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor, nn
@@ -9,53 +10,77 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_easgd.averagers.channel import Channel
 
-__all__ = ["common_buffers", "copy_buffers", "load_buffers"]
+__all__ = ["KeptBuffer", "common_buffers", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
 def common_buffers(module: nn.Module, channel: "Channel") -> list[Tensor]:
     """The values of the module's buffers at the center: the workers' mean, of integer buffers rank 0's value.
 
-    The sum is taken in float64, so that a buffer which is the same everywhere keeps its bits.
+    The mean is taken in float64, so that a buffer of float32 or less that is the same everywhere keeps its bits.
 
     Args:
         module: The module; ``module.buffers()`` gives the order of the result.
-        channel: Reduces a CPU tensor. All workers call this at the same point.
+        channel: Reduces CPU tensors. All workers call this at the same point.
 
     Returns:
         One new tensor for each buffer, of its shape, dtype and device.
     """
     buffers = [_as_real(buffer.detach()) for buffer in module.buffers()]
-    if not buffers:
-        return []
-    # Integers travel as rank 0's value plus the others' zeros: float64 holds them exactly up to 2^53.
-    flat = torch.cat(
-        [
-            buffer.to("cpu", torch.float64).flatten() * (buffer.is_floating_point() or channel.rank == 0)
-            for buffer in buffers
-        ]
-    )
-    channel.sum(flat).wait()
-    totals = torch.split(flat, [buffer.numel() for buffer in buffers])
-    values = [
-        total / channel.size if buffer.is_floating_point() else total
-        for buffer, total in zip(buffers, totals, strict=True)
-    ]
+    real = [buffer for buffer in buffers if buffer.is_floating_point()]
+    whole = [buffer for buffer in buffers if not buffer.is_floating_point()]
+    means = iter(_sum(real, torch.float64, channel))
+    # Rank 0's integers plus the others' zeros.
+    firsts = iter(_sum(whole if channel.rank == 0 else [torch.zeros_like(b) for b in whole], torch.int64, channel))
     return [
-        _like(value.view(buffer.shape).to(buffer.device, buffer.dtype), original)
-        for value, buffer, original in zip(values, buffers, module.buffers(), strict=True)
+        _like(next(means) / channel.size if buffer.is_floating_point() else next(firsts), original)
+        for buffer, original in zip(buffers, module.buffers(), strict=True)
     ]
 
 
-def copy_buffers(module: nn.Module) -> list[Tensor]:
-    """Copies of the module's buffers, in the order of ``module.buffers()``."""
-    return [buffer.detach().clone() for buffer in module.buffers()]
+@final
+@dataclass(frozen=True)
+class KeptBuffer:
+    """A buffer as it was: the tensor object, where it hung, and its value."""
+
+    owner: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
 
 
-def load_buffers(module: nn.Module, values: Iterable[Tensor]) -> None:
+def keep_buffers(module: nn.Module) -> list[KeptBuffer]:
+    """Remember the module's buffers and their values."""
+    return [
+        KeptBuffer(owner, name, buffer, buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+
+
+@torch.no_grad()
+def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
+    """Put remembered buffers back, values and objects; buffers that have come since stay as they are."""
+    for buffer in kept:
+        buffer.buffer.copy_(buffer.value)
+        buffer.owner._buffers[buffer.name] = buffer.buffer
+
+
+@torch.no_grad()
+def load_buffers(module: nn.Module, values: Sequence[Tensor]) -> None:
     """Copy values into the module's buffers, in the order of ``module.buffers()``."""
-    with torch.no_grad():
-        for buffer, value in zip(module.buffers(), values, strict=True):
-            buffer.copy_(value)
+    for buffer, value in zip(module.buffers(), values, strict=True):
+        buffer.copy_(value)
+
+
+def _sum(tensors: list[Tensor], dtype: torch.dtype, channel: "Channel") -> list[Tensor]:
+    """The sum of each tensor over all workers, in this dtype and on the CPU."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.to("cpu", dtype).flatten() for tensor in tensors])
+    channel.sum(flat).wait()
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _as_real(tensor: Tensor) -> Tensor:
@@ -63,4 +88,5 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 def _like(value: Tensor, original: Tensor) -> Tensor:
-    return torch.view_as_complex(value) if original.is_complex() else value
+    value = torch.view_as_complex(value) if original.is_complex() else value
+    return value.to(original.device, original.dtype)

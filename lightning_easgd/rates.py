@@ -1,11 +1,14 @@
 r"""The moving rates α and β: which of them are given, which follow, and when they are stable."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
+from torch.optim import Optimizer
+
 from lightning_easgd.elastic import moving_rate_from_center_rate, moving_rate_from_penalty
 
-__all__ = ["DEFAULT_BETA", "MovingRates"]
+__all__ = ["DEFAULT_BETA", "MovingRates", "check_number"]
 
 DEFAULT_BETA = 0.9
 """β of all experiments of the paper."""
@@ -41,6 +44,8 @@ class MovingRates:
     rho: float | None = None
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "rho"):
+            check_number("EASGDStrategy", name, getattr(self, name))
         if self.alpha is not None and self.rho is not None:
             raise ValueError(
                 f"EASGDStrategy(alpha={self.alpha}, rho={self.rho}): they set the same rate, alpha = lr * rho; give"
@@ -55,16 +60,39 @@ class MovingRates:
             raise ValueError(
                 f"EASGDStrategy(beta={self.beta}): the center's moving rate lies in (0, 2); 0.9 is the paper's choice."
             )
-        if self.rho is not None and not self.rho > 0:
+        if self.rho is not None and not 0 < self.rho < math.inf:
             raise ValueError(
-                f"EASGDStrategy(rho={self.rho}): the elastic penalty is positive; rho = alpha / lr gives the moving"
-                " rate alpha."
+                f"EASGDStrategy(rho={self.rho}): the elastic penalty is positive and finite; rho = alpha / lr gives the"
+                " moving rate alpha."
             )
 
     @property
     def is_asymmetric(self) -> bool:
         """Whether an exchange may move worker and center by different amounts, or the worker by nothing."""
         return (self.beta is not None and (self.alpha is not None or self.rho is not None)) or self.alpha == 0
+
+    @property
+    def follows_lr(self) -> bool:
+        """Whether both rates follow the learning rate, which workers need not have in common at all times."""
+        return self.rho is not None and self.beta is None
+
+    def of_groups(self, optimizer: Optimizer, workers: int) -> list[tuple[float, float]]:
+        """The pair (α, β) in force for each of an optimizer's parameter groups.
+
+        Raises:
+            TypeError: If ``rho`` is given and a group has no learning rate.
+        """
+        if self.rho is None:  # an optimizer without learning rates will do
+            return [self.resolve(workers, lr=0.0)] * len(optimizer.param_groups)
+        rates = []
+        for group in optimizer.param_groups:
+            if group.get("lr") is None:
+                raise TypeError(
+                    f"EASGDStrategy(rho={self.rho}): alpha = lr * rho needs a learning rate, and"
+                    f" {type(optimizer).__name__} has none; give alpha."
+                )
+            rates.append(self.resolve(workers, float(group["lr"])))
+        return rates
 
     def resolve(self, workers: int, lr: float) -> tuple[float, float]:
         """The pair (α, β) in force.
@@ -103,3 +131,9 @@ class MovingRates:
                 f" alpha unset for beta/p = {DEFAULT_BETA / workers:.4g}."
             )
         return None
+
+
+def check_number(owner: str, name: str, value: object) -> None:
+    """Raise unless a value is a real number or None."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise TypeError(f"{owner}({name}={value!r}): this is no number; give a float, or leave it out.")

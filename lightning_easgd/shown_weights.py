@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.averagers import Averager
-from lightning_easgd.buffers import copy_buffers, load_buffers
+from lightning_easgd.buffers import KeptBuffer, keep_buffers, load_buffers, restore_buffers
 
 __all__ = ["ShownWeights"]
 
@@ -30,14 +30,14 @@ class ShownWeights:
     def __init__(self, module: nn.Module, averagers: Sequence[Averager]) -> None:
         self._module = module
         self._averagers = averagers
-        self._worker_buffers: list[Tensor] = []
+        self._worker_buffers: list[KeptBuffer] = []
         self.center = False
 
     def show_center(self, buffers: Sequence[Tensor]) -> None:
         """Show the center, with these values of the module's buffers."""
         for averager in self._averagers:
             averager.show_center()
-        self._worker_buffers = copy_buffers(self._module)
+        self._worker_buffers = keep_buffers(self._module)
         load_buffers(self._module, buffers)
         self.center = True
 
@@ -54,16 +54,16 @@ class ShownWeights:
             return
         parameters = [parameter for averager in self._averagers for parameter in averager.parameters]
         values = [parameter.detach().clone() for parameter in parameters]
-        buffers = copy_buffers(self._module)
+        buffers = keep_buffers(self._module)
         self._load_worker()
         try:
             yield
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, values)
-            load_buffers(self._module, buffers)
+            restore_buffers(buffers)
 
     def _load_worker(self) -> None:
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
-        load_buffers(self._module, self._worker_buffers)
+        restore_buffers(self._worker_buffers)

@@ -4,7 +4,7 @@ from lightning_easgd.averagers.asynchronous import AsynchronousAverager, elastic
 from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
 from lightning_easgd.averagers.downpour import DownpourAverager
-from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics
+from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.served import ServedAverager
 from lightning_easgd.averagers.serving import ContinueOnLoss, FailOnLoss, ServedAveraging, free_order, round_robin
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
@@ -27,6 +27,7 @@ __all__ = [
     "SynchronousAverager",
     "SynchronousAveraging",
     "Transfer",
+    "WorkersStoppedError",
     "elastic_rule",
     "free_order",
     "round_robin",

@@ -63,11 +63,13 @@ class Averaging(ABC):
     Attributes:
         control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
         statistics: What this worker has spent on communication.
+        waits_for_all: Whether an exchange needs all workers, so that one that waits elsewhere would stop the others.
         averagers: The averager of each optimizer; empty before :meth:`start`.
     """
 
     control: Channel
     statistics: Statistics
+    waits_for_all: bool
     averagers: Mapping[Optimizer, Averager] = MappingProxyType({})
 
     @abstractmethod
@@ -79,6 +81,7 @@ class Averaging(ABC):
         """Return when all workers have come to this meeting, with every exchange applied.
 
         Raises:
+            WorkersStoppedError: If all stop before, as one of them asked.
             ExchangeError: If a worker came to another meeting, or is lost.
         """
 

@@ -17,9 +17,13 @@ import torch
 
 from lightning_easgd.averagers.channel import Channel, ExchangeError, Transfer
 
-__all__ = ["ExchangeLine", "Header", "Meeting", "Statistics"]
+__all__ = ["ExchangeLine", "Header", "Meeting", "Statistics", "WorkersStoppedError"]
 
 _MARK_BITS = 16
+
+
+class WorkersStoppedError(Exception):
+    """All workers stop here, as one of them asked: the meeting does not take place."""
 
 
 class Meeting(IntEnum):
@@ -30,6 +34,7 @@ class Meeting(IntEnum):
     EPOCH_END = 3
     TRAINING_END = 4
     CENTER_WEIGHTS = 5
+    TEARDOWN = 6
 
 
 class Exchanger(Protocol):
@@ -166,17 +171,19 @@ class ExchangeLine:
         and count in the center's mean, but take no gradient step.
 
         Raises:
+            WorkersStoppedError: If all stop before.
             ExchangeError: If a worker came to another meeting, or is lost.
         """
         for averager in averagers:
             averager.complete()
-        while True:
+        while not self.agree():  # after a header that carries a request nobody announces another
             header = Header(self.control, meeting=meeting, stop=self.stop_requested)
             self.accept(header)
             if header.exchange is None:
                 self.agree()
                 return
             averagers[header.exchange].join()
+        raise WorkersStoppedError
 
     def count(self, nbytes: int) -> None:
         """Add one exchange of this many bytes to the statistics."""

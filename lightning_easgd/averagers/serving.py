@@ -21,7 +21,6 @@ from lightning_easgd.averagers.channel import Channel, ExchangeError
 from lightning_easgd.averagers.line import Header, Meeting, Statistics
 from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
 from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
-from lightning_easgd.buffers import copy_buffers
 from lightning_easgd.center import FlatTensors, center_dtype
 from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.service.stores import own_client
@@ -116,6 +115,7 @@ class ServedAveraging(Averaging):
         on_loss: LossPolicy | None = None,
     ) -> None:
         self.control = control
+        self.waits_for_all = False
         self.statistics = Statistics()
         self._store = store
         self._node = node
@@ -184,10 +184,11 @@ class ServedAveraging(Averaging):
             except ExchangeError:
                 if not self._lost:
                     raise
-        for averager in self._served:
-            averager.take_snapshot()
+        if meeting is not Meeting.TEARDOWN:
+            for averager in self._served:
+                averager.take_snapshot()
         self._gather("read")
-        if meeting is Meeting.TRAINING_END:
+        if meeting in (Meeting.TRAINING_END, Meeting.TEARDOWN):
             self._see_off()
         self._turns.come_back()
         self._meetings += 1
@@ -195,7 +196,9 @@ class ServedAveraging(Averaging):
 
     @override
     def common_buffers(self, module: nn.Module) -> list[Tensor]:
-        return copy_buffers(module) if self._lost else super().common_buffers(module)
+        if self._lost:  # there is no channel any more that reaches exactly the living
+            return [buffer.detach().clone() for buffer in module.buffers()]
+        return super().common_buffers(module)
 
     @override
     def request_stop(self) -> None:

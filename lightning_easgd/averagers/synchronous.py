@@ -88,6 +88,7 @@ class SynchronousAverager(Averager):
         Raises:
             ExchangeError: If the exchange before this one was never completed by all workers.
         """
+        self._pull()  # of a step whose exception was caught before it was finished
         if self._parameters_added():
             self._extend()
         if self.clock == 0 or self.clock % self._tau:
@@ -95,9 +96,9 @@ class SynchronousAverager(Averager):
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
-        rates = self._current_rates()
-        header = self._line.announce(self._number, (self._wire.flat.numel(), rates))
-        self._start(rates, header)
+        rates = self._rates.of_groups(self._optimizer, self._line.data.size)
+        agreement = self._wire.flat.numel(), [] if self._rates.follows_lr else rates
+        self._start(rates, self._line.announce(self._number, agreement))
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -109,7 +110,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        self._start(self._current_rates(), header=None)
+        self._start(self._rates.of_groups(self._optimizer, self._line.data.size), header=None)
         self._pull()
         self.complete()
 
@@ -129,9 +130,8 @@ class SynchronousAverager(Averager):
         exchange.transfer.wait()
         self._in_flight = None
         self._line.statistics.seconds_waited += time.monotonic() - started
-        workers = self._line.data.size
-        for center, total, (_, beta) in zip(self.center.segments, self._wire.segments, exchange.rates, strict=True):
-            elastic_push_([center], [total], beta / workers)
+        for center, total, share in zip(self.center.segments, self._wire.segments, exchange.shares, strict=True):
+            elastic_push_([center], [total], share)
 
     @override
     def center_values(self) -> list[Tensor]:
@@ -155,14 +155,20 @@ class SynchronousAverager(Averager):
     def show_worker(self) -> None:
         self._kept.store(self.parameters)
 
-    def _start(self, rates: "_Rates", header: Header | None) -> None:
+    def _start(self, rates: list[tuple[float, float]], header: Header | None) -> None:
         self._position.write(self._wire)
         self._wire.flat.sub_(self.center.flat)
         self._difference.flat.copy_(self._wire.flat)
         self._exchanged = True
         self._pull_due = [alpha for alpha, _ in rates]
         self._line.count(self._wire.flat.nbytes + (header.nbytes if header else 0))
-        self._in_flight = _Exchange(rates, header, self._line.data.sum(self._wire.flat))
+        if self._rates.follows_lr:  # workers may have different α: each one's own counts, on both sides
+            for segment, (alpha, _) in zip(self._wire.segments, rates, strict=True):
+                segment.mul_(alpha)
+            shares = [1.0] * len(rates)
+        else:
+            shares = [beta / self._line.data.size for _, beta in rates]
+        self._in_flight = _Exchange(shares, header, self._line.data.sum(self._wire.flat))
 
     def _pull(self) -> None:
         if self._pull_due is None:
@@ -170,10 +176,6 @@ class SynchronousAverager(Averager):
         for parameters, differences, alpha in zip(self._groups, self._difference.groups, self._pull_due, strict=True):
             elastic_pull_(parameters, differences, alpha)
         self._pull_due = None
-
-    def _current_rates(self) -> "_Rates":
-        workers = self._line.data.size
-        return [self._rates.resolve(workers, float(group["lr"])) for group in self._optimizer.param_groups]
 
     def _parameters_added(self) -> bool:
         groups = self._optimizer.param_groups
@@ -196,15 +198,12 @@ class SynchronousAverager(Averager):
             self.center.load_([centers.get(parameter, parameter) for parameter in self.parameters])
 
 
-_Rates = list[tuple[float, float]]
-
-
 @final
 @dataclass(frozen=True)
 class _Exchange:
-    """An exchange whose reduction has not been waited for."""
+    """An exchange whose reduction has not been waited for, and how far each group of the center moves by its sum."""
 
-    rates: _Rates
+    shares: list[float]
     header: Header | None
     transfer: Transfer
 
@@ -231,6 +230,7 @@ class SynchronousAveraging(Averaging):
         position: Callable[[Optimizer], Position] = ParameterPosition,
     ) -> None:
         self.control = control
+        self.waits_for_all = True
         self._line = ExchangeLine(control, data)
         self.statistics = self._line.statistics
         self._tau = tau

@@ -12,9 +12,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import request_stop
-from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics
-from lightning_easgd.buffers import copy_buffers
+from lightning_easgd._compat import communicates_at_epoch_end, request_stop
+from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.workers import LocalWorkers
@@ -32,6 +31,7 @@ class CenterWorkers(LocalWorkers):
     """
 
     _callback_class: ClassVar[type["CenterHooks"]]
+    _stop_exception: ClassVar[type[BaseException]]
 
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -141,7 +141,10 @@ class CenterWorkers(LocalWorkers):
         super().on_train_start()
         assert self._averaging is not None
         assert self.lightning_module is not None
-        self._averaging.start(self.optimizers)
+        trainable = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
+        if not trainable:  # Lightning's stand-in where configure_optimizers returns None
+            return
+        self._averaging.start(trainable)
         self._shown = ShownWeights(self.lightning_module, self._averagers)
         self._training = True
         self._validating = False
@@ -157,8 +160,14 @@ class CenterWorkers(LocalWorkers):
         **kwargs: Any,
     ) -> Any:
         """Make one step of the worker, with an exchange around it if this optimizer's clock says so."""
-        assert self._averaging is not None
-        averager = self._averaging.averagers[optimizer]
+        if self._averaging is None or self._shown is None:  # nothing is averaged
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        averager = self._averaging.averagers.get(optimizer)
+        if averager is None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this {type(optimizer).__name__} was not there when training started, so that"
+                " it has no center; set up all optimizers in configure_optimizers."
+            )
         averager.begin()
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         averager.finish()
@@ -185,9 +194,11 @@ class CenterWorkers(LocalWorkers):
             self._shown.show_worker()
 
     def on_train_epoch_end(self) -> None:
-        """Let ranks whose epochs have different lengths meet, before Lightning's own collectives of the epoch's end."""
-        if self._training and not self._even_batches:
-            self._meet(Meeting.EPOCH_END)
+        """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
+        if not self._training or self._averaging is None or not self._averaging.waits_for_all:
+            return
+        if not self._even_batches or communicates_at_epoch_end(self._trainer):
+            self._wait_for_all(Meeting.EPOCH_END)
 
     def on_train_end(self) -> None:
         """Let all ranks finish, and leave the center in the module."""
@@ -212,33 +223,42 @@ class CenterWorkers(LocalWorkers):
         if self._averaging is None:
             return
         if self._training and self._averaging.stop_agreed:
-            with contextlib.suppress(ExchangeError, CenterError):  # the first error counts
+            with contextlib.suppress(ExchangeError, CenterError, WorkersStoppedError):  # the first error counts
                 self._averaging.meet(Meeting.TRAINING_END)
         elif not isinstance(exception, WorkerLostError):  # the first to fail is the one to be named
             self._averaging.fail()
 
     def teardown(self) -> None:
         """Leave the center in the module, also when an error ended the run, and let go of the averaging."""
-        if self._shown is not None:
-            # After an error the other ranks may be anywhere, and a served center out of reach.
-            with contextlib.suppress(CenterError):
-                if not self._shown.center:
-                    self._keep_buffers()
-                    self._show_center()
-                named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
-                self._final_center = MappingProxyType(named)
-        self._shown = None
-        self._training = self._validating = False
-        if self._callback is not None:
-            with contextlib.suppress(ValueError):
-                self._trainer.callbacks.remove(self._callback)
-            self._callback = None
-        if self._averaging is not None:
-            self._averaging.close()
-            self._averaging = None
-        super().teardown()
+        try:
+            self._leave()
+        finally:
+            if self._callback is not None:
+                with contextlib.suppress(ValueError):
+                    self._trainer.callbacks.remove(self._callback)
+                self._callback = None
+            averaging, self._averaging = self._averaging, None
+            if averaging is not None:
+                averaging.close()
+            super().teardown()
 
     # The parts of the above
+
+    def _leave(self) -> None:
+        if self._shown is None:
+            return
+        # After an error the other ranks may be anywhere, and a served center out of reach.
+        with contextlib.suppress(CenterError):
+            if not self._shown.center:
+                self._keep_buffers()
+                self._show_center()
+            named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
+            self._final_center = MappingProxyType(named)
+        ended_well = not self._training and not self._interrupted
+        self._shown = None
+        self._training = self._validating = False
+        if ended_well:  # a rank that failed in the last hooks is noticed here
+            self._wait_for_all(Meeting.TEARDOWN)
 
     def _on_sigterm(self) -> None:
         if self._averaging is not None:
@@ -264,18 +284,26 @@ class CenterWorkers(LocalWorkers):
             for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
         }
 
+    def _wait_for_all(self, meeting: Meeting) -> None:
+        """Wait for all ranks, and apply every exchange."""
+        assert self._averaging is not None
+        try:
+            self._averaging.meet(meeting)
+        except WorkersStoppedError:
+            raise self._stop_exception from None
+        self._stop_if_agreed()
+
     def _meet(self, meeting: Meeting) -> None:
-        """Wait for all ranks, apply every exchange, and make the center's buffers."""
+        """Wait for all ranks, and make what belongs to the center beside its parameters."""
+        self._wait_for_all(meeting)
         assert self._averaging is not None
         assert self.lightning_module is not None
-        self._averaging.meet(meeting)
-        self._stop_if_agreed()
         self._center_buffers = self._averaging.common_buffers(self.lightning_module)
 
     def _keep_buffers(self) -> None:
         """In place of a meeting that cannot be: this rank's buffers stand for the center's."""
         assert self.lightning_module is not None
-        self._center_buffers = copy_buffers(self.lightning_module)
+        self._center_buffers = [buffer.detach().clone() for buffer in self.lightning_module.buffers()]
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:

@@ -8,6 +8,7 @@ import torch
 from torch.optim import SGD
 
 from lightning_easgd.averagers import Averaging, DownpourAverager
+from lightning_easgd.rates import check_number
 from lightning_easgd.service import (
     AveragedRule,
     CenterRule,
@@ -99,6 +100,7 @@ class DownpourWorkers(ServedWorkers):
             **ddp_arguments,
         )
         check_period(type(self).__name__, tau)
+        check_number("DownpourStrategy", "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
                 f"DownpourStrategy(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for"

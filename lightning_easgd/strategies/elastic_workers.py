@@ -15,7 +15,7 @@ from lightning_easgd.averagers import (
     elastic_rule,
 )
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
 
@@ -109,6 +109,7 @@ class ElasticWorkers(ServedWorkers):
         )
         check_period(type(self).__name__, tau)
         _check_mode(mode, order, on_worker_loss)
+        check_number("EASGDStrategy", "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
                 f"EASGDStrategy(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
@@ -130,6 +131,13 @@ class ElasticWorkers(ServedWorkers):
         if self.momentum is not None:
             for optimizer in self.optimizers:
                 make_nesterov(optimizer, self.momentum)
+
+    def on_train_start(self) -> None:
+        """Let the center begin; a resumed optimizer has the momentum of the run that saved it, perhaps none."""
+        if self.momentum is not None:
+            for optimizer in self.optimizers:
+                make_nesterov(optimizer, self.momentum)
+        super().on_train_start()
 
     @property
     def is_served(self) -> bool:

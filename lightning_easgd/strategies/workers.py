@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -38,6 +38,8 @@ class LocalWorkers(_Base):
     It keeps DDPStrategy's processes, ranks, samplers and collectives, and leaves out its module wrapper and the
     broadcast with which Lightning keeps all ranks in step at every batch.
     """
+
+    _launcher_class: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
@@ -75,20 +77,30 @@ class LocalWorkers(_Base):
                     " use Trainer(accelerator='cpu')."
                 )
         super()._configure_launcher()
+        if self._start_method != "popen":
+            self._launcher = self._launcher_class(self, start_method=self._start_method)
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is: there are no gradients to reduce."""
+        """Leave the module as it is, as there are no gradients to reduce, but give all ranks rank 0's weights.
+
+        DDP's constructor does so; here it comes before the optimizers, which may copy the parameters.
+        """
+        assert self.lightning_module is not None
+        _sync_module_states(self.lightning_module, _get_default_group(), _BROADCAST_BYTES, 0, [])
 
     def setup(self, trainer: Any) -> None:
-        """Set up as DDPStrategy does; for a fit, give all ranks rank 0's weights and let them run freely."""
+        """Set up as DDPStrategy does; for a fit, let the ranks run freely."""
         super().setup(trainer)
         self._trainer = trainer
-        if trainer.state.fn != "fit":
-            return
-        assert self.lightning_module is not None
-        # The DDP wrapper's constructor did this.
-        _sync_module_states(self.lightning_module, _get_default_group(), _BROADCAST_BYTES, 0, [])
-        self._end_free_running = free_running(trainer, self._on_sigterm)
+        if trainer.state.fn == "fit":
+            self._end_free_running = free_running(trainer, self._on_sigterm)
+
+    def end_rank(self, error: BaseException) -> None:
+        """Do what Lightning leaves out when an error ends a spawned or forked rank: tell the others, and tear down."""
+        if self._trainer is not None:
+            self._trainer.state.status = "interrupted"
+            self.on_exception(error)
+            self.teardown()
 
     def teardown(self) -> None:
         """Undo :meth:`setup`."""

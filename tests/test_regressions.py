@@ -1,7 +1,12 @@
-"""Regression tests of the review of the synchronous core; those marked FAILS failed when written (2f3e0df)."""
+"""What a review broke once: uneven ends, resumed momentum, replaced buffers, unusual optimizers."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +43,7 @@ class Decaying(Regression):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def test_rho_with_uneven_data_keeps_one_center():  # FAILS: a joining rank uses its own learning rate's β
+def test_rho_with_uneven_data_keeps_one_center():
     def run():
         return bits(fitted(Decaying(), easgd(rho=2.0), 2, use_distributed_sampler=False, limit_val_batches=0))
 
@@ -46,7 +51,7 @@ def test_rho_with_uneven_data_keeps_one_center():  # FAILS: a joining rank uses 
     assert first == second
 
 
-def test_resuming_keeps_the_momentum_of_eamsgd(tmp_path):  # FAILS: load_state_dict undoes make_nesterov
+def test_resuming_keeps_the_momentum_of_eamsgd(tmp_path):
     class Plain(Regression):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.05)
@@ -78,7 +83,7 @@ class Cached(Regression):
         self.last = self.cache.tolist()
 
 
-@pytest.mark.parametrize("size", [1, 8])  # FAILS: 1 is broadcast into the new buffer, 8 raises
+@pytest.mark.parametrize("size", [1, 8])
 def test_a_buffer_that_validation_replaces(size):
     def run():
         return fitted(Cached(torch.full((size,), 7.0), torch.arange(12.0)), easgd(), 2, val_check_interval=3).last
@@ -87,7 +92,7 @@ def test_a_buffer_that_validation_replaces(size):
         assert last in ([7.0] * size, list(range(12)))
 
 
-def test_large_integer_buffers_keep_their_bits():  # FAILS: float64 holds integers only up to 2^53
+def test_large_integer_buffers_keep_their_bits():
     def run():
         module = Regression()
         module.register_buffer("hash", torch.tensor([2**62 + 12345]))
@@ -109,7 +114,7 @@ class WithoutLr(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize("make", [lambda _: None, lambda module: WithoutLr(module.parameters())])
-def test_any_optimizer_or_none(make):  # FAILS: StopIteration; KeyError 'lr'
+def test_any_optimizer_or_none(make):
     def run():
         module = Regression()
         module.configure_optimizers = lambda: make(module)
@@ -118,7 +123,7 @@ def test_any_optimizer_or_none(make):  # FAILS: StopIteration; KeyError 'lr'
     run_ranks(run, 2)
 
 
-def test_an_epoch_that_one_rank_cuts_short_ends():  # FAILS: cross-deadlock until the timeout
+def test_an_epoch_that_one_rank_cuts_short_ends():
     class Short(Regression):
         def on_train_batch_start(self, batch, index):
             return -1 if (self.global_rank, index) == (1, 3) else None
@@ -128,10 +133,18 @@ def test_an_epoch_that_one_rank_cuts_short_ends():  # FAILS: cross-deadlock unti
             self.log("loss", loss, on_step=False, on_epoch=True, sync_dist=True)
             return loss
 
-    run_ranks(lambda: bits(fitted(Short(batches=20), easgd(), 2)), 2, timeout=30)
+    run_ranks(lambda: bits(fitted(Short(batches=20), easgd(), 2, limit_val_batches=0)), 2, timeout=30)
+    # A validation that one rank leaves out cannot be mended, but is told at once.
+    started = time.monotonic()
+    outcomes = end_ranks(
+        lambda: bits(fitted(Short(batches=20), easgd(timeout=timedelta(seconds=60)), 2)), 2, timeout=30
+    )
+    assert [outcome.exitcode for outcome in outcomes] == [1, 1]
+    assert "at a validation, checkpoint or end" in outcomes[0].error + outcomes[1].error
+    assert time.monotonic() - started < 20
 
 
-def test_an_exception_in_on_train_end_ends_all_with_an_error():  # FAILS: the other rank exits with 0
+def test_an_exception_in_on_train_end_ends_all_with_an_error():
     class AtTheEnd(Callback):
         def on_train_end(self, trainer, module):
             if trainer.global_rank == 1:
@@ -142,12 +155,9 @@ def test_an_exception_in_on_train_end_ends_all_with_an_error():  # FAILS: the ot
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "rho", "momentum"])
-def test_rates_that_are_no_numbers(name):  # FAILS: "'<' not supported between …"
+def test_rates_that_are_no_numbers(name):
     with pytest.raises(TypeError, match=rf"EASGDStrategy\({name}='x'\)"):
         EASGDStrategy(**{name: "x"})
-
-
-# The following pass; no other test fails when the property is broken by hand.
 
 
 def test_a_checkpoint_in_mid_epoch_holds_the_center(tmp_path):
@@ -179,3 +189,57 @@ def test_all_workers_start_at_rank_zeros_weights():
 
     first, second = run_ranks(run, 2)
     assert first == second
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_while_a_rank_has_no_more_data(rank):
+    class Long(Decaying):
+        def train_dataloader(self):
+            batches = 5 if self.trainer.global_rank == 0 else 400
+            return DataLoader(torch.randn(8 * batches, 4), batch_size=8)
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if (trainer.global_rank, index) == (1, 20):
+                os.kill(os.getpid() if rank == 1 else other, signal.SIGTERM)
+            time.sleep(0.005)
+
+        def on_train_start(self, trainer, module):
+            nonlocal other
+            other = trainer.strategy.broadcast(os.getpid())
+
+    other = None
+
+    def run():
+        try:
+            fitted(Long(), easgd(), 2, callbacks=[Kill()], use_distributed_sampler=False)
+        except SystemExit as end:
+            return type(end).__name__, end.code
+        return None
+
+    assert run_ranks(run, 2, timeout=30) == [("SIGTERMException", None)] * 2
+
+
+SCRIPT = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+from lightning.pytorch.callbacks import Callback
+from toys import Quadratic, quiet_trainer
+from lightning_easgd import EASGDStrategy
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, module, batch, index):
+        time.sleep(0.01)
+        if (trainer.global_rank, index) == (1, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+if __name__ == "__main__":
+    trainer = quiet_trainer(strategy=EASGDStrategy(tau=4, start_method={method!r}), devices=2, callbacks=[Kill()])
+    trainer.fit(Quadratic(steps=1000, record=False))
+"""
+
+
+@pytest.mark.parametrize(("method", "clean"), [("fork", False), ("spawn", False), ("popen", True)])
+def test_sigterm_on_one_rank_ends_the_parent_too(method, clean, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), method=method))
+    run = subprocess.run([sys.executable, script], timeout=50, capture_output=True, check=False)
+    assert (run.returncode == 0) == clean, run.stderr
