@@ -166,10 +166,10 @@ def test_runs_of_the_same_second_have_directories_of_their_own(monkeypatch, tmp_
 def test_ranks_of_torchrun_write_one_directory(tmp_path):
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             "-m", "lightning_easgd.train", *SHORT, "callbacks.elastic_monitor.every_n_exchanges=1",
         ],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90,
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
