@@ -1,16 +1,18 @@
 """The center's buffers, such as BatchNorm's running statistics: common to all workers, made when they are needed."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from lightning_easgd.averagers.channel import Channel
+if TYPE_CHECKING:
+    from lightning_easgd.averagers.channel import Channel
 
 __all__ = ["common_buffers", "copy_buffers", "load_buffers"]
 
 
-def common_buffers(module: nn.Module, channel: Channel) -> list[Tensor]:
+def common_buffers(module: nn.Module, channel: "Channel") -> list[Tensor]:
     """The values of the module's buffers at the center: the workers' mean, of integer buffers rank 0's value.
 
     The sum is taken in float64, so that a buffer which is the same everywhere keeps its bits.

@@ -61,6 +61,11 @@ class MovingRates:
                 " rate alpha."
             )
 
+    @property
+    def is_asymmetric(self) -> bool:
+        """Whether an exchange may move worker and center by different amounts, or the worker by nothing."""
+        return (self.beta is not None and (self.alpha is not None or self.rho is not None)) or self.alpha == 0
+
     def resolve(self, workers: int, lr: float) -> tuple[float, float]:
         """The pair (α, β) in force.
 

@@ -6,23 +6,31 @@ from typing import Any
 __all__ = ["register"]
 
 _START_METHODS = {"": "popen", "_spawn": "spawn", "_fork": "fork", "_notebook": "fork"}
-_ARGUMENTS: Mapping[str, Mapping[str, Any]] = {"easgd": {}, "eamsgd": {"momentum": 0.9}}
+_EASGD: Mapping[str, Mapping[str, Any]] = {
+    "easgd": {},
+    "easgd_async": {"mode": "async"},
+    "eamsgd": {"momentum": 0.9},
+    "eamsgd_async": {"mode": "async", "momentum": 0.9},
+}
+_DOWNPOUR: Mapping[str, Mapping[str, Any]] = {"downpour": {}, "mdownpour": {"momentum": 0.9}}
 
 
-def register(registry: Any, strategy: type) -> None:
+def register(registry: Any, easgd: type, downpour: type) -> None:
     """Register every name of this package in one of Lightning's registries.
 
     Args:
         registry: The ``StrategyRegistry`` of a class tree.
-        strategy: The EASGD strategy of the same class tree.
+        easgd: The EASGD strategy of the same class tree.
+        downpour: The DOWNPOUR strategy of the same class tree.
     """
-    for name, arguments in _ARGUMENTS.items():
-        for suffix, start_method in _START_METHODS.items():
-            registry.register(
-                name + suffix,
-                strategy,
-                description=f"{name.upper()} with `start_method` '{start_method}'",
-                override=True,
-                start_method=start_method,
-                **arguments,
-            )
+    for strategy, names in ((easgd, _EASGD), (downpour, _DOWNPOUR)):
+        for name, arguments in names.items():
+            for suffix, start_method in _START_METHODS.items():
+                registry.register(
+                    name + suffix,
+                    strategy,
+                    description=f"{name.upper()} with `start_method` '{start_method}'",
+                    override=True,
+                    start_method=start_method,
+                    **arguments,
+                )

@@ -2,13 +2,12 @@
 
 from datetime import timedelta
 
-import lightning as L
 import pytest
 import torch
 from ranks import end_ranks
 from toys import Quadratic, fitted, quiet_trainer
 
-from lightning_easgd import EASGDStrategy, LocalStrategy
+from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -27,6 +26,14 @@ pytestmark = pytest.mark.timeout(60)
         ({"beta": 0.0}, ValueError, r"EASGDStrategy\(beta=0.0\): .* \(0, 2\)"),
         ({"beta": 2.0}, ValueError, r"EASGDStrategy\(beta=2.0\)"),
         ({"mode": "asink"}, ValueError, r"EASGDStrategy\(mode='asink'\): unknown mode; use "),
+        ({"order": "random", "mode": "async"}, ValueError, r"EASGDStrategy\(order='random'\): unknown order; use "),
+        (
+            {"order": "round_robin"},
+            ValueError,
+            r"EASGDStrategy\(order='round_robin', mode='sync'\): .*use mode='async'",
+        ),
+        ({"on_worker_loss": "cry", "mode": "async"}, ValueError, r"EASGDStrategy\(on_worker_loss='cry'\)"),
+        ({"on_worker_loss": "continue"}, ValueError, r"EASGDStrategy\(on_worker_loss='continue', mode='sync'\)"),
         ({"evaluate": "both"}, ValueError, r"EASGDStrategy\(evaluate='both'\): .* 'center' or 'worker'"),
         ({"momentum": 0.0}, ValueError, r"EASGDStrategy\(momentum=0.0\): .* \(0, 1\)"),
         ({"momentum": 1.0}, ValueError, r"EASGDStrategy\(momentum=1.0\)"),
@@ -42,6 +49,43 @@ pytestmark = pytest.mark.timeout(60)
 def test_strategy_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         EASGDStrategy(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"tau": 0}, ValueError, r"DownpourStrategy\(tau=0\): .* at least 1"),
+        ({"tau": 1.5}, TypeError, r"DownpourStrategy\(tau=1.5\)"),
+        ({"momentum": 1.0}, ValueError, r"DownpourStrategy\(momentum=1.0\)"),
+        ({"momentum": 0.9, "tau": 4}, ValueError, r"DownpourStrategy\(momentum=0.9, tau=4\): .* set tau=1"),
+        ({"average": "mean"}, ValueError, r"DownpourStrategy\(average='mean'\): unknown average; use "),
+        ({"average": 0.0}, ValueError, r"DownpourStrategy\(average=0.0\)"),
+        ({"average": True}, ValueError, r"DownpourStrategy\(average=True\)"),
+        ({"evaluate": "both"}, ValueError, r"DownpourStrategy\(evaluate='both'\)"),
+        ({"order": "any"}, ValueError, r"DownpourStrategy\(order='any'\)"),
+        ({"alpha": 0.1}, TypeError, r"DownpourStrategy\(alpha=0.1\): unknown argument"),
+    ],
+)
+def test_downpour_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        DownpourStrategy(**arguments)
+
+
+@pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async"), DownpourStrategy()])
+def test_sync_batchnorm_with_a_served_center(strategy):
+    with pytest.raises(ValueError, match=rf"{type(strategy).__name__} with Trainer\(sync_batchnorm=True\)"):
+        quiet_trainer(strategy=strategy, devices=2, sync_batchnorm=True)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5)])
+def test_momentum_at_the_center_needs_plain_sgd(optimizer):
+    def train():
+        module = Quadratic()
+        module.configure_optimizers = lambda: optimizer(module.parameters())
+        fitted(module, DownpourStrategy(momentum=0.9), 2)
+
+    for outcome in end_ranks(train, 2):
+        assert "TypeError: DownpourStrategy(momentum=0.9): the center has the momentum" in outcome.error
 
 
 @pytest.mark.parametrize(
@@ -78,21 +122,25 @@ def test_unstable_rates_warn_when_the_trainer_is_made(arguments, message):
         quiet_trainer(strategy=EASGDStrategy(**arguments), devices=3)
 
 
-@pytest.mark.parametrize("name", ["easgd", "eamsgd"])
+@pytest.mark.parametrize(
+    ("name", "attributes"),
+    [
+        ("easgd", {"mode": "sync", "momentum": None}),
+        ("easgd_async", {"mode": "async", "momentum": None}),
+        ("eamsgd", {"mode": "sync", "momentum": 0.9}),
+        ("eamsgd_async", {"mode": "async", "momentum": 0.9}),
+        ("downpour", {"tau": 1, "momentum": None}),
+        ("mdownpour", {"tau": 1, "momentum": 0.9}),
+    ],
+)
 @pytest.mark.parametrize(
     ("suffix", "start_method"), [("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")]
 )
-def test_names(name, suffix, start_method):
+def test_names(name, attributes, suffix, start_method):
     strategy = quiet_trainer(strategy=name + suffix, devices=2).strategy
-    assert type(strategy) is EASGDStrategy
+    assert type(strategy) is (DownpourStrategy if "downpour" in name else EASGDStrategy)
     assert strategy._start_method == start_method
-    assert strategy.momentum == (0.9 if name == "eamsgd" else None)
-
-
-@pytest.mark.parametrize("name", ["easgd_async", "downpour"])
-def test_names_of_what_does_not_exist_are_not_registered(name):
-    with pytest.raises(ValueError, match="invalid strategy name"):
-        L.Trainer(strategy=name, accelerator="cpu", devices=2)
+    assert {attribute: getattr(strategy, attribute) for attribute in attributes} == attributes
 
 
 def test_momentum_needs_sgd():

@@ -1,20 +1,33 @@
 """When the workers and the center are averaged, and over which channel."""
 
+from lightning_easgd.averagers.asynchronous import AsynchronousAverager, elastic_rule
 from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
+from lightning_easgd.averagers.downpour import DownpourAverager
 from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics
+from lightning_easgd.averagers.served import ServedAverager
+from lightning_easgd.averagers.serving import ContinueOnLoss, FailOnLoss, ServedAveraging, free_order, round_robin
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
 __all__ = [
+    "AsynchronousAverager",
     "Averager",
     "Averaging",
     "Channel",
+    "ContinueOnLoss",
+    "DownpourAverager",
     "ExchangeError",
     "ExchangeLine",
+    "FailOnLoss",
     "Meeting",
     "ProcessGroupChannel",
+    "ServedAverager",
+    "ServedAveraging",
     "Statistics",
     "SynchronousAverager",
     "SynchronousAveraging",
     "Transfer",
+    "elastic_rule",
+    "free_order",
+    "round_robin",
 ]

@@ -4,11 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import Meeting, Statistics
+from lightning_easgd.buffers import common_buffers
 
 __all__ = ["Averager", "Averaging"]
 
@@ -89,6 +90,13 @@ class Averaging(ABC):
     @abstractmethod
     def stop_agreed(self) -> bool:
         """Whether to stop here, because some worker asked."""
+
+    def common_buffers(self, module: nn.Module) -> list[Tensor]:
+        """The values of the module's buffers at the center; called on all workers after they have met."""
+        return common_buffers(module, self.control)
+
+    def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
+        """Tell the other workers that an error ends this one."""
 
     @abstractmethod
     def close(self) -> None:

@@ -73,7 +73,8 @@ class ProcessGroupChannel(Channel):
 
     @override
     def close(self) -> None:
-        dist.destroy_process_group(self._group)
+        if dist.is_initialized():  # else it went with the default group
+            dist.destroy_process_group(self._group)
 
 
 @final

@@ -51,11 +51,14 @@ class Statistics:
         bytes_sent: Bytes that this worker sent for them, by the count of a ring all-reduce: 2 (p - 1) / p times the
             size of what was reduced.
         seconds_waited: Seconds in which this worker stood still for a transfer to arrive.
+        staleness: With a served center, the exchanges of other workers that came between two of this worker's;
+            divided by ``exchanges`` it is their mean number.
     """
 
     exchanges: int = 0
     bytes_sent: int = 0
     seconds_waited: float = 0.0
+    staleness: int = 0
 
 
 @final

@@ -20,6 +20,7 @@ __all__ = ["ControlPlane"]
 _POLL_INTERVAL = 0.3
 _MEETING_PAUSE = 0.01
 _LONGEST_GOODBYE = 5.0  # a store whose server is stopped never answers
+_CONFIRMATION = 1.0  # seconds without a heartbeat after which a rank with a lost connection is dead
 _LEFT, _DEAD = "left", "dead"
 
 
@@ -29,14 +30,15 @@ class ControlPlane(ForkAware):
 
     A daemon thread with a store client of its own looks a few times a second; what the training step asks for is
     answered from memory. A rank of the same node is watched through its process, whose end shows at once, and its
-    death is told to the other nodes. A rank of another node is dead when its node says so, or when the whole node has
-    not been heard of for the timeout.
+    death is told to the other nodes. A rank of another node is dead when its node says so, when it has ended a
+    connection and its heartbeat has stopped too, or when the whole node has not been heard of for the timeout.
 
     Args:
         store: The ranks' store; cloned, not used itself.
         rank: This process's rank.
         nodes: The ranks of each node.
         processes: Process ids of the ranks of this node, by rank. A rank that is left out is watched by heartbeat.
+        lost: Ranks whose connections ended without a goodbye; others add to it.
         timeout: Seconds of silence after which another node counts as dead, and a rank as silent.
     """
 
@@ -47,6 +49,7 @@ class ControlPlane(ForkAware):
         rank: int,
         nodes: Sequence[Sequence[int]],
         processes: Mapping[int, int],
+        lost: Collection[int],
         timeout: float,
     ) -> None:
         super().__init__()
@@ -54,6 +57,7 @@ class ControlPlane(ForkAware):
         self._nodes = [list(node) for node in nodes]
         self._ranks = sorted(other for node in nodes for other in node)
         self._timeout = timeout
+        self._lost_connections = lost
         self._store = own_client(store)
         self._meeting_guard = threading.Lock()
         self._meeting: _Meeting | None = None
@@ -71,6 +75,7 @@ class ControlPlane(ForkAware):
         self._store_lost = False
         self._wake = threading.Event()
         self._closing = False
+        self._farewell = _LEFT
         self._store.set(_state_key(rank), "0")
         self._thread = threading.Thread(target=self._run, name="easgd-control", daemon=True)
         self._thread.start()
@@ -145,6 +150,11 @@ class ControlPlane(ForkAware):
             finally:
                 self._meeting = None
 
+    def resign(self) -> None:
+        """Tell the others that this rank has failed, and end the thread: to them it is dead from now on."""
+        self._farewell = _DEAD
+        self.close()
+
     def close(self) -> None:
         """Tell the others that this rank has left, and end the thread. A second call does nothing."""
         if self._closing:
@@ -183,7 +193,7 @@ class ControlPlane(ForkAware):
         if not self._store_lost:
             with suppress(RuntimeError):
                 self._publish_stop()
-                self._store.set(_state_key(self._rank), _LEFT)
+                self._store.set(_state_key(self._rank), self._farewell)
 
     def _attend(self, meeting: "_Meeting") -> None:
         if not meeting.announced:
@@ -209,9 +219,9 @@ class ControlPlane(ForkAware):
             for rank, state in zip(self._ranks, map(bytes.decode, self._store.multi_get(keys)), strict=True):
                 if state != self._seen[rank].state:
                     self._seen[rank] = _Beat(state, now)
-        newly_dead = ended - self._dead
+        known = self._dead
         self._judge(ended)
-        for rank in newly_dead & self._dead:
+        for rank in self._dead - known:
             self._store.set(_state_key(rank), _DEAD)
 
     def _publish_stop(self) -> None:
@@ -224,6 +234,7 @@ class ControlPlane(ForkAware):
         dead = {rank for rank, beat in self._seen.items() if beat.state == _DEAD} | ended
         if not self._store_lost:  # else everyone seems silent
             now = time.monotonic()
+            dead |= {rank for rank in tuple(self._lost_connections) if now - self._seen[rank].time > _CONFIRMATION}
             for node in self._nodes:
                 if self._rank not in node and all(now - self._seen[rank].time > self._timeout for rank in node):
                     dead |= set(node)

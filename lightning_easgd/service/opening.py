@@ -78,8 +78,9 @@ def open_center(
     with ExitStack() as opened:  # closed again if something fails
         shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
         opened.callback(shard.close)
+        lost: set[int] = set()
         node, position = _place(rank, nodes)
-        server = ShardServer(shard, secret, timeout) if len(nodes) > 1 else None
+        server = ShardServer(shard, secret, timeout, lost) if len(nodes) > 1 else None
         if server is not None:
             opened.callback(server.close)
         home = [os.getpid(), own_address(store), server.port] if server is not None else [os.getpid(), "", 0]
@@ -89,7 +90,9 @@ def open_center(
             if other != node:
                 peer = ranks[position % len(ranks)]
                 _, host, port = homes[peer]
-                remote[other] = RemoteShard((host, port), server=peer, rank=rank, secret=secret, timeout=timeout)
+                remote[other] = RemoteShard(
+                    (host, port), server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost
+                )
                 opened.callback(remote[other].close)
         rendezvous.gather("connected", None)
         if server is not None:
@@ -99,6 +102,7 @@ def open_center(
             rank=rank,
             nodes=nodes,
             processes={other: homes[other][0] for other in nodes[node]},
+            lost=lost,
             timeout=timeout,
         )
         opened.callback(control.close)

@@ -20,6 +20,7 @@ from lightning_easgd.service.wire import (
     Operation,
     Reply,
     Request,
+    StalledError,
     as_bytes,
     configure,
     receive_into,
@@ -46,16 +47,18 @@ class ShardServer(ForkAware):
         shard: What to serve.
         secret: 16 bytes that clients must know.
         timeout: Seconds without progress after which a client in the middle of a message is given up.
+        lost: Takes the rank of a client that ended its connection without a goodbye.
 
     Attributes:
         port: Where clients connect.
     """
 
-    def __init__(self, shard: CenterService, secret: bytes, timeout: float) -> None:
+    def __init__(self, shard: CenterService, secret: bytes, timeout: float, lost: set[int]) -> None:
         super().__init__()
         self._shard = shard
         self._secret = secret
         self._timeout = timeout
+        self._lost = lost
         self._closed = False
         self._guard = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
@@ -106,24 +109,30 @@ class ShardServer(ForkAware):
             thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
+        client = None
         try:
-            if self._greet(connection):
+            client = self._greet(connection)
+            if client is not None:
                 self._answer_requests(connection)
+        except StalledError:
+            pass  # it may go on one day, and find its connection closed
         except ConnectionLostError:
-            # The client's own end reports it; what it had begun here is either complete or was never started.
-            pass
+            # What it had begun here is either complete or was never started.
+            if client is not None and not self._closed:
+                self._lost.add(client)
         finally:
             with self._guard:
                 del self._connections[connection]
             connection.close()
 
-    def _greet(self, connection: socket.socket) -> bool:
+    def _greet(self, connection: socket.socket) -> int | None:
+        """The client's rank, None if it does not know the secret."""
         configure(connection, _GREETING_TIMEOUT)
         greeting = bytearray(GREETING.size)
         receive_into(connection, memoryview(greeting))
-        secret, _ = GREETING.unpack(greeting)
+        secret, client = GREETING.unpack(greeting)
         configure(connection, self._timeout)
-        return hmac.compare_digest(secret, self._secret)
+        return int(client) if hmac.compare_digest(secret, self._secret) else None
 
     def _answer_requests(self, connection: socket.socket) -> None:
         shard = self._shard

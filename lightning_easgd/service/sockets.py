@@ -19,6 +19,7 @@ from lightning_easgd.service.wire import (
     Operation,
     Reply,
     Request,
+    StalledError,
     as_bytes,
     configure,
     receive_into,
@@ -45,13 +46,17 @@ class RemoteShard(ForkAware):
         rank: This process's rank.
         secret: The run's 16 bytes.
         timeout: Seconds without progress after which the server is given up.
+        lost: Takes the server's rank if it ends the connection.
     """
 
-    def __init__(self, address: tuple[str, int], *, server: int, rank: int, secret: bytes, timeout: float) -> None:
+    def __init__(
+        self, address: tuple[str, int], *, server: int, rank: int, secret: bytes, timeout: float, lost: set[int]
+    ) -> None:
         super().__init__()
         self._server = server
         self._rank = rank
         self._timeout = timeout
+        self._lost_ranks = lost
         self._sending = threading.Lock()
         self._waiting: deque[_Request] = deque()
         self._error: CenterError | None = None
@@ -125,6 +130,8 @@ class RemoteShard(ForkAware):
                     raise
                 request.complete(reply.version)
         except ConnectionLostError as error:
+            if self._error is None and not isinstance(error, StalledError):
+                self._lost_ranks.add(self._server)
             self._break(self._lost(str(error)))
 
     def give_up(self) -> CenterError:

@@ -18,6 +18,7 @@ __all__ = [
     "Operation",
     "Reply",
     "Request",
+    "StalledError",
     "as_bytes",
     "configure",
     "receive_into",
@@ -34,7 +35,11 @@ REPLY_SIZE = _REPLY.size
 
 
 class ConnectionLostError(Exception):
-    """The other end has closed the connection, or has not moved a byte for the timeout."""
+    """The other end is gone, or its connection is of no more use."""
+
+
+class StalledError(ConnectionLostError):
+    """The other end still holds the connection, but has not moved a byte for the timeout."""
 
 
 class Operation(IntEnum):
@@ -118,7 +123,7 @@ def send(connection: socket.socket, header: bytes, payload: memoryview | bytes =
         if sent < len(header) + len(payload):
             connection.sendall(memoryview(payload)[sent - len(header) :])
     except OSError as error:
-        raise ConnectionLostError(_reason(error)) from error
+        raise _lost(error) from error
 
 
 def receive_into(connection: socket.socket, buffer: memoryview, *, idle: bool = False) -> None:
@@ -136,18 +141,17 @@ def receive_into(connection: socket.socket, buffer: memoryview, *, idle: bool = 
     while filled < len(buffer):
         try:
             count = connection.recv_into(buffer[filled:], flags=socket.MSG_WAITALL)
-        except BlockingIOError as error:
-            if idle and filled == 0:
-                continue
-            raise ConnectionLostError(_reason(error)) from error
         except OSError as error:
-            raise ConnectionLostError(_reason(error)) from error
+            lost = _lost(error)
+            if isinstance(lost, StalledError) and idle and filled == 0:
+                continue
+            raise lost from error
         if count == 0:
             raise ConnectionLostError("it has closed the connection")
         filled += count
 
 
-def _reason(error: OSError) -> str:
+def _lost(error: OSError) -> ConnectionLostError:
     if error.errno in (errno.EAGAIN, errno.EWOULDBLOCK):
-        return "nothing has moved within the timeout"
-    return (error.strerror or str(error)).lower()
+        return StalledError("nothing has moved within the timeout")
+    return ConnectionLostError((error.strerror or str(error)).lower())

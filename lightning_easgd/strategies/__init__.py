@@ -1,5 +1,5 @@
 """The strategies for each of Lightning's class trees."""
 
-from lightning_easgd.strategies.lightning_tree import EASGDStrategy, LocalStrategy
+from lightning_easgd.strategies.lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
 
-__all__ = ["EASGDStrategy", "LocalStrategy"]
+__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd._compat import request_stop
-from lightning_easgd.averagers import Averager, Averaging, Meeting, Statistics
-from lightning_easgd.buffers import common_buffers, copy_buffers
+from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics
+from lightning_easgd.buffers import copy_buffers
+from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.workers import LocalWorkers
 
@@ -205,14 +206,27 @@ class CenterWorkers(LocalWorkers):
             # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
             return copy.deepcopy(super().lightning_module_state_dict())
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Meet the others once more if all stop together, else tell them that this rank has failed."""
+        super().on_exception(exception)
+        if self._averaging is None:
+            return
+        if self._training and self._averaging.stop_agreed:
+            with contextlib.suppress(ExchangeError, CenterError):  # the first error counts
+                self._averaging.meet(Meeting.TRAINING_END)
+        elif not isinstance(exception, WorkerLostError):  # the first to fail is the one to be named
+            self._averaging.fail()
+
     def teardown(self) -> None:
         """Leave the center in the module, also when an error ended the run, and let go of the averaging."""
         if self._shown is not None:
-            if not self._shown.center:  # an error ended the run: the other ranks may be anywhere
-                self._keep_buffers()
-                self._show_center()
-            named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
-            self._final_center = MappingProxyType(named)
+            # After an error the other ranks may be anywhere, and a served center out of reach.
+            with contextlib.suppress(CenterError):
+                if not self._shown.center:
+                    self._keep_buffers()
+                    self._show_center()
+                named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
+                self._final_center = MappingProxyType(named)
         self._shown = None
         self._training = self._validating = False
         if self._callback is not None:
@@ -256,7 +270,7 @@ class CenterWorkers(LocalWorkers):
         assert self.lightning_module is not None
         self._averaging.meet(meeting)
         self._stop_if_agreed()
-        self._center_buffers = common_buffers(self.lightning_module, self._averaging.control)
+        self._center_buffers = self._averaging.common_buffers(self.lightning_module)
 
     def _keep_buffers(self) -> None:
         """In place of a meeting that cannot be: this rank's buffers stand for the center's."""

@@ -1,15 +1,22 @@
 """Workers held together by elastic averaging: the body of the EASGD strategies, free of a class tree."""
 
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_easgd.averagers import Averaging, ProcessGroupChannel, SynchronousAveraging
+from lightning_easgd.averagers import (
+    AsynchronousAverager,
+    Averaging,
+    ProcessGroupChannel,
+    SynchronousAveraging,
+    elastic_rule,
+)
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates
-from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
 
 if TYPE_CHECKING:
@@ -18,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ElasticWorkers"]
 
 
-class ElasticWorkers(CenterWorkers):
+class ElasticWorkers(ServedWorkers):
     r"""Elastic Averaging SGD: workers train on their own and are pulled together with a center every ``tau`` steps.
 
     .. math::
@@ -43,9 +50,14 @@ class ElasticWorkers(CenterWorkers):
         beta: The center's moving rate β in (0, 2); 0.9 unless ``alpha`` or ``rho`` is given, then p·α.
         alpha: The worker's moving rate α in (-1, 1]; β/p unless given. It does not change with the learning rate.
         rho: Elastic penalty ρ > 0 in place of ``alpha``: α = lr·ρ follows the learning rate.
-        mode: "sync": all workers exchange at the same clock, by an all-reduce.
+        mode: "sync": all workers exchange at the same clock, by an all-reduce. "async": each worker exchanges on its
+            own clock with a served center (Algorithms 1 and 2 of the paper); nobody waits for a slow worker.
         momentum: δ in (0, 1) makes this EAMSGD: the worker's ``torch.optim.SGD`` becomes Nesterov with this momentum
             (an SGD that has momentum keeps its own), and the point before the look-ahead is what is averaged.
+        order: With mode="async", "free": every worker on its own clock; "round_robin": turns pass from rank to rank,
+            for reproducible runs.
+        on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
+            names it, "continue" lets the others go on, where the launcher does.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
@@ -71,8 +83,10 @@ class ElasticWorkers(CenterWorkers):
         beta: float | None = None,
         alpha: float | None = None,
         rho: float | None = None,
-        mode: Literal["sync"] = "sync",
+        mode: Literal["sync", "async"] = "sync",
         momentum: float | None = None,
+        order: Order = "free",
+        on_worker_loss: OnWorkerLoss = "fail",
         evaluate: Literal["center", "worker"] = "center",
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
@@ -85,13 +99,20 @@ class ElasticWorkers(CenterWorkers):
             cluster_environment,
             checkpoint_io,
             precision_plugin,
+            order=order,
+            on_worker_loss=on_worker_loss,
             evaluate=evaluate,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
             **ddp_arguments,
         )
-        _check_arguments(tau, mode, momentum)
+        check_period(type(self).__name__, tau)
+        _check_mode(mode, order, on_worker_loss)
+        if momentum is not None and not 0 < momentum < 1:
+            raise ValueError(
+                f"EASGDStrategy(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
+            )
         self.tau = tau
         self.rates = MovingRates(alpha=alpha, beta=beta, rho=rho)
         self.mode = mode
@@ -110,30 +131,35 @@ class ElasticWorkers(CenterWorkers):
             for optimizer in self.optimizers:
                 make_nesterov(optimizer, self.momentum)
 
+    @property
+    def is_served(self) -> bool:
+        """Whether the center is a served one."""
+        return self.mode == "async"
+
     def _make_averaging(self) -> Averaging:
+        position = ParameterPosition if self.momentum is None else LookAheadPosition
+        if self.is_served:
+            averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
+            return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
         return SynchronousAveraging(
             control=ProcessGroupChannel("gloo", self._timeout),
             data=ProcessGroupChannel(self._get_process_group_backend(), self._timeout),
             tau=self.tau,
             rates=self.rates,
-            position=ParameterPosition if self.momentum is None else LookAheadPosition,
+            position=position,
         )
 
 
-def _check_arguments(tau: object, mode: object, momentum: float | None) -> None:
-    if not isinstance(tau, int) or isinstance(tau, bool):
-        raise TypeError(
-            f"EASGDStrategy(tau={tau!r}): the communication period is a number of optimizer steps; give an int."
-        )
-    if tau < 1:
+def _check_mode(mode: object, order: str, on_worker_loss: str) -> None:
+    if mode not in ("sync", "async"):
+        raise ValueError(f"EASGDStrategy(mode={mode!r}): unknown mode; use 'sync' or 'async'.")
+    if mode == "sync" and order != "free":
         raise ValueError(
-            f"EASGDStrategy(tau={tau}): the communication period is at least 1 optimizer step; for no communication"
-            " use LocalStrategy."
+            f"EASGDStrategy(order={order!r}, mode='sync'): synchronous workers exchange all at once; use mode='async'."
         )
-    if mode != "sync":
-        raise ValueError(f"EASGDStrategy(mode={mode!r}): unknown mode; use 'sync'.")
-    if momentum is not None and not 0 < momentum < 1:
+    if mode == "sync" and on_worker_loss != "fail":
         raise ValueError(
-            f"EASGDStrategy(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
+            f"EASGDStrategy(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
+            " mode='async'."
         )

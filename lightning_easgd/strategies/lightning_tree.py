@@ -6,10 +6,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_easgd.strategies.center_workers import CenterHooks
+from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
 from lightning_easgd.strategies.workers import LocalWorkers
 
-__all__ = ["EASGDStrategy", "LocalStrategy"]
+__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
 
 
 @final
@@ -25,4 +26,10 @@ class LocalStrategy(LocalWorkers, DDPStrategy):  # noqa: D101
 @final
 class EASGDStrategy(ElasticWorkers, DDPStrategy):  # noqa: D101
     __doc__ = ElasticWorkers.__doc__
+    _callback_class = _CenterCallback
+
+
+@final
+class DownpourStrategy(DownpourWorkers, DDPStrategy):  # noqa: D101
+    __doc__ = DownpourWorkers.__doc__
     _callback_class = _CenterCallback

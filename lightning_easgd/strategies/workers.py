@@ -1,5 +1,6 @@
 """Workers that train on their own: the part that every strategy of this package shares, free of a class tree."""
 
+import inspect
 from collections.abc import Callable
 from datetime import timedelta
 from difflib import get_close_matches
@@ -52,7 +53,7 @@ class LocalWorkers(_Base):
         **ddp_arguments: Any,
     ) -> None:
         _check_timeout(type(self).__name__, timeout)
-        _check_ddp_arguments(type(self).__name__, ddp_arguments)
+        _check_ddp_arguments(type(self), ddp_arguments)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -129,7 +130,8 @@ def _check_timeout(strategy: str, timeout: object) -> None:
         raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")
 
 
-def _check_ddp_arguments(strategy: str, arguments: dict[str, Any]) -> None:
+def _check_ddp_arguments(cls: type, arguments: dict[str, Any]) -> None:
+    strategy = cls.__name__
     for name, value in arguments.items():
         if name in _REFUSED_DDP_ARGUMENTS:
             raise TypeError(
@@ -137,7 +139,7 @@ def _check_ddp_arguments(strategy: str, arguments: dict[str, Any]) -> None:
                 " are not reduced; remove it, or use strategy='ddp'."
             )
         if name not in _IGNORED_DDP_ARGUMENTS:
-            known = get_close_matches(name, ("tau", "alpha", "beta", "rho", "mode", "momentum", "evaluate"), n=1)
+            known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
             hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
             raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
         rank_zero_warn(

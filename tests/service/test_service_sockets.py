@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import Rank, running, wait_until
+from ranks import Rank, die, running, wait_until
 
 from lightning_easgd.service import (
     CenterError,
@@ -32,7 +32,7 @@ def local_center(rule=None, timeout=5.0):
 
 
 def connect(port, timeout=5.0, secret=SECRET):
-    return RemoteShard(("127.0.0.1", port), server=3, rank=1, secret=secret, timeout=timeout)
+    return RemoteShard(("127.0.0.1", port), server=3, rank=1, secret=secret, timeout=timeout, lost=set())
 
 
 def serving_threads():
@@ -41,7 +41,7 @@ def serving_threads():
 
 @pytest.fixture
 def server():
-    server = ShardServer(local_center(), SECRET, 0.5)
+    server = ShardServer(local_center(), SECRET, 0.5, set())
     yield server
     server.close()
     assert serving_threads() == []
@@ -67,7 +67,7 @@ def test_exchange_read_and_write(server):
 
 def test_more_in_flight_than_the_kernel_buffers():
     layout = Layout.cut([(0, 20_000_000)])
-    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, 5.0)
+    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, 5.0, set())
     shard = connect(server.port)
     x = torch.ones(20_000_000)
     pending = [shard.begin_exchange(chunk, x[part], 0.5) for chunk, part in enumerate(layout.chunks)]
@@ -117,7 +117,7 @@ def test_a_client_that_stops_in_the_middle_of_a_message_is_given_up(server):
 
 def test_an_error_at_the_server_reaches_the_client():
     center = local_center(timeout=0.2)
-    server = ShardServer(center, SECRET, 5.0)
+    server = ShardServer(center, SECRET, 5.0, set())
     shard = connect(server.port)
     with center._holding(0), pytest.raises(CenterTimeoutError, match="held chunk 0"):
         shard.begin_exchange(0, ones(), 1.0).wait()
@@ -134,7 +134,7 @@ def test_nobody_there():
 
 
 def serve(connection):
-    server = ShardServer(local_center(), SECRET, 5.0)
+    server = ShardServer(local_center(), SECRET, 5.0, set())
     connection.send(server.port)
     time.sleep(60)
 
@@ -177,16 +177,20 @@ def test_a_stopped_server_is_named_within_the_timeout(remote_server):
     assert serving_threads() == []
 
 
-def test_a_forked_child_does_not_keep_the_connection_open(server):
-    shard = connect(server.port)
+def exchange_fork_and_die(port):
+    shard = connect(port)
     shard.begin_exchange(0, ones(), 1.0).wait()
-    child = os.fork()
-    if child == 0:
-        time.sleep(20)
+    if os.fork() == 0:
+        time.sleep(20)  # a data loader's worker outlives its rank
         os._exit(0)
-    try:
-        shard.close()
-        wait_until(lambda: len(serving_threads()) == 1, 5)
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    die()
+
+
+def test_a_forked_child_does_not_keep_its_dead_parents_connection_open():
+    lost = set()
+    server = ShardServer(local_center(), SECRET, 5.0, lost)
+    with running(Rank(exchange_fork_and_die, server.port)) as (client,):
+        assert client.ends_within(20)
+        wait_until(lambda: lost == {1}, 3)
+        wait_until(lambda: len(serving_threads()) == 1, 3)
+    server.close()

@@ -1,0 +1,84 @@
+r"""Asynchronous EASGD and EAMSGD: every worker exchanges with the served center on its own clock."""
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.averagers.served import CenterPart, ServedAverager
+from lightning_easgd.elastic import elastic_pull_
+from lightning_easgd.momentum import ParameterPosition, Position
+from lightning_easgd.rates import MovingRates
+from lightning_easgd.service import AsymmetricElasticRule, CenterRule, ElasticRule
+
+__all__ = ["AsynchronousAverager", "elastic_rule"]
+
+
+def elastic_rule(rates: MovingRates) -> CenterRule:
+    """The center's side of an exchange at these rates."""
+    return AsymmetricElasticRule() if rates.is_asymmetric else ElasticRule()
+
+
+@final
+class AsynchronousAverager(ServedAverager):
+    r"""Algorithm 1 (and 2 with :class:`~lightning_easgd.momentum.LookAheadPosition`) of Zhang, Choromanska, LeCun 2015.
+
+    .. math:: d = \alpha (x^i - \tilde x), \qquad x^i \leftarrow x^i - d, \qquad \tilde x \leftarrow \tilde x + d
+
+    whenever τ divides the worker's own clock :math:`t^i`, with :math:`d` computed once, at the center. :meth:`begin`
+    sends :math:`x^i` before the forward pass; the answer is needed when the gradient step at that :math:`x^i` has been
+    made (:meth:`finish`), and travels until then. The exchange at :math:`t^i = 0` changes nothing and is left out.
+
+    Args:
+        optimizer: As for :class:`ServedAverager`.
+        part: As for :class:`ServedAverager`.
+        rates: α and β; α is β/p of the living workers unless it is given.
+        position: What the worker exchanges: its parameters, or the point before the look-ahead.
+        **keywords: As for :class:`ServedAverager`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        part: CenterPart,
+        *,
+        rates: MovingRates,
+        position: Callable[[Optimizer], Position] = ParameterPosition,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(optimizer, part, store=0, **keywords)
+        self._rates = rates
+        self._position = position(optimizer)
+        self._alphas: list[float] = []
+
+    @override
+    @torch.no_grad()
+    def begin(self) -> None:
+        if not self._is_due():
+            return
+        workers = self._shared.workers()
+        rates = [self._rates.resolve(workers, float(group["lr"])) for group in self._optimizer.param_groups]
+        self._position.write(self._wire)
+        self._alphas = [alpha for alpha, _ in rates]
+        self._send([beta / workers for _, beta in rates] if self._rates.is_asymmetric else self._alphas)
+
+    @override
+    @torch.no_grad()
+    def finish(self) -> None:
+        self.complete()
+        self._position.after_step()
+        self.clock += 1
+
+    @override
+    def _apply(self) -> None:
+        # The answer is the bare difference in an asymmetric exchange, else α times the difference.
+        bare = self._rates.is_asymmetric
+        for parameters, answers, alpha in zip(self._groups, self._wire.groups, self._alphas, strict=True):
+            elastic_pull_(parameters, answers, alpha if bare else 1.0)
+        norms = [
+            torch.linalg.vector_norm(segment) / (1.0 if bare else alpha)
+            for segment, alpha in zip(self._wire.segments, self._alphas, strict=True)
+        ]
+        self._distance = torch.linalg.vector_norm(torch.stack(norms))

@@ -1,0 +1,56 @@
+r"""The DOWNPOUR family: workers add their updates to the served center and take it over."""
+
+from typing import Any, final
+
+import torch
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.averagers.served import CenterPart, ServedAverager
+from lightning_easgd.center import FlatTensors
+
+__all__ = ["DownpourAverager"]
+
+
+@final
+class DownpourAverager(ServedAverager):
+    r"""DOWNPOUR as in Zhang, Choromanska, LeCun 2015; with another rule at the center MDOWNPOUR and the averaged ones.
+
+    .. math:: \tilde x \leftarrow \tilde x + v^i, \qquad x^i \leftarrow \tilde x, \qquad v^i \leftarrow 0
+
+    whenever τ divides the worker's own clock, where :math:`v^i` is what the optimizer has added to :math:`x^i` since.
+    The next gradient is taken at the new :math:`x^i`, so that the worker waits for the center in :meth:`begin`:
+    unlike an elastic exchange this one cannot be hidden behind the gradient.
+
+    Args:
+        optimizer: As for :class:`ServedAverager`.
+        part: As for :class:`ServedAverager`.
+        layout: As for :class:`ServedAverager`; holds the common starting point.
+        **keywords: As for :class:`ServedAverager`.
+    """
+
+    def __init__(self, optimizer: Optimizer, part: CenterPart, *, layout: FlatTensors, **keywords: Any) -> None:
+        super().__init__(optimizer, part, layout=layout, **keywords)
+        self._taken_over = layout.flat.clone()
+
+    @override
+    @torch.no_grad()
+    def begin(self) -> None:
+        if not self._is_due():
+            return
+        self._wire.load_(self.parameters)
+        self._wire.flat.sub_(self._taken_over)
+        self._distance = torch.linalg.vector_norm(self._wire.flat)
+        self._send([1.0] * len(self._groups))
+        self.complete()
+
+    @override
+    def finish(self) -> None:
+        self.clock += 1
+
+    @override
+    def _apply(self) -> None:
+        self._wire.store(self.parameters)
+        # The parameters, not the answer: a narrow dtype has rounded them.
+        self._wire.load_(self.parameters)
+        self._taken_over.copy_(self._wire.flat)

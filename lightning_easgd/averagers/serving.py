@@ -1,0 +1,281 @@
+"""The averaging of a fit with a served center: opening it, meeting, and what happens when a worker is lost."""
+
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import accumulate, pairwise
+from typing import final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.averagers.base import Averaging
+from lightning_easgd.averagers.channel import Channel, ExchangeError
+from lightning_easgd.averagers.line import Header, Meeting, Statistics
+from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
+from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
+from lightning_easgd.buffers import copy_buffers
+from lightning_easgd.center import FlatTensors, center_dtype
+from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
+
+__all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "free_order", "round_robin"]
+
+_log = logging.getLogger(__name__)
+_LONGEST_GOODBYE = 10.0
+
+MakeAverager = Callable[..., ServedAverager]
+MakeTurns = Callable[[Store, ServedCenter, Channel, float], Turns]
+
+
+class LossPolicy(ABC):
+    """What a worker does when another one has died."""
+
+    @abstractmethod
+    def notice(self, dead: frozenset[int], workers: int) -> None:
+        """Called with the dead of ``workers`` workers, before each step and meeting; raises to end the run."""
+
+
+@final
+class FailOnLoss(LossPolicy):
+    """End the run with an error that names the dead."""
+
+    @override
+    def notice(self, dead: frozenset[int], workers: int) -> None:
+        raise WorkerLostError(
+            f"EASGDStrategy(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error;"
+            " look for the first error among the ranks. on_worker_loss='continue' lets the others go on.",
+            dead,
+        )
+
+
+@final
+class ContinueOnLoss(LossPolicy):
+    """Go on with those that live; say so once for each that dies."""
+
+    def __init__(self) -> None:
+        self._known: frozenset[int] = frozenset()
+
+    @override
+    def notice(self, dead: frozenset[int], workers: int) -> None:
+        if dead != self._known:
+            self._known = dead
+            _log.warning(
+                "EASGDStrategy(on_worker_loss='continue'): workers %s of %d have died; %d go on, with alpha = beta/%d"
+                " unless alpha is given. From the next meeting on each rank evaluates its own part of the data.",
+                sorted(dead),
+                workers,
+                workers - len(dead),
+                workers - len(dead),
+            )
+
+
+def free_order(store: Store, center: ServedCenter, channel: Channel, timeout: float) -> Turns:  # noqa: ARG001
+    """Every worker on its own clock."""
+    return FreeOrder()
+
+
+def round_robin(store: Store, center: ServedCenter, channel: Channel, timeout: float) -> Turns:
+    """Turns that pass from rank to rank."""
+    lost = center.control.dead_ranks
+    return RoundRobin(store, channel.rank, channel.size, timeout=timeout, lost=lost)
+
+
+@final
+class ServedAveraging(Averaging):
+    """All optimizers of a fit on one served center.
+
+    Args:
+        control: A channel of CPU tensors; all workers compare a few numbers on it when they meet.
+        store: The ranks' store.
+        node: This rank's node, any number that the ranks of one node share.
+        timeout: How long a worker may be silent, a chunk held, or an answer under way.
+        rule: What an exchange does at the center.
+        make_averager: Makes the averager of one optimizer, called as ``(optimizer, part, layout=, surroundings=)``.
+        make_turns: Makes the order of the exchanges.
+        on_loss: What to do when a worker dies.
+    """
+
+    def __init__(
+        self,
+        control: Channel,
+        store: Store,
+        *,
+        node: int,
+        timeout: timedelta,
+        rule: CenterRule,
+        make_averager: MakeAverager,
+        make_turns: MakeTurns = free_order,
+        on_loss: LossPolicy | None = None,
+    ) -> None:
+        self.control = control
+        self.statistics = Statistics()
+        self._store = store
+        self._node = node
+        self._timeout = timeout.total_seconds()
+        self._rule = rule
+        self._make_averager = make_averager
+        self._make_turns = make_turns
+        self._on_loss = on_loss or FailOnLoss()
+        self._center: ServedCenter | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._turns: Turns = FreeOrder()
+        self._served: list[ServedAverager] = []
+        self._meetings = 0
+        self._stop_agreed = False
+
+    @override
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        self._let_go()
+        groups = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        dtype = center_dtype([parameter for every in groups for group in every for parameter in group])
+        layouts = [FlatTensors(every, dtype) for every in groups]
+        for layout, every in zip(layouts, groups, strict=True):
+            with torch.no_grad():
+                layout.load_([parameter for group in every for parameter in group])
+        sizes = [segment.numel() for layout in layouts for segment in layout.segments]
+        timeout = self._timeout
+        self._center = open_center(
+            self._store,
+            rank=self.control.rank,
+            nodes=_ranks_of_nodes(self._node, self.control.size),
+            segments=list(pairwise(accumulate(sizes, initial=0))),
+            dtype=dtype,
+            rule=self._rule,
+            initial=torch.cat([layout.flat.cpu() for layout in layouts]),
+            timeout=timeout,
+        )
+        turn_store: Store = self._store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
+        self._turns = self._make_turns(PrefixStore("easgd-turns", turn_store), self._center, self.control, timeout)
+        threads = torch.get_num_threads()  # a new thread would take all cores
+        self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
+        surroundings = Surroundings(self._thread, self._check, self._living, self._turns, self.statistics)
+        firsts = accumulate((len(layout.segments) for layout in layouts), initial=0)
+        self._served = [
+            self._make_averager(
+                optimizer, CenterPart(self._center, range(first, last)), layout=layout, surroundings=surroundings
+            )
+            for optimizer, layout, (first, last) in zip(optimizers, layouts, pairwise(firsts), strict=True)
+        ]
+        self.averagers = dict(zip(optimizers, self._served, strict=True))
+        self._stop_agreed = False
+
+    @override
+    def meet(self, meeting: Meeting) -> None:
+        """Return when all living workers have come and each holds the same snapshot of the center.
+
+        Others may be long in coming; they are waited for as long as they give a sign of life.
+        """
+        for averager in self._served:
+            averager.complete()
+        self._turns.leave()
+        self._gather("come")
+        if not self._lost:
+            try:
+                Header(self.control, meeting=meeting).wait()
+            except ExchangeError:
+                if not self._lost:
+                    raise
+        for averager in self._served:
+            averager.take_snapshot()
+        self._gather("read")
+        if meeting is Meeting.TRAINING_END:
+            self._see_off()
+        self._turns.come_back()
+        self._meetings += 1
+        self._stop_agreed = self._opened.control.stop_requested
+
+    @override
+    def common_buffers(self, module: nn.Module) -> list[Tensor]:
+        return copy_buffers(module) if self._lost else super().common_buffers(module)
+
+    @override
+    def request_stop(self) -> None:
+        if self._center is not None:
+            self._center.control.request_stop()
+        self._stop_agreed = True
+
+    @property
+    @override
+    def stop_agreed(self) -> bool:
+        return self._stop_agreed or (self._center is not None and self._center.control.stop_requested)
+
+    @override
+    def fail(self) -> None:
+        if self._center is not None:
+            self._center.control.resign()
+
+    @override
+    def close(self) -> None:
+        self._let_go()
+        self.control.close()
+
+    @property
+    def _opened(self) -> ServedCenter:
+        assert self._center is not None
+        return self._center
+
+    @property
+    def _lost(self) -> frozenset[int]:
+        return self._opened.control.dead_ranks()
+
+    def _living(self) -> int:
+        return self.control.size - len(self._lost)
+
+    def _check(self) -> None:
+        if self._lost:
+            self._on_loss.notice(self._lost, self.control.size)
+
+    def _gather(self, what: str) -> None:
+        """Wait for all that live; raise if one that must come has died, or gives no sign of life."""
+        control = self._opened.control
+        everyone = frozenset(range(self.control.size))
+        while True:
+            self._check()
+            try:
+                control.meet(f"{self._meetings}/{what}", among=everyone - self._lost, timeout=self._timeout)
+            except WorkerLostError:
+                continue  # the policy decides
+            except CenterTimeoutError as error:
+                silent = control.silent_ranks()
+                if silent or control.store_lost or control.left_ranks():
+                    raise ExchangeError(
+                        f"EASGDStrategy(timeout={self._timeout:g} s): workers"
+                        f" {sorted(silent | control.left_ranks()) or 'of the first rank'} do not come to where all"
+                        f" meet; they are frozen, or ended early. Cause: {error}"
+                    ) from error
+                continue  # slow, but alive
+            break
+        if self._lost and dist.is_initialized():
+            # Its members are not all there any more; without it Lightning and torchmetrics act on this rank alone.
+            dist.destroy_process_group()
+
+    def _see_off(self) -> None:
+        """Rank 0 may serve the store: it goes on only when the others have no more use for it."""
+        store: Store = self._store.clone()  # type: ignore[attr-defined]
+        living = frozenset(range(self.control.size)) - self._lost
+        keys = {rank: f"easgd/seen/{self._meetings}/{rank}" for rank in living}
+        store.set(keys[self.control.rank], "")
+        if self.control.rank == 0:
+            with contextlib.suppress(RuntimeError):  # somebody died on the last yards
+                store.wait(list(keys.values()), timedelta(seconds=min(self._timeout, _LONGEST_GOODBYE)))
+
+    def _let_go(self) -> None:
+        center, self._center = self._center, None
+        thread, self._thread = self._thread, None
+        if center is not None:
+            center.close()
+        if thread is not None:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _ranks_of_nodes(node: int, size: int) -> list[list[int]]:
+    nodes: list[int] = [0] * size
+    dist.all_gather_object(nodes, node)
+    return [[rank for rank in range(size) if nodes[rank] == name] for name in dict.fromkeys(nodes)]

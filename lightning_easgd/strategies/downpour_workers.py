@@ -1,0 +1,140 @@
+"""The DOWNPOUR family, the baselines of the EASGD paper: the body of the strategies, free of a class tree."""
+
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch.optim import SGD
+
+from lightning_easgd.averagers import Averaging, DownpourAverager
+from lightning_easgd.service import (
+    AveragedRule,
+    CenterRule,
+    ConstantRate,
+    DownpourRule,
+    NesterovDownpourRule,
+    PolyakRate,
+)
+from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
+from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["DownpourWorkers"]
+
+
+class DownpourWorkers(ServedWorkers):
+    r"""DOWNPOUR and its variants: every ``tau`` steps a worker adds its update to the center and takes it over.
+
+    .. math:: \tilde x \leftarrow \tilde x + v^i, \qquad x^i \leftarrow \tilde x, \qquad v^i \leftarrow 0
+
+    on each worker's own clock, :math:`v^i` being what its optimizer has added to :math:`x^i` since the last exchange
+    (Dean et al. 2012, as stated by Zhang, Choromanska, LeCun 2015). It is a baseline: it needs a far smaller learning
+    rate than EASGD and is unstable for large ``tau``.
+
+    ===============================  ==============================================================================
+    DOWNPOUR                         the defaults
+    MDOWNPOUR (``momentum``)         Nesterov's momentum at the center: v ← δv + u, x̃ ← x̃ + δv + u
+    ADOWNPOUR (``average="polyak"``) the mean z of all centers is evaluated
+    MVADOWNPOUR (``average=0.001``)  z ← (1 - a) z + a x̃ is evaluated
+    ===============================  ==============================================================================
+
+    Args:
+        accelerator: As for ``DDPStrategy``.
+        parallel_devices: As for ``DDPStrategy``.
+        cluster_environment: As for ``DDPStrategy``.
+        checkpoint_io: As for ``DDPStrategy``.
+        precision_plugin: As for ``DDPStrategy``.
+        tau: Communication period τ ≥ 1, in steps of the worker's optimizer.
+        momentum: δ in (0, 1): MDOWNPOUR, defined for ``tau=1`` and plain ``torch.optim.SGD``.
+        average: None, "polyak", or the constant rate a in (0, 1] of a running average of the center, which is then
+            what validation, checkpoints and the module after ``fit`` hold.
+        order: "free": every worker on its own clock. "round_robin": turns pass from rank to rank.
+        on_worker_loss: "fail" or "continue", when a worker dies.
+        evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
+        process_group_backend: As for ``DDPStrategy``.
+        timeout: How long a worker may give no sign of life before the others fail.
+        start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
+        **ddp_arguments: As for ``EASGDStrategy``.
+
+    Raises:
+        TypeError: If ``tau`` is not an int, an argument is unknown, or ``momentum`` is given and the optimizer is not
+            plain SGD.
+        ValueError: If a value is out of its range, or ``momentum`` is given and ``tau`` > 1.
+    """
+
+    def __init__(
+        self,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        *,
+        tau: int = 1,
+        momentum: float | None = None,
+        average: Literal["polyak"] | float | None = None,
+        order: Order = "free",
+        on_worker_loss: OnWorkerLoss = "fail",
+        evaluate: Literal["center", "worker"] = "center",
+        process_group_backend: str | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        start_method: StartMethod = "popen",
+        **ddp_arguments: Any,
+    ) -> None:
+        super().__init__(
+            accelerator,
+            parallel_devices,
+            cluster_environment,
+            checkpoint_io,
+            precision_plugin,
+            order=order,
+            on_worker_loss=on_worker_loss,
+            evaluate=evaluate,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **ddp_arguments,
+        )
+        check_period(type(self).__name__, tau)
+        if momentum is not None and not 0 < momentum < 1:
+            raise ValueError(
+                f"DownpourStrategy(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for"
+                " DOWNPOUR."
+            )
+        if momentum is not None and tau > 1:
+            raise ValueError(
+                f"DownpourStrategy(momentum={momentum}, tau={tau}): momentum at the center is defined for tau=1 only;"
+                " set tau=1, or momentum=None."
+            )
+        if average is not None and average != "polyak" and not (_is_number(average) and 0 < average <= 1):
+            raise ValueError(
+                f"DownpourStrategy(average={average!r}): unknown average; use None, 'polyak', or a rate in (0, 1] such"
+                " as 0.001."
+            )
+        self.tau = tau
+        self.momentum = momentum
+        self.average = average
+
+    def setup_optimizers(self, trainer: "Trainer") -> None:
+        """Create the optimizers; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers if self.momentum is not None else ():
+            if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
+                raise TypeError(
+                    f"DownpourStrategy(momentum={self.momentum}): the center has the momentum and the workers send"
+                    f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
+                )
+
+    def _make_averaging(self) -> Averaging:
+        rule: CenterRule = DownpourRule() if self.momentum is None else NesterovDownpourRule(self.momentum)
+        if self.average is not None:
+            rule = AveragedRule(rule, PolyakRate() if self.average == "polyak" else ConstantRate(float(self.average)))
+        evaluated = 0 if self.average is None else rule.stores - 1
+        return self._serve(rule, partial(DownpourAverager, store=evaluated, tau=self.tau))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,354 @@
+"""Asynchronous EASGD and the DOWNPOUR family through the real Trainer."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from ranks import end_ranks, run_ranks
+from reference import synchronous_trace
+from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM
+from test_faults import Terminate, Uneven, fail
+from test_strategy import Adversarial, Watched, arrays, equal
+from toys import Quadratic, Regression, fitted
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+
+pytestmark = pytest.mark.timeout(120)
+TIMEOUT = timedelta(seconds=6)
+DOWNPOUR = [
+    (1, 0.6, 1),
+    (1, 0.24, 1),
+    (1, -0.084, 0.24),
+    (1, -0.3756, 0.24),
+    (0.316, -0.63804, -0.3756),
+    (0.3844, -0.874236, -0.3756),
+]
+
+
+class Rows(Quadratic):
+    """Reads the center when all ranks have made their step."""
+
+    def on_train_batch_end(self, *_):
+        self.trainer.strategy.barrier()
+        super().on_train_batch_end()
+        self.trainer.strategy.barrier()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rows"),
+    [
+        (EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2), ASYNCHRONOUS),
+        (EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2, momentum=0.9), ASYNCHRONOUS_MOMENTUM),
+        (DownpourStrategy(order="round_robin", tau=2), DOWNPOUR),
+    ],
+    ids=["easgd", "eamsgd", "downpour"],
+)
+def test_golden_traces_in_round_robin_order(strategy, rows):
+    def train():
+        return fitted(Rows(), strategy, 2).trace
+
+    first, second = np.array(run_ranks(train, 2))
+    assert np.column_stack([first[:, 0], second[:, 0], second[:, 1]]) == pytest.approx(np.array(rows), abs=2e-6)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, None), (0.3, 0.7), (0.0, None)])
+@pytest.mark.parametrize("tau", [1, 3])
+def test_one_worker_is_the_recursion(tau, alpha, beta):
+    def train():
+        return fitted(Quadratic(), EASGDStrategy(mode="async", tau=tau, alpha=alpha, beta=beta), 1).trace
+
+    (rows,) = run_ranks(train, 1)
+    expected = synchronous_trace(1, 6, tau, alpha, alpha if beta is None else beta)
+    assert np.array(rows) == pytest.approx(expected, abs=1e-6)
+
+
+class Linear(Quadratic):
+    """f_i = b_i · x with integer b and many elements, and pauses at random."""
+
+    def __init__(self, steps):
+        super().__init__(lr=1.0, steps=steps, record=False)
+        self.x = torch.nn.Parameter(torch.zeros(1000))
+
+    def training_step(self, batch, index):
+        time.sleep(np.random.default_rng(self.global_rank * 1000 + index).exponential(0.001))
+        return (self.x * (self.trainer.global_rank + 1)).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*is unstable")
+@pytest.mark.parametrize(("alpha", "exact"), [(1.0, True), (0.3, False)])
+def test_conservation_under_concurrency(alpha, exact):
+    """Σ x_i + x̃ moves by the gradients alone: no update is lost or doubled."""
+
+    def train():
+        strategy = EASGDStrategy(mode="async", tau=1, alpha=alpha)
+        module = Linear(steps=200)
+        last = None
+
+        class Last(Callback):
+            def on_train_end(self, *_):
+                nonlocal last
+                with strategy.worker_weights():
+                    last = module.x.detach().double().numpy().copy()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lightning_easgd.service.opening.CHUNK_ELEMENTS", 300)
+            fitted(module, strategy, 3, callbacks=[Last()])
+        return last, module.x.detach().double().numpy(), strategy.communication
+
+    results = run_ranks(train, 3)
+    total = sum(x for x, _, _ in results) + results[0][1]
+    expected = np.full(1000, -200.0 * (1 + 2 + 3))
+    if exact:
+        np.testing.assert_array_equal(total, expected)
+    else:
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert all(statistics.exchanges == 199 for _, _, statistics in results)
+    assert any(statistics.staleness > 0 for _, _, statistics in results)
+
+
+class Slow(Callback):
+    def __init__(self, rank, pause):
+        self.rank, self.pause = rank, pause
+
+    def on_train_start(self, trainer, module):
+        trainer.strategy.barrier()
+        self.started = time.monotonic()
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        time.sleep(self.pause if trainer.global_rank == self.rank else 0.003)
+
+    def on_train_epoch_end(self, *_):
+        self.seconds = time.monotonic() - self.started
+
+
+def seconds(pause, free=True):
+    slow = Slow(1, pause)
+    strategy = EASGDStrategy(mode="async", tau=4)
+    if not free:
+        strategy._on_sigterm = None
+        strategy.setup = lambda trainer: (EASGDStrategy.setup(strategy, trainer), strategy._end_free_running())[0]
+    fitted(Quadratic(steps=100, record=False), strategy, 2, callbacks=[slow])
+    return slow.seconds
+
+
+def test_a_slow_rank_does_not_slow_the_other():
+    together = run_ranks(seconds, 2, 0.003)[0]
+    beside_slow = run_ranks(seconds, 2, 0.02)[0]
+    locked = run_ranks(seconds, 2, 0.02, False)[0]
+    assert beside_slow < 1.25 * together
+    assert locked > 2 * together  # Lightning's broadcast before every batch
+
+
+@pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async", tau=2), DownpourStrategy(tau=2)])
+def test_validation_checkpoint_and_end_see_one_center(strategy, tmp_path):
+    def train():
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+        module = fitted(
+            Watched(batches=12), strategy, 3, val_check_interval=5, callbacks=[saver], enable_checkpointing=True
+        )
+        return module.seen, arrays(module.parameters()), arrays(strategy.center.values())
+
+    results = run_ranks(train, 3)
+    for seen, module, center in results:
+        assert equal(module, center)
+        assert equal(module, results[0][1])
+        assert all(equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
+        for index in range(2):
+            assert equal(seen["validation"][index], results[0][0]["validation"][index])
+            assert equal(seen["validation"][index][: len(center)], seen["center"][index])
+    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+
+
+class Alone(Quadratic):
+    """One worker whose gradient is that of ``slope``."""
+
+    def __init__(self, slope, steps):
+        super().__init__(steps=steps, record=False)
+        self.slope = slope
+
+    def training_step(self, batch, index):
+        return (self.slope(self.x.detach()) * self.x).sum()
+
+
+def final_center(strategy, slope, steps):
+    (value,) = run_ranks(lambda: fitted(Alone(slope, steps), strategy, 1).x.item(), 1)
+    return value
+
+
+@pytest.mark.parametrize("average", ["polyak", 0.5])
+def test_the_average_of_the_center_is_what_is_evaluated(average):
+    centers = [1.0, 0.9, 0.8, 0.7]  # exchanges at t = 1, 2, 3
+    z = centers[0]
+    for t, center in enumerate(centers[1:], start=1):
+        z += (1 / (t + 1) if average == "polyak" else average) * (center - z)
+    value = final_center(DownpourStrategy(average=average), lambda x: torch.ones(1), steps=4)
+    assert value == pytest.approx(z)
+
+
+def test_momentum_downpour_is_nesterov_at_the_center():
+    x, v = 1.0, 0.0
+    for _ in range(4):  # the gradient of the last step is not sent any more
+        u = -0.1 * (x - 3.0)
+        v = 0.9 * v + u
+        x = x + 0.9 * v + u
+    assert final_center(DownpourStrategy(momentum=0.9), lambda x: x - 3.0, steps=5) == pytest.approx(x, abs=1e-6)
+
+
+def test_several_optimizers_have_their_own_clocks():
+    def train():
+        strategy = EASGDStrategy(mode="async", tau=2)
+        module = fitted(Adversarial(), strategy, 2)
+        return strategy.communication.exchanges, sorted(strategy.center), arrays(module.parameters())
+
+    first, second = run_ranks(train, 2)
+    assert first[:2] == (3, ["a.bias", "a.weight", "b.bias", "b.weight"])
+    assert equal(first[2], second[2])
+
+
+@pytest.mark.parametrize("iterable", [False, True])
+@pytest.mark.parametrize("order", ["free", "round_robin"])
+@pytest.mark.parametrize("strategy", [EASGDStrategy, DownpourStrategy])
+def test_uneven_epochs_end(strategy, order, iterable):
+    mode = {"mode": "async"} if strategy is EASGDStrategy else {}
+
+    def run():
+        module = Uneven()
+        module.iterable = iterable
+        strategy_ = strategy(tau=2, order=order, timeout=timedelta(seconds=20), **mode)
+        fitted(module, strategy_, 3, max_epochs=2, use_distributed_sampler=False)
+        return [p.detach().numpy().tobytes() for p in module.parameters()]
+
+    first, *others = run_ranks(run, 3, timeout=50)
+    assert all(other == first for other in others)
+
+
+class At(Callback):
+    def __init__(self, rank, batch, action):
+        self.rank, self.batch, self.action = rank, batch, action
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        time.sleep(0.01)
+        if (trainer.global_rank, index) == (self.rank, self.batch):
+            self.action()
+
+
+def train(callbacks, steps=1000, **arguments):
+    strategy = EASGDStrategy(mode="async", tau=4, timeout=TIMEOUT, **arguments)
+    ranks = int(os.environ["WORLD_SIZE"])
+    module = fitted(Quadratic(steps=steps, record=False), strategy, ranks, callbacks=callbacks)
+    return strategy.communication.exchanges, module.x.item()
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("action", [fail, lambda: os.kill(os.getpid(), signal.SIGKILL)], ids=["raise", "kill"])
+def test_a_lost_worker_ends_the_run_with_its_name(rank, action):
+    started = time.monotonic()
+    outcomes = end_ranks(train, 3, [At(rank, 9, action)], timeout=30)
+    assert time.monotonic() - started < 12
+    for other in {0, 1, 2} - {rank}:
+        assert outcomes[other].exitcode != 0
+        assert f"workers [{rank}] of 3 have died or raised" in outcomes[other].error
+
+
+def test_the_loss_of_the_rank_with_the_store_ends_the_run():
+    outcomes = end_ranks(train, 3, [At(0, 9, lambda: os.kill(os.getpid(), signal.SIGKILL))], timeout=30)
+    assert all(outcome.exitcode != 0 for outcome in outcomes)
+
+
+def test_the_others_go_on_if_asked():
+    def run():
+        kill = At(2, 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return train([kill], steps=150, on_worker_loss="continue")
+
+    outcomes = end_ranks(run, 3, timeout=30)
+    assert outcomes[2].exitcode == -signal.SIGKILL
+    assert [outcome.exitcode for outcome in outcomes[:2]] == [0, 0], outcomes
+    (first, x), (second, y) = (outcome.value for outcome in outcomes[:2])
+    assert first == second == 37
+    assert x == y
+
+
+def test_a_frozen_worker_does_not_stop_the_others_before_they_meet():
+    class Count(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            counts[trainer.global_rank] = trainer.global_step
+
+        def on_exception(self, trainer, module, exception):
+            print("steps", trainer.global_step, flush=True)
+
+    counts = {}
+
+    def run():
+        try:
+            train([At(1, 9, lambda: os.kill(os.getpid(), signal.SIGSTOP)), Count()], steps=120)
+        except Exception as error:
+            return counts, str(error)
+        return None
+
+    def thaw_later(pids):
+        import threading
+
+        threading.Timer(16, os.kill, (pids[1], signal.SIGKILL)).start()
+
+    outcomes = end_ranks(run, 2, timeout=40, interfere=thaw_later)
+    assert outcomes[0].value is not None, outcomes[0].error
+    counts, error = outcomes[0].value
+    assert counts == {0: 120}
+    assert "workers [1]" in error
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_sigterm_on_any_rank_ends_all(rank):
+    def run():
+        terminate = Terminate(rank, 9)
+        module = Quadratic(steps=4000, record=False)
+        try:
+            fitted(module, EASGDStrategy(mode="async", tau=4, timeout=TIMEOUT), 2, callbacks=[terminate])
+        except SystemExit as end:
+            return terminate.end[0], end.code, module.x.item()
+        return None
+
+    first, second = run_ranks(run, 2, timeout=40)
+    assert first[:2] == second[:2] == ("SIGTERMException", None)
+    assert first[2] == second[2]
+
+
+def test_nothing_is_left_behind():
+    def run():
+        import threading
+
+        def open_files():
+            return {
+                os.readlink(f"/proc/self/fd/{n}")
+                for n in os.listdir("/proc/self/fd")
+                if os.path.exists(f"/proc/self/fd/{n}")
+            }
+
+        fitted(Quadratic(record=False), "easgd", 2)
+        threads, files = {t.name for t in threading.enumerate()}, open_files()
+        fitted(Quadratic(record=False), EASGDStrategy(mode="async", tau=1), 2)
+        time.sleep(0.5)
+        left = {t.name for t in threading.enumerate()} - threads, {f for f in open_files() - files if "memfd" in f}
+        dist.barrier()
+        return left
+
+    assert run_ranks(run, 2) == [(set(), set())] * 2
+
+
+def test_parameters_added_in_mid_training_are_refused():
+    class Add(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if index == 3:
+                trainer.optimizers[0].add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+
+    def run():
+        fitted(Regression(), EASGDStrategy(mode="async", tau=2, timeout=TIMEOUT), 2, callbacks=[Add()])
+
+    for outcome in end_ranks(run, 2):
+        assert "the optimizer has got or lost parameters" in outcome.error
