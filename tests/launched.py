@@ -15,7 +15,7 @@ import lightning_easgd
 if __name__ == "__main__":
     torch.manual_seed(0)
     name, folder = sys.argv[1:]
-    module = Regression()
+    module = Regression(batches=35)  # three exchanges
     trainer = quiet_trainer(strategy=name, devices=2)
     trainer.fit(module)
     state = {"state": module.state_dict(), "version": lightning_easgd.__version__}

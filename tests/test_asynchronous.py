@@ -177,7 +177,10 @@ class Alone(Quadratic):
 
 
 def final_center(strategy, slope, steps):
-    (value,) = run_ranks(lambda: fitted(Alone(slope, steps), strategy, 1).x.item(), 1)
+    def train():
+        return fitted(Alone(slope, steps), strategy, 1).x.item()
+
+    (value,) = run_ranks(train, 1)
     return value
 
 

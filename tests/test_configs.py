@@ -10,7 +10,7 @@ from application import CONF, command, composed, only_run, options
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from lightning_easgd import EASGDStrategy, LocalStrategy
+from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.evaluate import evaluate
 from lightning_easgd.train import build_model, build_strategy, build_trainer, train
 
@@ -62,6 +62,9 @@ def test_strategy_yaml_has_every_argument():
         assert set(OmegaConf.load(CONF / "strategy" / "easgd.yaml")) - {"_target_"} == (
             keyword_arguments(EASGDStrategy.__init__) - FROM_TRAINER
         ), name
+    assert set(OmegaConf.load(CONF / "strategy" / "downpour.yaml")) - {"_target_"} == (
+        keyword_arguments(DownpourStrategy.__init__) - FROM_TRAINER
+    )
     assert set(OmegaConf.load(CONF / "strategy" / "local.yaml")) - {"_target_", "tau"} == (
         keyword_arguments(LocalStrategy.__init__) - FROM_TRAINER
     )

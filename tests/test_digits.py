@@ -96,7 +96,7 @@ class _Recorder(L.Callback):
             self.orders.append(batch[0])
 
 
-@pytest.mark.parametrize("sampling", ["full", "sharded"])
+@pytest.mark.parametrize("sampling", ["full", "sharded", "dynamic"])
 def test_lightning_moves_the_sampler_on_with_each_epoch(sampling):
     recorder = _Recorder()
     quiet_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0, callbacks=[recorder]).fit(

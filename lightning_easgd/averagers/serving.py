@@ -24,6 +24,7 @@ from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
 from lightning_easgd.buffers import copy_buffers
 from lightning_easgd.center import FlatTensors, center_dtype
 from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
+from lightning_easgd.service.stores import own_client
 
 __all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "free_order", "round_robin"]
 
@@ -151,8 +152,9 @@ class ServedAveraging(Averaging):
             initial=torch.cat([layout.flat.cpu() for layout in layouts]),
             timeout=timeout,
         )
-        turn_store: Store = self._store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
-        self._turns = self._make_turns(PrefixStore("easgd-turns", turn_store), self._center, self.control, timeout)
+        self._turns = self._make_turns(
+            PrefixStore("easgd-turns", own_client(self._store)), self._center, self.control, timeout
+        )
         threads = torch.get_num_threads()  # a new thread would take all cores
         self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
         surroundings = Surroundings(self._thread, self._check, self._living, self._turns, self.statistics)
@@ -258,7 +260,7 @@ class ServedAveraging(Averaging):
 
     def _see_off(self) -> None:
         """Rank 0 may serve the store: it goes on only when the others have no more use for it."""
-        store: Store = self._store.clone()  # type: ignore[attr-defined]
+        store = own_client(self._store)
         living = frozenset(range(self.control.size)) - self._lost
         keys = {rank: f"easgd/seen/{self._meetings}/{rank}" for rank in living}
         store.set(keys[self.control.rank], "")

@@ -30,7 +30,7 @@ class DigitsDataModule(L.LightningDataModule):
     Args:
         batch_size: Samples in a batch of one worker.
         sampling: "full": every worker draws its own shuffle of the whole training set; "sharded": each worker
-            has its own part of it.
+            has its own part of it; "dynamic": workers draw from a common pool (:class:`DynamicShare`).
         num_workers: Processes that load data in each worker; the images are in memory, so 0 is fastest.
         seed: Seed of the order in which training images are drawn.
 

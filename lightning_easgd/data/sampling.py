@@ -6,7 +6,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
-Sampling: TypeAlias = Literal["full", "sharded"]
+from lightning_easgd.data.dynamic_share import DynamicShare
+
+Sampling: TypeAlias = Literal["full", "sharded", "dynamic"]
 
 # Ranks and seeds are small integers: a large odd factor keeps (seed 0, rank 1) and (seed 1, rank 0) apart.
 _RANK_STRIDE = 1_000_003
@@ -54,7 +56,7 @@ def check_sampling(owner: str, sampling: str) -> Sampling:
             return known  # type: ignore[no-any-return]  # get_args is untyped
     raise ValueError(
         f"{owner}(sampling={sampling!r}): unknown sampling; choose 'full' (every worker draws from the whole "
-        f"training set) or 'sharded' (each worker has its own part)."
+        f"training set), 'sharded' (each worker has its own part) or 'dynamic' (workers draw from a common pool)."
     )
 
 
@@ -69,12 +71,16 @@ def training_loader(
     Args:
         dataset: The training set.
         batch_size: Samples in a batch of one worker.
-        sampling: "full" or "sharded".
+        sampling: "full", "sharded" or "dynamic"; the last deals out chunks of 4 batches.
         rank: The worker's global rank.
         seed: The run's seed.
         num_workers: Processes that load data.
     """
-    sampler = WorkerSampler(dataset, rank, seed) if sampling == "full" else None
+    sampler: DistributedSampler[Any] | None = None
+    if sampling == "full":
+        sampler = WorkerSampler(dataset, rank, seed)
+    elif sampling == "dynamic":
+        sampler = DynamicShare(dataset, chunk=4 * batch_size, seed=seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -1,0 +1,117 @@
+"""A training set that the workers share out among themselves while they train."""
+
+from collections.abc import Iterator
+from datetime import timedelta
+from itertools import count
+from typing import Any, final
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.utils.data import Dataset, DistributedSampler
+from typing_extensions import override
+
+from lightning_easgd.service.stores import own_client
+
+__all__ = ["DynamicShare"]
+
+_instances = count()
+
+
+@final
+class DynamicShare(DistributedSampler[Any]):
+    """Deals an epoch's samples out in chunks, to whichever worker asks next.
+
+    In each epoch all workers see one common shuffle of the data set, cut into chunks; each chunk goes to one worker,
+    and each sample is drawn once. A worker that is slow draws fewer chunks, makes fewer steps, and nobody waits for
+    it at the end of the epoch; how many batches a worker will get is not known before, so the sampler has no length.
+    (The loaders of the EASGD paper hand out chunks of 512 CIFAR or 64 ImageNet images in this way.)
+
+    It is a ``DistributedSampler``, which Lightning neither replaces nor forgets to give the epoch to. All ranks make
+    their samplers in the same order.
+
+    Args:
+        dataset: The training set.
+        chunk: Samples of one chunk; a multiple of the batch size keeps batches whole.
+        seed: Of the shuffles.
+        timeout: How long ranks wait for each other when they resume.
+
+    Raises:
+        ValueError: If ``chunk`` < 1.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], *, chunk: int = 512, seed: int = 0, timeout: timedelta = timedelta(minutes=5)
+    ) -> None:
+        if chunk < 1:
+            raise ValueError(f"DynamicShare(chunk={chunk}): a chunk has at least 1 sample; 512 is the default.")
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed)
+        self.chunk = chunk
+        self._samples = self.total_size
+        self._timeout = timeout
+        self._number = next(_instances)
+        self._store: Store | None = None
+        self._passes = 0  # the pool of a pass is new, also if an epoch is gone through twice
+        self._drawn: list[int] = []
+        self._given = 0
+        self._resumed = False
+
+    @override
+    def __len__(self) -> int:
+        # DataLoader and Lightning then treat the data as of unknown length.
+        raise TypeError("DynamicShare has no length: how much a worker draws shows while it trains.")
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(self._samples, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
+        parts = [order[start : start + self.chunk] for start in range(0, len(order), self.chunk)]
+        pool = PrefixStore(f"{self._passes}", self._open_store())
+        self._passes += 1
+        if self._resumed:
+            self._resumed = False
+            free = self._free_chunks(pool, len(parts))
+            if self._drawn:
+                yield from self._give(parts[self._drawn[-1]][self._given :])
+        else:
+            free = list(range(len(parts)))
+            self._drawn = []
+        while (ticket := pool.add("next", 1) - 1) < len(free):
+            self._drawn.append(free[ticket])
+            self._given = 0
+            yield from self._give(parts[free[ticket]])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has drawn in the current epoch; each rank keeps its own."""
+        return {"epoch": self.epoch, "drawn": list(self._drawn), "given": self._given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on in the middle of an epoch, on as many ranks as before: what was given is not given again."""
+        self.epoch = state["epoch"]
+        self._drawn = list(state["drawn"])
+        self._given = state["given"]
+        self._resumed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_store": None}
+
+    def _give(self, samples: list[int]) -> Iterator[int]:
+        for sample in samples:
+            self._given += 1
+            yield sample
+
+    def _free_chunks(self, pool: Store, chunks: int) -> list[int]:
+        """The chunks that no rank had drawn."""
+        if not dist.is_initialized():
+            return [chunk for chunk in range(chunks) if chunk not in self._drawn]
+        pool.set(f"drawn/{dist.get_rank()}", " ".join(map(str, self._drawn)))
+        keys = [f"drawn/{rank}" for rank in range(dist.get_world_size())]
+        pool.wait(keys, self._timeout)
+        taken = {int(chunk) for key in keys for chunk in pool.get(key).split()}
+        return [chunk for chunk in range(chunks) if chunk not in taken]
+
+    def _open_store(self) -> Store:
+        if self._store is None:
+            store = own_client(_get_default_store()) if dist.is_initialized() else HashStore()
+            self._store = PrefixStore(f"easgd-share/{self._number}", store)
+        return self._store

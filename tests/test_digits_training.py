@@ -1,0 +1,50 @@
+"""The served strategies learn real images: one node of four ranks, and two nodes of two."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from ranks import free_port
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+TRAIN = ["-m", "lightning_easgd.train", "trainer.enable_progress_bar=false", "plot=false"]
+
+
+def center_accuracy(output: str) -> float:
+    return float(re.search(r"test accuracy at the center +([\d.]+)%", output)[1])
+
+
+@pytest.mark.parametrize("overrides", [["strategy=easgd_async"], ["strategy=downpour", "optimizer.lr=0.02"]])
+def test_one_node_of_four_ranks(overrides, tmp_path):
+    run = subprocess.run(
+        [sys.executable, *TRAIN, *overrides], cwd=tmp_path, timeout=220, text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert center_accuracy(run.stdout) >= 97
+
+
+def test_two_nodes_of_two_ranks(tmp_path):
+    port = free_port()
+    nodes = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+                *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", *TRAIN),
+                *("strategy=easgd_async", "trainer.devices=2", "trainer.num_nodes=2"),
+                *(f"hydra.run.dir={tmp_path / 'run'}", "hydra.output_subdir=null"),
+            ],
+            cwd=tmp_path,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=220) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert center_accuracy(outputs[0][0]) >= 97

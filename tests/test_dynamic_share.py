@@ -1,0 +1,107 @@
+"""Each sample is drawn once per epoch, by whoever asks."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from ranks import run_ranks
+from torch.utils.data import DataLoader
+from toys import Regression, fitted
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.data import DynamicShare
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def epochs_of(sampler, epochs=2, pause=0.0):
+    drawn = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        drawn.append([])
+        for sample in sampler:
+            time.sleep(pause)
+            drawn[-1].append(sample)
+    return drawn
+
+
+@pytest.mark.parametrize("samples", [1, 7, 100, 103])
+def test_one_worker_draws_everything_in_a_new_order_each_epoch(samples):
+    first, second = epochs_of(DynamicShare(range(samples), chunk=10))
+    assert sorted(first) == sorted(second) == list(range(samples))
+    assert samples < 5 or first != second
+
+
+def test_workers_share_an_epoch_and_a_slow_one_draws_less():
+    def draw():
+        dist.init_process_group("gloo")
+        sampler = DynamicShare(range(205), chunk=10)
+        drawn = epochs_of(sampler, pause=0.01 if dist.get_rank() == 0 else 0.001)
+        dist.barrier()  # rank 0 serves the store
+        return drawn
+
+    slow, *others = run_ranks(draw, 3)
+    for epoch in range(2):
+        together = slow[epoch] + [sample for other in others for sample in other[epoch]]
+        assert sorted(together) == list(range(205))
+    assert sum(map(len, slow)) < min(sum(map(len, other)) for other in others)
+
+
+def test_resume_in_mid_epoch_gives_the_rest_once():
+    def draw(states):
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+        sampler = DynamicShare(range(100), chunk=8)
+        sampler.set_epoch(3)
+        if states is None:
+            iterator = iter(sampler)
+            before = [next(iterator) for _ in range(13 + 6 * dist.get_rank())]
+            dist.barrier()  # rank 0 serves the store
+            return before, sampler.state_dict()
+        sampler.load_state_dict(states[dist.get_rank()])
+        rest, again = list(sampler), sorted(sampler)
+        dist.barrier()
+        return rest, again
+
+    first = run_ranks(draw, 2, None)
+    second = run_ranks(draw, 2, [state for _, state in first])
+    samples = [sample for before, _ in first for sample in before] + [s for rest, _ in second for s in rest]
+    assert sorted(samples) == list(range(100))
+    assert sorted(second[0][1] + second[1][1]) == list(range(100))  # the next pass is whole again
+
+
+def test_it_has_no_length_and_refuses_an_empty_chunk():
+    with pytest.raises(TypeError, match="no length"):
+        len(DynamicShare(range(3)))
+    with pytest.raises(ValueError, match=r"DynamicShare\(chunk=0\)"):
+        DynamicShare(range(3), chunk=0)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_under_the_trainer_a_slow_rank_makes_fewer_steps(mode):
+    class Shared(Regression):
+        def train_dataloader(self):
+            data = torch.arange(400.0).view(100, 4) / 400
+            self.seen = []
+            return DataLoader(data, batch_size=4, sampler=DynamicShare(data, chunk=4))
+
+        def training_step(self, batch, index):
+            self.seen += (batch[:, 0] * 100).round().int().tolist()
+            return super().training_step(batch, index)
+
+    class Slow(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            time.sleep(0.05 if trainer.global_rank else 0.005)
+
+    def train():
+        module = Shared()
+        fitted(module, EASGDStrategy(mode=mode, tau=3), 2, max_epochs=2, callbacks=[Slow()])
+        return module.seen, module.trainer.global_step, module.net[0].weight.tolist()
+
+    fast, slow = run_ranks(train, 2)
+    assert sorted(fast[0] + slow[0]) == sorted(2 * list(range(100)))
+    assert fast[2] == slow[2]
+    if mode == "async":  # in sync mode the fast rank waits at its exchanges
+        assert slow[1] < fast[1] / 2
