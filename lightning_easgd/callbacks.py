@@ -74,12 +74,15 @@ class ElasticMonitor(Callback):
     `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
     training.
 
+    A record reads the distance from the device, which makes the host wait for all work in the device's queue. The
+    counts are running totals: a record now and then loses none of them.
+
     Args:
         every_n_exchanges: Record every so many exchanges.
         directory: Where the files go; None writes none.
     """
 
-    def __init__(self, every_n_exchanges: int = 1, directory: str | Path | None = None) -> None:
+    def __init__(self, every_n_exchanges: int = 10, directory: str | Path | None = None) -> None:
         if every_n_exchanges < 1:
             raise ValueError(
                 f"ElasticMonitor(every_n_exchanges={every_n_exchanges}): at most every exchange can be "
@@ -90,6 +93,10 @@ class ElasticMonitor(Callback):
         self._first_step = 0
         self._recorded = 0
         self._rows: list[list[Any]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Makes all ranks write where rank 0 does: ranks that torchrun started may have other names for a run."""
+        self.directory = trainer.strategy.broadcast(self.directory)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Starts a new file, so that a second `fit` does not repeat the rows of the first."""

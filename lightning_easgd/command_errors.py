@@ -1,9 +1,10 @@
 """One clear sentence for what a user of a command got wrong, instead of a traceback."""
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -45,6 +46,19 @@ def run_command(name: str, command: Callable[[], object]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = setting
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Context of a Hydra job in which a `UsageError` ends the process with its sentence.
+
+    Left to Hydra it would be printed beside the job's overrides, and a sweep would go on to its other jobs, which
+    meet the same refusal.
+    """
+    try:
+        yield
+    except UsageError as error:
+        sys.exit(str(error))
 
 
 def explain(name: str, error: Exception) -> str | None:

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_easgd.command_errors import UsageError, run_command
+from lightning_easgd.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.train import CONFIG_FILE, quiet
 
 _COMMAND = "easgd-evaluate"
@@ -23,7 +23,8 @@ def main() -> None:
 @hydra.main(config_path="pkg://lightning_easgd.conf", config_name="evaluate", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     overridden = {override.split("=")[0].split(".")[0] for override in HydraConfig.get().overrides.task}
-    metrics = evaluate(config, keep=overridden)
+    with usage_errors():
+        metrics = evaluate(config, keep=overridden)
     width = max(len(name) for name in metrics)
     for name, value in metrics.items():
         print(f"  {name:<{width}}  {value:.4f}")

@@ -1,4 +1,4 @@
-"""The table that ends a run, made from the CSV files in its directory."""
+"""The table that ends a run, made from the CSV files and the configuration in its directory."""
 
 import csv
 from dataclasses import dataclass
@@ -6,10 +6,19 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
+from omegaconf import OmegaConf
+
 from lightning_easgd.callbacks import ACCURACY_FILE, COMMUNICATION_FILE, TIME_FILE
 
 CENTER = "center"
+CONFIG_FILE = "config.yaml"
 _WORKER = "worker_"
+# By strategy: what happens inside a batch. Nobody can tell from outside how long DDP waits there.
+_IN_A_BATCH = {
+    "builtins.str": "compute",
+    "lightning_easgd.strategies.LocalStrategy": "compute",
+    "lightning.pytorch.strategies.DDPStrategy": "compute and all-reduce",
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +100,11 @@ def is_elastic(run: Path) -> bool:
     return (run / COMMUNICATION_FILE).exists()
 
 
+def _strategy(run: Path) -> str:
+    path = run / CONFIG_FILE
+    return str(OmegaConf.select(OmegaConf.load(path), "strategy._target_")) if path.exists() else ""
+
+
 def _accuracy_lines(run: Path) -> list[_Line]:
     lines: list[_Line] = []
     scores = last_accuracy(run, "test")
@@ -112,9 +126,9 @@ def _time_lines(run: Path) -> list[_Line]:
     mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
     total = mean.pop("total")
     labels = {"rest": "validation, checkpoints"}
-    if not is_elastic(run):  # nobody can tell from outside how long such a strategy waits
+    if not is_elastic(run):
         del mean["communication"]
-        labels["compute"] = "compute and communication"
+        labels["compute"] = _IN_A_BATCH.get(_strategy(run), "compute and communication")
     shares = [
         _Line(f"  {labels.get(name, name)}", f"{value:.1f} s", f"{value / max(total, 1e-9):.1%}")
         for name, value in mean.items()

@@ -1,8 +1,12 @@
 """`easgd-train`: one training run, described by the configuration `lightning_easgd.conf`."""
 
 import inspect
+import logging
+import os
 import platform
+import secrets
 import warnings
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,10 +19,10 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import plots, report
-from lightning_easgd.command_errors import UsageError, run_command
+from lightning_easgd.command_errors import UsageError, run_command, usage_errors
 
 _COMMAND = "easgd-train"
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE = report.CONFIG_FILE
 VERSIONS_FILE = "versions.txt"
 _PACKAGES = ("lightning_easgd", "lightning", "torch", "torchmetrics", "hydra-core", "numpy")
 
@@ -28,9 +32,24 @@ def main() -> None:
     run_command(_COMMAND, _hydra_main)
 
 
+def launch_name() -> str:
+    """Names a launch of a command, so that two of them in the same second have different run directories.
+
+    Ranks that torchrun or SLURM has started compose their configurations each on their own; what they have in common
+    is the process that started them.
+    """
+    launched_with_others = not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}.isdisjoint(os.environ)
+    return str(os.getppid()) if launched_with_others else secrets.token_hex(2)
+
+
+# Cached: Hydra asks several times for the directory of one run.
+OmegaConf.register_new_resolver("easgd_launch", launch_name, use_cache=True, replace=True)
+
+
 @hydra.main(config_path="pkg://lightning_easgd.conf", config_name="train", version_base="1.3")
 def _hydra_main(config: DictConfig) -> float | None:
-    return train(config)
+    with usage_errors():
+        return train(config)
 
 
 def train(config: DictConfig) -> float | None:
@@ -87,14 +106,28 @@ def build_trainer(config: DictConfig) -> L.Trainer:
 
 
 def build_strategy(config: DictConfig) -> Any:
-    """Builds the strategy; `tau` is left out where it means nothing, so that a sweep may set it for all.
+    """Builds the strategy.
+
+    `tau` is left out where it means nothing, so that a sweep may set it for all. A `timeout` that is a number, as it
+    is written on a command line, means seconds.
 
     Args:
         config: The group `strategy`.
     """
     initializer = inspect.getattr_static(get_class(config._target_), "__init__")
     left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
-    return instantiate(OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]))
+    return instantiate(
+        OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]), **_timeout(config)
+    )
+
+
+def _timeout(config: DictConfig) -> dict[str, timedelta]:
+    value = config.get("timeout")
+    if value is None or isinstance(value, DictConfig):
+        return {}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UsageError(f"{_COMMAND}(strategy.timeout={value}): give a positive number of seconds")
+    return {"timeout": timedelta(seconds=value)}
 
 
 def _build_callbacks(config: DictConfig) -> list[Any]:
@@ -169,6 +202,8 @@ def _conclude(config: DictConfig, run: Path) -> None:
 
 def quiet() -> None:
     """Silences what Lightning says about every run of this command and no user can act upon."""
+    # Filters are compared when they are added: calling this again adds nothing.
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in (
         # The shipped data sets are in memory, where loader processes only cost time.
         r".*does not have many workers which may be a bottleneck.*",
@@ -183,6 +218,10 @@ def quiet() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_protocol_tells_elastic_strategies_from_others():
 
 
 def test_monitor_writes_every_exchange(tmp_path):
-    trainer, _ = fit(Elastic(), First(), ElasticMonitor(directory=tmp_path), Last())
+    trainer, _ = fit(Elastic(), First(), ElasticMonitor(every_n_exchanges=1, directory=tmp_path), Last())
     written = rows(tmp_path / "elastic" / "rank_0.csv")
     assert [int(row["step"]) for row in written] == [2, 4, 6, 8, 10, 12]
     assert [float(row["distance"]) for row in written] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
@@ -116,7 +116,7 @@ def test_monitor_records_every_nth_exchange(tmp_path):
 
 
 def test_monitor_starts_again_with_a_second_fit(tmp_path):
-    monitor = ElasticMonitor(directory=tmp_path)
+    monitor = ElasticMonitor(every_n_exchanges=1, directory=tmp_path)
     fit(Elastic(), monitor)
     fit(Elastic(), monitor)
     assert len(rows(tmp_path / "elastic" / "rank_0.csv")) == 6

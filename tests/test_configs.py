@@ -89,6 +89,13 @@ def test_strategy_arguments_arrive(tmp_path):
     assert (strategy.tau, strategy.momentum, strategy._timeout) == (3, 0.9, timedelta(minutes=30))
 
 
+@pytest.mark.parametrize("name", ["easgd", "ddp", "local"])
+@pytest.mark.parametrize(("override", "seconds"), [("timeout=5", 5), ("timeout=0.5", 0.5), ("timeout.seconds=7", 7)])
+def test_timeout_on_the_command_line_is_in_seconds(tmp_path, name, override, seconds):
+    strategy = build_strategy(composed(tmp_path, f"strategy={name}", f"strategy.{override}").strategy)
+    assert strategy._timeout == timedelta(seconds=seconds)
+
+
 @pytest.mark.parametrize("name", ["ddp", "local", "single"])
 def test_tau_of_a_strategy_without_one_is_left_out(tmp_path, name):
     build_strategy(composed(tmp_path, f"strategy={name}", "strategy.tau=16").strategy)

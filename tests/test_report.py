@@ -3,6 +3,8 @@
 import sys
 
 import pytest
+from application import CONF
+from omegaconf import OmegaConf
 
 from lightning_easgd import plots, report
 
@@ -46,6 +48,20 @@ def test_table_of_a_run_without_a_center(run):
     assert "test accuracy of the model" in table
     assert "compute and communication" in table
     assert "center" not in table
+
+
+@pytest.mark.parametrize(
+    ("strategy", "label"),
+    [("local", "compute"), ("single", "compute"), ("ddp", "compute and all-reduce"), ("easgd", "compute")],
+)
+def test_what_happens_inside_a_batch_depends_on_the_strategy(run, strategy, label):
+    target = OmegaConf.load(CONF / "strategy" / f"{strategy}.yaml")
+    target = target.get("_target_") or target.strategy._target_
+    (run / "config.yaml").write_text(f"strategy:\n  _target_: {target}\n")
+    if strategy != "easgd":
+        (run / "communication.csv").unlink()
+    (line,) = (line for line in report.render(run).splitlines() if "compute" in line)
+    assert line.split("  ")[2] == label
 
 
 def test_equal_ranks_are_shown_once(run):

@@ -1,6 +1,8 @@
 """`easgd-train` and `easgd-evaluate` as a user runs them."""
 
 import csv
+import os
+import subprocess
 import sys
 
 import pytest
@@ -134,6 +136,45 @@ def test_a_sweep_with_popen_is_refused_with_the_remedy(monkeypatch, tmp_path, st
     sentence = refusal(monkeypatch, tmp_path, train.main, "-m", f"strategy={strategy}", "seed=0,1")
     assert "each rank would repeat the whole sweep" in sentence
     assert sentence.endswith("set strategy.start_method=spawn")
+
+
+def test_a_refused_sweep_stops_at_its_first_job(tmp_path):
+    done = command("train", "-m", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "#1" not in done.stdout
+    assert "Error executing" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("easgd-train(--multirun, strategy.start_method=popen")
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-5", "true"])
+def test_a_timeout_is_a_number_of_seconds(monkeypatch, tmp_path, value):
+    sentence = refusal(monkeypatch, tmp_path, train.main, f"strategy.timeout={value}")
+    assert sentence.lower() == f"easgd-train(strategy.timeout={value}): give a positive number of seconds"
+
+
+def test_runs_of_the_same_second_have_directories_of_their_own(monkeypatch, tmp_path):
+    directories = set()
+    monkeypatch.setattr(train, "train", lambda config: directories.add(config.paths.run))
+    monkeypatch.setattr(sys, "argv", ["easgd-train", "hydra.run.dir=${easgd_launch:}"])
+    monkeypatch.chdir(tmp_path)
+    for _ in range(3):
+        train.main()
+    assert len(directories) == 3
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_write_one_directory(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "-m", "lightning_easgd.train", *SHORT, "callbacks.elastic_monitor.every_n_exchanges=1",
+        ],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len({path.parents[1] for path in tmp_path.rglob("elastic/rank_*.csv")}) == 1
+    assert len(list(tmp_path.rglob("elastic/rank_*.csv"))) == 2
 
 
 def test_a_logger_that_is_not_installed_is_one_sentence(monkeypatch, tmp_path):

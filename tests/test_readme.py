@@ -1,0 +1,268 @@
+"""Every code block of README.md is executed or compared with what it describes; a block without a rule fails."""
+
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from application import ROOT
+from test_configs import FROM_TRAINER
+from test_packaging import PROJECT, sources
+
+from lightning_easgd import EASGDStrategy, plots, report
+from lightning_easgd.elastic import elastic_pull_, elastic_push_
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "results" / "digits"
+
+# What README's Python blocks take for granted, and a trainer that is cheap whatever a block asks for.
+PREAMBLE = """
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 3)
+    def forward(self, inputs):
+        return self.net(inputs)
+    def training_step(self, batch, index):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def validation_step(self, batch, index):
+        self(batch[0])
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+class Data(L.LightningDataModule):
+    def loader(self):
+        return DataLoader(TensorDataset(torch.randn(384, 4), torch.randint(3, (384,))), batch_size=8)
+    train_dataloader = val_dataloader = test_dataloader = loader
+
+original = L.Trainer
+def cheap(**arguments):
+    changed = dict(accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_progress_bar=False,
+                   enable_checkpointing=False)
+    return original(**(arguments | changed))
+L.Trainer = cheap
+model, data = Model(), Data()
+"""
+EPILOGUE = """
+assert type(trainer.strategy).__name__ == "EASGDStrategy"
+assert trainer.strategy.communication.exchanges > 0
+if trainer.is_global_zero:
+    print("trained", trainer.global_step)
+"""
+CHEAP = ("trainer.devices=2", "trainer.limit_train_batches=20", "callbacks.progress_bar.refresh_rate=0", "plot=false")
+SUBSTITUTIONS = {"trainer.max_epochs=60": "trainer.max_epochs=2"}
+
+
+class Block(NamedTuple):
+    line: int
+    language: str
+    text: str
+
+
+def blocks() -> list[Block]:
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [Block(README[: match.start()].count("\n") + 1, match[1], match[2]) for match in found]
+
+
+def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    # A `make test` around this would hand its own settings on to a make in here.
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "ARGS")}
+    done = subprocess.run(
+        arguments, cwd=cwd, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+# Languages
+
+
+def run_script(text: str, folder: Path) -> None:
+    script = folder / "script.py"
+    script.write_text(PREAMBLE + text + EPILOGUE)
+    assert "trained 24" in run([sys.executable, str(script)], folder).stdout
+
+
+def check_diff(text: str, folder: Path) -> None:
+    lines = text.splitlines()
+    before = [line[1:] for line in lines if not line.startswith("+")]
+    after = [line[1:] for line in lines if not line.startswith("-")]
+    compile("\n".join(before), "before", "exec")
+    run_script("\n".join(after), folder)
+    without_import = "\n".join(line for line in after if "import lightning_easgd" not in line)
+    with pytest.raises(AssertionError, match="invalid strategy name"):
+        run_script(without_import, folder)
+
+
+def check_console(text: str, folder: Path) -> None:
+    for line in text.splitlines():
+        program, *arguments = shlex.split(line)
+        assert program in PROGRAMS, f"no rule for the command {program!r} in tests/test_readme.py"
+        PROGRAMS[program]([SUBSTITUTIONS.get(argument, argument) for argument in arguments], folder)
+
+
+def check_update_rule(text: str, folder: Path) -> None:
+    assert text == "worker i:  xᵢ ← xᵢ − η gᵢ(xᵢ) − α (xᵢ − x̃)\ncenter:    x̃  ← x̃ + (β / p) Σᵢ (xᵢ − x̃)\n"
+    alpha, beta, p, step = 0.3, 0.8, 3, 0.01
+    workers, center = torch.tensor([1.0, -2.0, 4.0]), torch.tensor(0.5)
+    moved, difference = (workers - step).clone(), workers - center
+    elastic_pull_([moved], [difference], alpha)
+    pushed = center.clone()
+    elastic_push_([pushed], [difference.sum()], beta / p)
+    torch.testing.assert_close(moved, workers - step - alpha * (workers - center))
+    torch.testing.assert_close(pushed, center + (beta / p) * (workers - center).sum())
+
+
+def check_output(text: str, folder: Path) -> None:
+    assert text == report.render(RESULTS) + "\n"
+
+
+LANGUAGES = {
+    "python": run_script,
+    "diff": check_diff,
+    "console": check_console,
+    "text": check_update_rule,
+    "output": check_output,
+}
+
+
+# Programs of the console blocks
+
+
+def run_train(arguments: list[str], folder: Path) -> None:
+    epochs = [] if "max_epochs" in "".join(arguments) else ["trainer.max_epochs=1"]
+    before = set(folder.rglob("accuracy.csv"))
+    done = run([sys.executable, "-m", "lightning_easgd.train", *arguments, *CHEAP, *epochs], folder)
+    runs = set(folder.rglob("accuracy.csv")) - before
+    jobs = len(re.findall(r"\[HYDRA\] \t#", done.stdout)) or 1
+    assert len(runs) == jobs == done.stdout.count("run directory")
+
+
+def run_evaluate(arguments: list[str], folder: Path) -> None:
+    assert "test/accuracy" in run([sys.executable, "-m", "lightning_easgd.evaluate", *arguments], folder).stdout
+
+
+def run_make(arguments: list[str], folder: Path) -> None:
+    """The recipe of the target is what README says of it; the training command is run, at less expense."""
+    recipe = run(["make", "--dry-run", *arguments], ROOT).stdout.splitlines()
+    if arguments[0] == "test":
+        assert any("ruff check" in line for line in recipe)
+        assert any("mypy" in line for line in recipe)
+        assert "pytest" in recipe[-1]
+        return
+    program, *options = shlex.split(recipe[-1])
+    assert Path(program).name == "easgd-train"
+    run_train(options, folder)
+
+
+def run_python(arguments: list[str], folder: Path) -> None:
+    if arguments[0] == "-m":
+        assert arguments[1] == "lightning_easgd.train"
+        run_train(arguments[2:], folder)
+        return
+    script, *options = arguments
+    expected = SCRIPTS[script]
+    done = run([sys.executable, str(ROOT / script), *options, *expected.cheap], folder)
+    assert re.search(expected.output, done.stdout), done.stdout
+
+
+def run_pip(arguments: list[str], folder: Path) -> None:
+    """What would be installed; that the wheel works is shown in test_packaging."""
+    install, target = arguments
+    path, extras = re.fullmatch(r"(\.)(?:\[(.*)\])?", target).groups()
+    assert (install, path) == ("install", ".")
+    assert set(filter(None, (extras or "").split(","))) <= set(PROJECT["project"]["optional-dependencies"])
+    clone = folder / "clone"
+    clone.mkdir()
+    options = ("--dry-run", "--no-deps", "--no-build-isolation", "--ignore-installed")
+    done = run([sys.executable, "-m", "pip", "install", *options, target], sources(clone))
+    assert "Would install lightning_easgd" in done.stdout
+
+
+PROGRAMS = {
+    "easgd-train": run_train,
+    "easgd-evaluate": run_evaluate,
+    "make": run_make,
+    "python": run_python,
+    "pip": run_pip,
+}
+
+
+class Script(NamedTuple):
+    cheap: tuple[str, ...]
+    output: str
+
+
+SCRIPTS = {
+    "examples/quickstart.py": Script((), r"accuracy at the center: 9\d\.\d%\n45 exchanges in 460 steps"),
+    "examples/benchmarks/step_cost.py": Script(
+        ("--parameters", "5000", "--rounds", "1", "--steps", "10"), r"parameters +method +ms_per_step +ratio"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("block", blocks(), ids=lambda block: f"line_{block.line}_{block.language}")
+def test_block(block, tmp_path):
+    assert block.language in LANGUAGES, f"no rule for {block.language!r} blocks in tests/test_readme.py"
+    LANGUAGES[block.language](block.text, tmp_path)
+
+
+def test_no_fence_escapes():
+    assert README.count("```") == 2 * len(blocks()) > 0
+
+
+def test_arguments_are_those_of_the_strategy():
+    named = inspect.signature(EASGDStrategy.__init__).parameters.values()
+    signature = {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY and p.name not in FROM_TRAINER}
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.MULTILINE))
+    assert table.pop("timeout") == f"{signature.pop('timeout').total_seconds() / 60:.0f} minutes"
+    assert table == {name: f"`{default!r}`" for name, default in signature.items()}
+
+
+def test_citation_is_that_of_the_citation_file():
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    authors = ", ".join(f"{author['given-names']} {author['family-names']}" for author in paper["authors"])
+    citation = f"{authors}. *{paper['title']}*. {paper['collection-title']} {paper['volume']}, {paper['year']}."
+    assert citation in " ".join(README.split())
+
+
+def test_links_lead_to_files():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert "LICENSE" in targets
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"`make (\w+)", README)) | set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    assert {"train", "test"} <= targets
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_recorded_run_names_no_place_of_this_machine():
+    files = {path for path in RESULTS.rglob("*") if path.suffix in (".csv", ".yaml", ".txt")}
+    assert {"config.yaml", "versions.txt", "accuracy.csv", "time.csv"} <= {path.name for path in files}
+    for path in files:
+        assert not re.search(r"(^|[\s'\"=:])/\w", path.read_text(), re.MULTILINE), path
+
+
+def test_the_figure_can_be_drawn_from_the_recorded_files(tmp_path):
+    copy = shutil.copytree(RESULTS, tmp_path / "digits", ignore=shutil.ignore_patterns("*.png", "checkpoints"))
+    assert plots.draw(copy).stat().st_size > 10_000
