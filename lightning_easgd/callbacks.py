@@ -33,6 +33,7 @@ class Communication(Protocol):
     exchanges: int
     bytes_sent: int
     seconds_waited: float
+    staleness: int
 
 
 @runtime_checkable
@@ -68,7 +69,10 @@ def accuracy(module: L.LightningModule, batch: Any) -> tuple[Tensor, int]:
 
 
 class ElasticMonitor(Callback):
-    """Logs the elastic distance ‖x_i - x̃‖ of this worker, exchanges, bytes sent and seconds waited.
+    """Logs the elastic distance ‖x_i - x̃‖ of this worker, exchanges, bytes sent, seconds waited and staleness.
+
+    Staleness is the mean number of other workers' exchanges between two of this worker's; synchronous exchanges have
+    none.
 
     Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
     `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
@@ -104,7 +108,7 @@ class ElasticMonitor(Callback):
         self._recorded = 0
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
-            header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited"]
+            header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited", "staleness"]
             _write_csv(self._path(trainer), header, [])
 
     def on_train_batch_end(
@@ -128,6 +132,7 @@ class ElasticMonitor(Callback):
             "elastic/exchanges": seen.exchanges,
             "elastic/bytes_sent": seen.bytes_sent,
             "elastic/seconds_waited": seen.seconds_waited,
+            "elastic/staleness": seen.staleness / seen.exchanges,
         }
         self._rows.append([trainer.global_step, *values.values()])
         for name, value in values.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import hydra
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
@@ -20,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import plots, report
 from lightning_easgd.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.strategies.center_workers import CenterWorkers
 
 _COMMAND = "easgd-train"
 CONFIG_FILE = report.CONFIG_FILE
@@ -66,6 +68,7 @@ def train(config: DictConfig) -> float | None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     trainer = build_trainer(config)
     _check_launch(config, trainer)
+    _check_optimizer(config, trainer.strategy)
     datamodule = instantiate(config.data)
     model = build_model(config)
     run = Path(config.paths.run)
@@ -173,6 +176,16 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
             f"each rank would repeat the whole sweep and train other settings; set "
             f"strategy.start_method=spawn"
         )
+
+
+def _check_optimizer(config: DictConfig, strategy: object) -> None:
+    """Builds the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
+    try:
+        optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+        if isinstance(strategy, CenterWorkers):
+            strategy.prepare_optimizer(optimizer)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}") from error
 
 
 def _record(config: DictConfig, run: Path) -> None:

@@ -26,6 +26,7 @@ class _Counts:
     exchanges = 0
     bytes_sent = 0
     seconds_waited = 0.0
+    staleness = 0
 
 
 class Elastic(SingleDeviceStrategy):

@@ -111,15 +111,23 @@ class CenterWorkers(LocalWorkers):
 
     # Lightning's hooks, in the order in which it calls them
 
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer, and make it what a worker trains with, in place.
+
+        Raises:
+            TypeError: If this strategy cannot work with it.
+        """
+        if hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(
+                f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
+                " parameters, and workers do not; use the optimizer that it wraps."
+            )
+
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Create the optimizers."""
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
-            if hasattr(optimizer, "consolidate_state_dict"):
-                raise TypeError(
-                    f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
-                    " parameters, and workers do not; use the optimizer that it wraps."
-                )
+            self.prepare_optimizer(optimizer)
 
     def setup(self, trainer: "Trainer") -> None:
         """Set up the workers, and for a fit what averages them."""
@@ -141,6 +149,8 @@ class CenterWorkers(LocalWorkers):
         super().on_train_start()
         assert self._averaging is not None
         assert self.lightning_module is not None
+        for optimizer in self.optimizers:  # once more: a resumed one has the settings of the run that saved it
+            self.prepare_optimizer(optimizer)
         trainable = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
         if not trainable:  # Lightning's stand-in where configure_optimizers returns None
             return

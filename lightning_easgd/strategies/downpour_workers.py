@@ -2,10 +2,10 @@
 
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from torch.optim import SGD
+from torch.optim import SGD, Optimizer
 
 from lightning_easgd.averagers import Averaging, DownpourAverager
 from lightning_easgd.rates import check_number
@@ -19,9 +19,6 @@ from lightning_easgd.service import (
 )
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 __all__ = ["DownpourWorkers"]
 
@@ -120,15 +117,16 @@ class DownpourWorkers(ServedWorkers):
         self.momentum = momentum
         self.average = average
 
-    def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Create the optimizers; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
-        super().setup_optimizers(trainer)
-        for optimizer in self.optimizers if self.momentum is not None else ():
-            if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
-                raise TypeError(
-                    f"DownpourStrategy(momentum={self.momentum}): the center has the momentum and the workers send"
-                    f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
-                )
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
+        super().prepare_optimizer(optimizer)
+        if self.momentum is None:
+            return
+        if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
+            raise TypeError(
+                f"DownpourStrategy(momentum={self.momentum}): the center has the momentum and the workers send"
+                f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
+            )
 
     def _make_averaging(self) -> Averaging:
         rule: CenterRule = DownpourRule() if self.momentum is None else NesterovDownpourRule(self.momentum)

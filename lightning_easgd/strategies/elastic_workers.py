@@ -2,10 +2,11 @@
 
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
 
 from lightning_easgd.averagers import (
     AsynchronousAverager,
@@ -18,9 +19,6 @@ from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_
 from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 __all__ = ["ElasticWorkers"]
 
@@ -125,19 +123,11 @@ class ElasticWorkers(ServedWorkers):
         if problem is not None:
             rank_zero_warn(problem)
 
-    def setup_optimizers(self, trainer: "Trainer") -> None:
-        """Create the optimizers; make them Nesterov for EAMSGD."""
-        super().setup_optimizers(trainer)
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer, and for EAMSGD make it Nesterov."""
+        super().prepare_optimizer(optimizer)
         if self.momentum is not None:
-            for optimizer in self.optimizers:
-                make_nesterov(optimizer, self.momentum)
-
-    def on_train_start(self) -> None:
-        """Let the center begin; a resumed optimizer has the momentum of the run that saved it, perhaps none."""
-        if self.momentum is not None:
-            for optimizer in self.optimizers:
-                make_nesterov(optimizer, self.momentum)
-        super().on_train_start()
+            make_nesterov(optimizer, self.momentum)
 
     @property
     def is_served(self) -> bool:
