@@ -355,3 +355,21 @@ def test_parameters_added_in_mid_training_are_refused():
 
     for outcome in end_ranks(run, 2):
         assert "the optimizer has got or lost parameters" in outcome.error
+
+
+def test_sigterm_while_a_rank_waits_at_a_meeting():
+    class Late(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_rank == 1:
+                time.sleep(0.1)
+                if index == 12:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    def run():
+        try:
+            fitted(Regression(batches=30), EASGDStrategy(mode="async", timeout=TIMEOUT), 2, callbacks=[Late()])
+        except SystemExit as end:
+            return type(end).__name__, end.code
+        return None
+
+    assert run_ranks(run, 2, timeout=40) == [("SIGTERMException", None)] * 2

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from typing_extensions import override
 
 from lightning_easgd.averagers.base import Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError
-from lightning_easgd.averagers.line import Header, Meeting, Statistics
+from lightning_easgd.averagers.line import Header, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
 from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
 from lightning_easgd.center import FlatTensors, center_dtype
@@ -29,6 +30,7 @@ __all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "fre
 
 _log = logging.getLogger(__name__)
 _LONGEST_GOODBYE = 10.0
+_PATIENCE = 0.5  # between two looks at who lives and whether to stop
 
 MakeAverager = Callable[..., ServedAverager]
 MakeTurns = Callable[[Store, ServedCenter, Channel, float], Turns]
@@ -177,13 +179,8 @@ class ServedAveraging(Averaging):
         for averager in self._served:
             averager.complete()
         self._turns.leave()
-        self._gather("come")
-        if not self._lost:
-            try:
-                Header(self.control, meeting=meeting).wait()
-            except ExchangeError:
-                if not self._lost:
-                    raise
+        self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
+        self._compare(meeting)
         if meeting is not Meeting.TEARDOWN:
             for averager in self._served:
                 averager.take_snapshot()
@@ -237,17 +234,39 @@ class ServedAveraging(Averaging):
         if self._lost:
             self._on_loss.notice(self._lost, self.control.size)
 
-    def _gather(self, what: str) -> None:
+    def _compare(self, meeting: Meeting) -> None:
+        """Make sure that all who have come mean the same meeting."""
+        while not self._lost:
+            header = Header(self.control, meeting=meeting, stop=self.stop_agreed)
+            try:
+                header.wait()
+                return
+            except ExchangeError:
+                if self._lost:
+                    return
+                if not header.stop:
+                    raise
+                if meeting is not Meeting.TRAINING_END:
+                    raise WorkersStoppedError from None
+                # Another worker was at the meeting that the stop has called off; it comes to this one next.
+
+    def _gather(self, what: str, may_stop: bool = False) -> None:
         """Wait for all that live; raise if one that must come has died, or gives no sign of life."""
         control = self._opened.control
         everyone = frozenset(range(self.control.size))
+        deadline = time.monotonic() + self._timeout
         while True:
             self._check()
+            if may_stop and self.stop_agreed:
+                raise WorkersStoppedError
+            patience = min(_PATIENCE, self._timeout)
             try:
-                control.meet(f"{self._meetings}/{what}", among=everyone - self._lost, timeout=self._timeout)
+                control.meet(f"{self._meetings}/{what}", among=everyone - self._lost, timeout=patience)
             except WorkerLostError:
                 continue  # the policy decides
             except CenterTimeoutError as error:
+                if time.monotonic() < deadline and not control.store_lost:
+                    continue
                 silent = control.silent_ranks()
                 if silent or control.store_lost or control.left_ranks():
                     raise ExchangeError(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import connect, die, wait_until, world
+from service_ranks import connect, die, wait_until, world
 
 from lightning_easgd.service import (
     AveragedRule,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import Rank, die, is_stopped, running, wait_until
+from service_ranks import Rank, die, is_stopped, running, wait_until
 
 from lightning_easgd.service import (
     CenterError,

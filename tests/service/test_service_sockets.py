@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from ranks import Rank, die, running, wait_until
+from service_ranks import Rank, die, running, wait_until
 
 from lightning_easgd.service import (
     CenterError,
@@ -141,7 +141,7 @@ def serve(connection):
 
 @pytest.fixture
 def remote_server():
-    from ranks import CONTEXT
+    from service_ranks import CONTEXT
 
     ours, theirs = CONTEXT.Pipe()
     with running(Rank(serve, theirs)) as (rank,):
