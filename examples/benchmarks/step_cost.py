@@ -11,6 +11,7 @@ is local training a second time, and shows what the noise of the machine alone d
 
 import argparse
 import csv
+import itertools
 import json
 import logging
 import multiprocessing
@@ -62,8 +63,8 @@ class Model(L.LightningModule):
         return nn.functional.cross_entropy(self.net(self.batch[0]), self.batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD with momentum."""
-        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+        """SGD with Nesterov's momentum, which EAMSGD needs: all methods have the same local step."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
     def train_dataloader(self) -> list[int]:
         """One empty batch for each step."""
@@ -96,6 +97,7 @@ def methods(tau: int) -> dict[str, Any]:
         "local again": LocalStrategy,
         f"easgd tau={tau}": lambda: EASGDStrategy(tau=tau),
         f"eamsgd tau={tau}": lambda: EASGDStrategy(tau=tau, momentum=0.9),
+        f"easgd_async tau={tau}": lambda: EASGDStrategy(mode="async", tau=tau),
         "ddp": DDPStrategy,
     }
 
@@ -117,11 +119,11 @@ def measure(rank: int, port: int, options: argparse.Namespace, results: Any) -> 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     rows = []
-    for parameters in options.parameters:
+    for batch_size, parameters in itertools.product(options.batch_size, options.parameters):
         for turn in range(options.rounds):
             for name, strategy in methods(options.tau).items():
                 watch = Stopwatch(options.tau + 1, options.steps)
-                model = Model(parameters, options.batch_size, options.tau + 1 + options.steps)
+                model = Model(parameters, batch_size, options.tau + 1 + options.steps)
                 trainer = L.Trainer(
                     strategy=strategy(),
                     accelerator="cpu",
@@ -135,14 +137,17 @@ def measure(rank: int, port: int, options: argparse.Namespace, results: Any) -> 
                 )
                 trainer.fit(model)
                 size = sum(parameter.nbytes for parameter in model.parameters())
+                counted = getattr(trainer.strategy, "communication", None)
                 ring = 2 * (options.ranks - 1) / options.ranks
-                sent = {"local": 0.0, "local again": 0.0, "ddp": ring * size}.get(name, ring * size / options.tau)
+                sent = ring * size if name == "ddp" else counted.bytes_sent / model.steps if counted else 0.0
                 times = torch.tensor([watch.wall, watch.cpu], dtype=torch.float64)
                 dist.all_reduce(times)
                 wall, cpu = (times / options.ranks).tolist()
-                rows.append((parameters, turn, name, wall, cpu, sent))
+                rows.append((batch_size, parameters, turn, name, wall, cpu, sent))
                 if rank == 0:
-                    print(f"{parameters:>10}  round {turn}  {name:<14} {wall * 1e3:9.3f} ms", flush=True)
+                    print(
+                        f"{batch_size:>5} {parameters:>10}  round {turn}  {name:<14} {wall * 1e3:9.3f} ms", flush=True
+                    )
     if rank == 0:
         results.put(rows)
     dist.barrier()
@@ -150,18 +155,16 @@ def measure(rank: int, port: int, options: argparse.Namespace, results: Any) -> 
 
 def summary(rows: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     """Median, smallest and largest ratio to the local training of the same round."""
-    cells = {row[:3]: row[3:] for row in rows}
+    cells = {row[:4]: row[4:] for row in rows}
     lines = []
-    for parameters in dict.fromkeys(row[0] for row in rows):
-        for name in dict.fromkeys(row[2] for row in rows):
-            turns = [key for key in cells if (key[0], key[2]) == (parameters, name)]
-            ratios = [
-                [cells[key][column] / cells[parameters, key[1], "local"][column] for key in turns] for column in (0, 1)
-            ]
+    for batch_size, parameters in dict.fromkeys(row[:2] for row in rows):
+        for name in dict.fromkeys(row[3] for row in rows):
+            turns = [key for key in cells if (*key[:2], key[3]) == (batch_size, parameters, name)]
+            ratios = [[cells[key][n] / cells[(*key[:3], "local")][n] for key in turns] for n in (0, 1)]
             wall = statistics.median(cells[key][0] for key in turns)
             spread = [round(f(ratios[0]), 3) for f in (statistics.median, min, max)]
             cpu = round(statistics.median(ratios[1]), 3)
-            lines.append((parameters, name, round(wall * 1e3, 3), *spread, cpu, round(cells[turns[0]][2])))
+            lines.append((batch_size, parameters, name, round(wall * 1e3, 3), *spread, cpu, round(cells[turns[0]][2])))
     return lines
 
 
@@ -171,7 +174,7 @@ def main() -> None:
     parser.add_argument("--parameters", type=int, nargs="+", default=[350_000, 1_000_000, 10_000_000])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tau", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128], help="128 is the EASGD paper's")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=40, help="counted steps of a turn, a multiple of tau")
     parser.add_argument("--output", type=Path, help="folder for step_cost.csv, rounds.csv and setting.json")
@@ -191,7 +194,17 @@ def main() -> None:
     for process in ranks:
         process.join()
 
-    header = ("parameters", "method", "ms_per_step", "ratio", "ratio_min", "ratio_max", "cpu_ratio", "bytes_per_step")
+    header = (
+        "batch_size",
+        "parameters",
+        "method",
+        "ms_per_step",
+        "ratio",
+        "ratio_min",
+        "ratio_max",
+        "cpu_ratio",
+        "bytes_per_step",
+    )
     lines = summary(rows)
     print("\n" + " ".join(f"{title:>14}" for title in header))
     for line in lines:
@@ -200,7 +213,11 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         for name, titles, table in (
             ("step_cost.csv", header, lines),
-            ("rounds.csv", ("parameters", "round", "method", "seconds", "cpu_seconds", "bytes_per_step"), rows),
+            (
+                "rounds.csv",
+                ("batch_size", "parameters", "round", "method", "seconds", "cpu_seconds", "bytes_per_step"),
+                rows,
+            ),
         ):
             with (options.output / name).open("w", newline="") as file:
                 csv.writer(file).writerows([titles, *table])
