@@ -379,3 +379,74 @@ def test_sigterm_while_a_rank_waits_at_a_meeting():
         return None
 
     assert run_ranks(run, 2, timeout=40) == [("SIGTERMException", None)] * 2
+
+
+def test_fits_one_after_the_other():
+    def run():
+        centers = []
+        for _ in range(3):
+            module = Quadratic(record=False)
+            fitted(module, EASGDStrategy(mode="async", tau=1, alpha=0.3, timeout=TIMEOUT), 2)
+            centers.append(module.x.item())
+        return centers
+
+    for _ in range(5):
+        first, second = run_ranks(run, 2, timeout=40)
+        assert first == second
+
+
+def test_reading_the_center_changes_nothing():
+    class Reader(Quadratic):
+        def training_step(self, batch, index):
+            _ = dict(self.trainer.strategy.center)
+            return super().training_step(batch, index)
+
+        def on_before_backward(self, loss):
+            _ = dict(self.trainer.strategy.center)
+
+    def run(module):
+        return fitted(module, EASGDStrategy(mode="async", tau=1, alpha=0.3, beta=0.5), 1).trace
+
+    assert run_ranks(run, 1, Reader()) == run_ranks(run, 1, Quadratic())
+
+
+def test_the_center_that_is_read_is_not_that_of_the_last_validation():
+    class Read(Regression):
+        def on_train_batch_end(self, trainer, *_):
+            centers.append(torch.cat([c.flatten() for c in self.trainer.strategy.center.values()]).clone())
+
+    centers = []
+
+    def run():
+        fitted(Read(batches=12), EASGDStrategy(mode="async", tau=2), 1, val_check_interval=4)
+        return [bool((a == b).all()) for a, b in zip(centers, centers[1:], strict=False)]
+
+    ((*same,),) = run_ranks(run, 1)
+    assert same == [True, False] * 5 + [True]  # it moves at t = 2, 4, …
+
+
+def test_uneven_epochs_in_round_robin_order_with_collectives_at_their_end():
+    class Logged(Uneven):
+        def training_step(self, batch, index):
+            return super().training_step(batch, index)  # logs with sync_dist at the epoch's end
+
+    def run():
+        strategy = EASGDStrategy(mode="async", tau=2, order="round_robin", timeout=timedelta(seconds=20))
+        fitted(Logged(), strategy, 2, max_epochs=2, use_distributed_sampler=False, limit_val_batches=0)
+
+    run_ranks(run, 2, timeout=30)
+
+
+def test_the_others_go_on_to_checkpoints_and_validations(tmp_path):
+    def run():
+        kill = At(2, 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        strategy = EASGDStrategy(mode="async", tau=4, timeout=TIMEOUT, on_worker_loss="continue")
+        saver = ModelCheckpoint(tmp_path)
+        module = Regression(batches=150)
+        fitted(module, strategy, 3, callbacks=[kill, saver], enable_checkpointing=True, max_epochs=2)
+        return [p.detach().numpy().tobytes() for p in module.parameters()]
+
+    outcomes = end_ranks(run, 3, timeout=40)
+    assert [outcome.exitcode for outcome in outcomes] == [0, 0, -signal.SIGKILL], outcomes
+    assert outcomes[0].value == outcomes[1].value
+    assert list(tmp_path.glob("*.ckpt"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from ranks import run_ranks
+from ranks import end_ranks, run_ranks
 from torch.utils.data import DataLoader
 from toys import Regression, fitted
 
@@ -70,6 +70,20 @@ def test_resume_in_mid_epoch_gives_the_rest_once():
     samples = [sample for before, _ in first for sample in before] + [s for rest, _ in second for s in rest]
     assert sorted(samples) == list(range(100))
     assert sorted(second[0][1] + second[1][1]) == list(range(100))  # the next pass is whole again
+
+
+def test_a_small_set_gives_every_worker_something():
+    def draw(samples):
+        dist.init_process_group("gloo")
+        drawn = list(DynamicShare(range(samples)))
+        dist.barrier()
+        return drawn
+
+    drawn = run_ranks(draw, 3, 100)
+    assert sorted(sample for samples in drawn for sample in samples) == list(range(100))
+    assert all(drawn)
+    for outcome in end_ranks(draw, 3, 2):
+        assert "with 3 workers: each worker needs at least one" in outcome.error
 
 
 def test_it_has_no_length_and_refuses_an_empty_chunk():

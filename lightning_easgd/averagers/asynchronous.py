@@ -78,7 +78,7 @@ class AsynchronousAverager(ServedAverager):
         for parameters, answers, alpha in zip(self._groups, self._wire.groups, self._alphas, strict=True):
             elastic_pull_(parameters, answers, alpha if bare else 1.0)
         norms = [
-            torch.linalg.vector_norm(segment) / (1.0 if bare else alpha)
+            torch.linalg.vector_norm(segment) / (1.0 if bare or alpha == 0 else alpha)
             for segment, alpha in zip(self._wire.segments, self._alphas, strict=True)
         ]
         self._distance = torch.linalg.vector_norm(torch.stack(norms))

@@ -40,6 +40,9 @@ class Averager(ABC):
     def complete(self) -> None:
         """Wait for the exchange under way, if any, and apply it."""
 
+    def settle(self) -> None:  # noqa: B027 - a served center is always up to date
+        """Wait until the center is up to date; the worker is not touched."""
+
     @abstractmethod
     def center_values(self) -> list[Tensor]:
         """The center of each parameter, as far as it is known without waiting."""
@@ -63,14 +66,17 @@ class Averaging(ABC):
     Attributes:
         control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
         statistics: What this worker has spent on communication.
-        waits_for_all: Whether an exchange needs all workers, so that one that waits elsewhere would stop the others.
         averagers: The averager of each optimizer; empty before :meth:`start`.
     """
 
     control: Channel
     statistics: Statistics
-    waits_for_all: bool
     averagers: Mapping[Optimizer, Averager] = MappingProxyType({})
+
+    @property
+    @abstractmethod
+    def waits_for_all(self) -> bool:
+        """Whether a worker that waits for the others elsewhere would stop them."""
 
     @abstractmethod
     def start(self, optimizers: Sequence[Optimizer]) -> None:

@@ -134,10 +134,10 @@ class ServedAverager(Averager):
     def _is_due(self) -> bool:
         """Whether the clock says that an exchange is due, if the run can go on at all."""
         self._shared.check()
+        self._snapshot = None
         if self.clock == 0 or self.clock % self._tau:
             return False
         self._check_parameters()
-        self.forget_snapshot()
         return True
 
     @abstractmethod
@@ -185,10 +185,7 @@ class ServedAverager(Averager):
     @torch.no_grad()
     def show_worker(self) -> None:
         self._kept.store(self.parameters)
-
-    def forget_snapshot(self) -> None:
-        """Let the memory of the snapshot go; the center moves on."""
-        self._snapshot = None
+        self._snapshot = None  # the center moves on
 
     def _send(self, rates: Sequence[float]) -> None:
         """Send what the wire holds; :meth:`complete` waits for the answers."""

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import final
 
 import torch
@@ -29,7 +29,9 @@ from lightning_easgd.service.stores import own_client
 __all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "free_order", "round_robin"]
 
 _log = logging.getLogger(__name__)
+_starts = count()
 _LONGEST_GOODBYE = 10.0
+_LOSS_DELAY = 2.0
 _PATIENCE = 0.5  # between two looks at who lives and whether to stop
 
 MakeAverager = Callable[..., ServedAverager]
@@ -117,7 +119,6 @@ class ServedAveraging(Averaging):
         on_loss: LossPolicy | None = None,
     ) -> None:
         self.control = control
-        self.waits_for_all = False
         self.statistics = Statistics()
         self._store = store
         self._node = node
@@ -144,6 +145,8 @@ class ServedAveraging(Averaging):
                 layout.load_([parameter for group in every for parameter in group])
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
         timeout = self._timeout
+        # Keys of another fit in these processes must not be taken for those of this one.
+        self._keys = PrefixStore(f"easgd/fit/{next(_starts)}", self._store)
         self._center = open_center(
             self._store,
             rank=self.control.rank,
@@ -154,9 +157,7 @@ class ServedAveraging(Averaging):
             initial=torch.cat([layout.flat.cpu() for layout in layouts]),
             timeout=timeout,
         )
-        self._turns = self._make_turns(
-            PrefixStore("easgd-turns", own_client(self._store)), self._center, self.control, timeout
-        )
+        self._turns = self._make_turns(own_client(self._keys), self._center, self.control, timeout)
         threads = torch.get_num_threads()  # a new thread would take all cores
         self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
         surroundings = Surroundings(self._thread, self._check, self._living, self._turns, self.statistics)
@@ -181,7 +182,7 @@ class ServedAveraging(Averaging):
         self._turns.leave()
         self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
         self._compare(meeting)
-        if meeting is not Meeting.TEARDOWN:
+        if meeting not in (Meeting.EPOCH_END, Meeting.TEARDOWN):
             for averager in self._served:
                 averager.take_snapshot()
         self._gather("read")
@@ -195,7 +196,12 @@ class ServedAveraging(Averaging):
     def common_buffers(self, module: nn.Module) -> list[Tensor]:
         if self._lost:  # there is no channel any more that reaches exactly the living
             return [buffer.detach().clone() for buffer in module.buffers()]
-        return super().common_buffers(module)
+        try:
+            return super().common_buffers(module)
+        except ExchangeError:
+            if self._loss_explains():
+                return self.common_buffers(module)
+            raise
 
     @override
     def request_stop(self) -> None:
@@ -217,6 +223,12 @@ class ServedAveraging(Averaging):
     def close(self) -> None:
         self._let_go()
         self.control.close()
+
+    @property
+    @override
+    def waits_for_all(self) -> bool:
+        # In a fixed order everyone waits for everyone's turn; and after a loss Lightning's collectives would fail.
+        return self._make_turns is round_robin or (self._center is not None and bool(self._lost))
 
     @property
     def _opened(self) -> ServedCenter:
@@ -242,13 +254,21 @@ class ServedAveraging(Averaging):
                 header.wait()
                 return
             except ExchangeError:
-                if self._lost:
-                    return
                 if not header.stop:
+                    if self._loss_explains():
+                        return
                     raise
                 if meeting is not Meeting.TRAINING_END:
                     raise WorkersStoppedError from None
                 # Another worker was at the meeting that the stop has called off; it comes to this one next.
+
+    def _loss_explains(self) -> bool:
+        """Whether a transfer failed because a worker is lost, which the control plane may be about to hear."""
+        deadline = time.monotonic() + _LOSS_DELAY
+        while not self._lost and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self._check()
+        return bool(self._lost)
 
     def _gather(self, what: str, may_stop: bool = False) -> None:
         """Wait for all that live; raise if one that must come has died, or gives no sign of life."""
@@ -282,17 +302,18 @@ class ServedAveraging(Averaging):
 
     def _see_off(self) -> None:
         """Rank 0 may serve the store: it goes on only when the others have no more use for it."""
-        store = own_client(self._store)
         living = frozenset(range(self.control.size)) - self._lost
-        keys = {rank: f"easgd/seen/{self._meetings}/{rank}" for rank in living}
-        store.set(keys[self.control.rank], "")
-        if self.control.rank == 0:
-            with contextlib.suppress(RuntimeError):  # somebody died on the last yards
+        keys = {rank: f"seen/{self._meetings}/{rank}" for rank in living}
+        with contextlib.suppress(RuntimeError):  # somebody died on the last yards
+            store = own_client(self._keys)
+            store.set(keys[self.control.rank], "")
+            if self.control.rank == 0:
                 store.wait(list(keys.values()), timedelta(seconds=min(self._timeout, _LONGEST_GOODBYE)))
 
     def _let_go(self) -> None:
         center, self._center = self._center, None
         thread, self._thread = self._thread, None
+        self._turns.close()
         if center is not None:
             center.close()
         if thread is not None:

@@ -134,6 +134,10 @@ class SynchronousAverager(Averager):
             elastic_push_([center], [total], share)
 
     @override
+    def settle(self) -> None:
+        self.complete()
+
+    @override
     def center_values(self) -> list[Tensor]:
         return self.center.views
 
@@ -230,12 +234,16 @@ class SynchronousAveraging(Averaging):
         position: Callable[[Optimizer], Position] = ParameterPosition,
     ) -> None:
         self.control = control
-        self.waits_for_all = True
         self._line = ExchangeLine(control, data)
         self.statistics = self._line.statistics
         self._tau = tau
         self._rates = rates
         self._position = position
+
+    @property
+    @override
+    def waits_for_all(self) -> bool:
+        return True
 
     @override
     def start(self, optimizers: Sequence[Optimizer]) -> None:

@@ -30,6 +30,9 @@ class Turns(ABC):
     def come_back(self) -> None:  # noqa: B027
         """Take part again."""
 
+    def close(self) -> None:  # noqa: B027
+        """End the waiting for a turn that is under way, with an error."""
+
 
 @final
 class FreeOrder(Turns):
@@ -63,6 +66,7 @@ class RoundRobin(Turns):
         self._timeout = timeout
         self._lost = lost
         self._made = 0
+        self._closed = False
         self.come_back()
 
     @override
@@ -72,6 +76,8 @@ class RoundRobin(Turns):
         for other in range(self._size):
             needed = self._made + 1 if other < self._rank else self._made
             while other != self._rank and needed > 0 and other not in self._lost() and self._count(other) < needed:
+                if self._closed:
+                    raise ExchangeError("EASGDStrategy(order='round_robin'): the run ended before this worker's turn.")
                 if time.monotonic() > deadline:
                     raise ExchangeError(
                         f"EASGDStrategy(order='round_robin', timeout={self._timeout:g} s): worker {other} has not"
@@ -89,6 +95,10 @@ class RoundRobin(Turns):
     @override
     def come_back(self) -> None:
         self._publish(self._made)
+
+    @override
+    def close(self) -> None:
+        self._closed = True
 
     def _publish(self, count: int) -> None:
         self._store.set(f"turns/{self._rank}", str(count))

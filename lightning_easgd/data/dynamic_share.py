@@ -25,7 +25,8 @@ class DynamicShare(DistributedSampler[Any]):
 
     In each epoch all workers see one common shuffle of the data set, cut into chunks; each chunk goes to one worker,
     and each sample is drawn once. A worker that is slow draws fewer chunks, makes fewer steps, and nobody waits for
-    it at the end of the epoch; how many batches a worker will get is not known before, so the sampler has no length.
+    it at the end of the epoch. The first chunk of each worker is set aside for it, so that none goes through an epoch
+    without data. How many batches a worker will get is not known before, so the sampler has no length.
     (The loaders of the EASGD paper hand out chunks of 512 CIFAR or 64 ImageNet images in this way.)
 
     It is a ``DistributedSampler``, which Lightning neither replaces nor forgets to give the epoch to. All ranks make
@@ -33,7 +34,8 @@ class DynamicShare(DistributedSampler[Any]):
 
     Args:
         dataset: The training set.
-        chunk: Samples of one chunk; a multiple of the batch size keeps batches whole.
+        chunk: Samples of one chunk, fewer if there would be less than one for each worker; a multiple of the batch
+            size keeps batches whole.
         seed: Of the shuffles.
         timeout: How long ranks wait for each other when they resume.
 
@@ -65,7 +67,14 @@ class DynamicShare(DistributedSampler[Any]):
     @override
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(self._samples, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
-        parts = [order[start : start + self.chunk] for start in range(0, len(order), self.chunk)]
+        rank, workers = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if len(order) < workers:
+            raise ValueError(
+                f"DynamicShare(dataset of {len(order)} samples) with {workers} workers: each worker needs at least one;"
+                " use fewer workers."
+            )
+        size = min(self.chunk, len(order) // workers)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
         pool = PrefixStore(f"{self._passes}", self._open_store())
         self._passes += 1
         if self._resumed:
@@ -74,15 +83,20 @@ class DynamicShare(DistributedSampler[Any]):
             if self._drawn:
                 yield from self._give(parts[self._drawn[-1]][self._given :])
         else:
-            free = list(range(len(parts)))
-            self._drawn = []
+            free = list(range(workers, len(parts)))
+            self._drawn = [rank]
+            self._given = 0
+            yield from self._give(parts[rank])
         while (ticket := pool.add("next", 1) - 1) < len(free):
             self._drawn.append(free[ticket])
             self._given = 0
             yield from self._give(parts[free[ticket]])
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank has drawn in the current epoch; each rank keeps its own."""
+        """What this rank has drawn in the current epoch; each rank saves and loads its own.
+
+        Samples that a DataLoader has fetched ahead count as given.
+        """
         return {"epoch": self.epoch, "drawn": list(self._drawn), "given": self._given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

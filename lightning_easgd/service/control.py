@@ -91,9 +91,8 @@ class ControlPlane(ForkAware):
         return self._store_lost
 
     def request_stop(self) -> None:
-        """Ask all ranks to stop; returns at once."""
+        """Ask all ranks to stop; returns at once, and takes no lock: a signal handler may call it."""
         self._stop_wanted = self._stop_requested = True
-        self._wake.set()
 
     def dead_ranks(self) -> frozenset[int]:
         """The ranks that have died; not those that have left, nor those that are merely stopped on a living node."""

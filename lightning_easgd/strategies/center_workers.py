@@ -68,7 +68,7 @@ class CenterWorkers(LocalWorkers):
         """
         if self._shown is not None:
             for averager in self._averagers:
-                averager.complete()
+                averager.settle()
             return MappingProxyType(self._named_center())
         if self._final_center is None:
             raise RuntimeError(

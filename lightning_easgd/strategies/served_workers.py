@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_easgd.averagers import (
@@ -53,6 +54,18 @@ class ServedWorkers(CenterWorkers):
                 " pass and asynchronous workers do not run in step; leave it out, the center's statistics are the"
                 " workers' mean."
             )
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as usual; name what would keep asynchronous ranks in step."""
+        super().setup(trainer)
+        if trainer.state.fn == "fit" and self.is_served:
+            for callback in trainer.callbacks:
+                timed = getattr(callback, "_train_time_interval", None) is not None
+                if type(callback).__name__ == "Timer" or timed:
+                    rank_zero_warn(
+                        f"{type(self).__name__}: {type(callback).__name__} asks all ranks for the time after every"
+                        " batch, so that they run in step; leave out max_time and train_time_interval."
+                    )
 
     def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None
