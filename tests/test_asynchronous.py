@@ -6,6 +6,7 @@ import signal
 import time
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -419,7 +420,7 @@ def test_the_center_that_is_read_is_not_that_of_the_last_validation():
 
     def run():
         fitted(Read(batches=12), EASGDStrategy(mode="async", tau=2), 1, val_check_interval=4)
-        return [bool((a == b).all()) for a, b in zip(centers, centers[1:], strict=False)]
+        return [bool((a == b).all()) for a, b in pairwise(centers)]
 
     ((*same,),) = run_ranks(run, 1)
     assert same == [True, False] * 5 + [True]  # it moves at t = 2, 4, …
