@@ -44,6 +44,9 @@ def server():
     server = ShardServer(local_center(), SECRET, 0.5, set())
     yield server
     server.close()
+    deadline = time.monotonic() + 5
+    while serving_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert serving_threads() == []
 
 
@@ -169,6 +172,7 @@ def test_a_stopped_server_is_named_within_the_timeout(remote_server):
     shard = connect(port, timeout=0.5)
     shard.begin_exchange(0, ones(), 1.0).wait()
     rank.send(signal.SIGSTOP)
+    time.sleep(0.3)  # a signal takes a moment on a busy machine
     started = time.monotonic()
     with pytest.raises(CenterTimeoutError, match="rank 3 has not answered"):
         shard.begin_exchange(0, ones(), 1.0).wait()
