@@ -26,6 +26,13 @@ class Position(ABC):
     def after_step(self) -> None:  # noqa: B027 - most positions need no memory
         """Take notice of a finished optimizer step."""
 
+    def state_dict(self) -> list[float]:
+        """What a resumed worker must know beside its optimizer's state."""
+        return []
+
+    def load_state_dict(self, state: list[float]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` has returned."""
+
 
 @final
 class ParameterPosition(Position):
@@ -53,6 +60,15 @@ class LookAheadPosition(Position):
     @override
     def after_step(self) -> None:
         self._lr_times_momentum = [float(group["lr"]) * group["momentum"] for group in self._optimizer.param_groups]
+
+    @override
+    def state_dict(self) -> list[float]:
+        return list(self._lr_times_momentum)
+
+    @override
+    def load_state_dict(self, state: list[float]) -> None:
+        if state:  # else it was saved by workers without momentum
+            self._lr_times_momentum = list(state)
 
     @override
     def write(self, into: FlatTensors) -> None:

@@ -72,6 +72,15 @@ class AsynchronousAverager(ServedAverager):
         self.clock += 1
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"position": self._position.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._position.load_state_dict(state["position"])
+
+    @override
     def _apply(self) -> None:
         # The answer is the bare difference in an asymmetric exchange, else α times the difference.
         bare = self._rates.is_asymmetric

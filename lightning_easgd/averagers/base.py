@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -52,6 +53,18 @@ class Averager(ABC):
         """The norm of this worker's distance from the center at the last exchange; None before the first."""
 
     @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """This worker's own part of the averaging, in tensors and primitives; with no exchange under way."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken; the parameters hold the worker's values of that point."""
+
+    @abstractmethod
+    def start_at_center(self) -> None:
+        """Put the worker where the center is; called before the first step only."""
+
+    @abstractmethod
     def show_center(self) -> None:
         """Put the center into the parameters, and keep the worker's own values."""
 
@@ -99,6 +112,18 @@ class Averaging(ABC):
     @abstractmethod
     def stop_agreed(self) -> bool:
         """Whether to stop here, because some worker asked."""
+
+    @abstractmethod
+    def center_state_dict(self) -> dict[str, Any]:
+        """What the center is beyond the parameters' values at the center; called after all workers have met.
+
+        It is empty where those values say it all. Else ``stores``: for each store of the center (the center first)
+        one flat tensor for each averager; and ``versions`` of a served center's chunks.
+        """
+
+    @abstractmethod
+    def load_center_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the center begin at a state that is not empty; all workers call it after :meth:`start`."""
 
     def common_buffers(self, module: nn.Module) -> list[Tensor]:
         """The values of the module's buffers at the center; called on all workers after they have met."""

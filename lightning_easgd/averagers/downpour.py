@@ -49,6 +49,22 @@ class DownpourAverager(ServedAverager):
         self.clock += 1
 
     @override
+    @torch.no_grad()
+    def start_at_center(self) -> None:
+        super().start_at_center()
+        self._wire.load_(self.parameters)
+        self._taken_over.copy_(self._wire.flat)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"taken_over": self._taken_over}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._taken_over.copy_(state["taken_over"])
+
+    @override
     def _apply(self) -> None:
         self._wire.store(self.parameters)
         # The parameters, not the answer: a narrow dtype has rounded them.

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -131,6 +131,11 @@ class ServedAverager(Averager):
     def parameters(self) -> list[Tensor]:
         return [parameter for group in self._groups for parameter in group]
 
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters together."""
+        return self._wire.flat.numel()
+
     def _is_due(self) -> bool:
         """Whether the clock says that an exchange is due, if the run can go on at all."""
         self._shared.check()
@@ -159,16 +164,29 @@ class ServedAverager(Averager):
 
     @override
     def center_values(self) -> list[Tensor]:
-        return (self._read() if self._snapshot is None else self._snapshot).views
+        return (self._read(self._store) if self._snapshot is None else self._snapshot).views
 
     @override
     def elastic_distance(self) -> float | None:
         return None if self._distance is None else float(self._distance)
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"clock": self.clock}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = state["clock"]
+
+    @override
+    @torch.no_grad()
+    def start_at_center(self) -> None:
+        self._read(store=0).store(self.parameters)
+
     @torch.no_grad()
     def take_snapshot(self) -> None:
         """Read the center that :meth:`show_center` will show."""
-        self._snapshot = self._read()
+        self._snapshot = self._read(self._store)
 
     @override
     @torch.no_grad()
@@ -198,10 +216,10 @@ class ServedAverager(Averager):
         with self._shared.turns.turn():
             return self._part.exchange(self._staging.messages(), rates)
 
-    def _read(self) -> FlatTensors:
+    def _read(self, store: int) -> FlatTensors:
         values = self._like_wire()
         on_host = torch.empty_like(values.flat, device="cpu")
-        self._part.read(on_host, self._store)
+        self._part.read(on_host, store)
         values.flat.copy_(on_host)
         return values
 

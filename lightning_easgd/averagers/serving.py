@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate, count, pairwise
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
@@ -172,6 +172,29 @@ class ServedAveraging(Averaging):
         self._stop_agreed = False
 
     @override
+    def center_state_dict(self) -> dict[str, Any]:
+        center = self._opened
+        parameters = [parameter for averager in self._served for parameter in averager.parameters]
+        if self._rule.stores == 1 and all(parameter.dtype == center.dtype for parameter in parameters):
+            return {}
+        stores = []
+        for store in range(self._rule.stores):
+            flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=center.dtype)
+            versions = center.read_all(flat, store)
+            stores.append(list(torch.split(flat, [averager.numel for averager in self._served])))
+        return {"stores": stores, "versions": versions}
+
+    @override
+    def load_center_state_dict(self, state: dict[str, Any]) -> None:
+        if self.control.rank == 0:
+            versions = state.get("versions", [0] * len(self._opened.chunks))
+            for number, store in enumerate(state["stores"][: self._rule.stores]):
+                flat = torch.cat(store).to(self._opened.dtype)
+                for (chunk, part), version in zip(enumerate(self._opened.chunks), versions, strict=True):
+                    self._opened.write(chunk, flat[part], number, version)
+        self._gather("resumed")
+
+    @override
     def meet(self, meeting: Meeting) -> None:
         """Return when all living workers have come and each holds the same snapshot of the center.
 
@@ -185,10 +208,10 @@ class ServedAveraging(Averaging):
         if meeting not in (Meeting.EPOCH_END, Meeting.TEARDOWN):
             for averager in self._served:
                 averager.take_snapshot()
+        self._turns.come_back()  # before anybody goes on, else that one would not wait for this worker's turn
         self._gather("read")
         if meeting in (Meeting.TRAINING_END, Meeting.TEARDOWN):
             self._see_off()
-        self._turns.come_back()
         self._meetings += 1
         self._stop_agreed = self._opened.control.stop_requested
 

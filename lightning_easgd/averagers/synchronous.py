@@ -3,7 +3,7 @@ r"""Synchronous EASGD: the center is replicated on all workers and moved by an a
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -145,6 +145,20 @@ class SynchronousAverager(Averager):
     def elastic_distance(self) -> float | None:
         return float(torch.linalg.vector_norm(self._difference.flat)) if self._exchanged else None
 
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"clock": self.clock, "position": self._position.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = state["clock"]
+        self._position.load_state_dict(state["position"])
+
+    @torch.no_grad()
+    @override
+    def start_at_center(self) -> None:
+        self.center.store(self.parameters)
+
     @torch.no_grad()
     @override
     def show_center(self) -> None:
@@ -253,6 +267,18 @@ class SynchronousAveraging(Averaging):
             )
             for number, optimizer in enumerate(optimizers)
         }
+
+    @override
+    def center_state_dict(self) -> dict[str, Any]:
+        averagers = list(self._synchronous.values())
+        if all(each.center.flat.dtype == parameter.dtype for each in averagers for parameter in each.parameters):
+            return {}
+        return {"stores": [[each.center.flat for each in averagers]]}
+
+    @override
+    def load_center_state_dict(self, state: dict[str, Any]) -> None:
+        for averager, center in zip(self._synchronous.values(), state["stores"][0], strict=True):
+            averager.center.flat.copy_(center)
 
     @override
     def meet(self, meeting: Meeting) -> None:

@@ -203,6 +203,12 @@ class CenterWorkers(LocalWorkers):
         if self._shown is not None and self._shown.center:
             self._shown.show_worker()
 
+    def on_batch_fetched(self) -> None:
+        """Take notice before a batch is trained on."""
+
+    def on_batch_trained(self) -> None:
+        """Take notice after a batch was trained on."""
+
     def on_train_epoch_end(self) -> None:
         """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
         if not self._training or self._averaging is None or not self._averaging.waits_for_all:
@@ -223,6 +229,8 @@ class CenterWorkers(LocalWorkers):
         """The module's state at the center. During training all ranks ask for it at the same point of their work."""
         if not self._training:
             return super().lightning_module_state_dict()
+        if self._alone:
+            return self._state_dict_of_center()
         with self._at_center(Meeting.CHECKPOINT):
             # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
             return copy.deepcopy(super().lightning_module_state_dict())
@@ -294,6 +302,19 @@ class CenterWorkers(LocalWorkers):
             for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
         }
 
+    def _state_dict_of_center(self) -> dict[str, Any]:
+        """The module's state at the center, which the module is not touched for; buffers are this rank's."""
+        centers = {
+            parameter.data_ptr(): center
+            for averager in self._averagers
+            for parameter, center in zip(averager.parameters, averager.center_values(), strict=True)
+        }
+        state = super().lightning_module_state_dict()
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.data_ptr() in centers:
+                state[name] = centers[value.data_ptr()].to(value.dtype, copy=True).view_as(value)
+        return copy.deepcopy(state)
+
     def _wait_for_all(self, meeting: Meeting) -> None:
         """Wait for all ranks, and apply every exchange."""
         assert self._averaging is not None
@@ -345,6 +366,14 @@ class CenterHooks:
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Show the center before other callbacks look at the module."""
         self._strategy.on_validation_start()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Tell the strategy before other callbacks draw random numbers."""
+        self._strategy.on_batch_fetched()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Tell the strategy before other callbacks draw random numbers."""
+        self._strategy.on_batch_trained()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Meet before other callbacks communicate."""

@@ -17,6 +17,7 @@ from lightning_easgd.service import (
     NesterovDownpourRule,
     PolyakRate,
 )
+from lightning_easgd.strategies.checkpointed_workers import WorkerState
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
 
@@ -52,6 +53,9 @@ class DownpourWorkers(ServedWorkers):
         order: "free": every worker on its own clock. "round_robin": turns pass from rank to rank.
         on_worker_loss: "fail" or "continue", when a worker dies.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
+        worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
+            from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
+            written by all ranks at once, for large models) or "none" (a resumed run starts at the center).
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a worker may give no sign of life before the others fail.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
@@ -62,6 +66,8 @@ class DownpourWorkers(ServedWorkers):
             plain SGD.
         ValueError: If a value is out of its range, or ``momentum`` is given and ``tau`` > 1.
     """
+
+    _method = "DOWNPOUR"
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class DownpourWorkers(ServedWorkers):
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
         evaluate: Literal["center", "worker"] = "center",
+        worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
@@ -91,6 +98,7 @@ class DownpourWorkers(ServedWorkers):
             order=order,
             on_worker_loss=on_worker_loss,
             evaluate=evaluate,
+            worker_state=worker_state,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,

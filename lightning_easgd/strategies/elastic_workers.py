@@ -17,6 +17,7 @@ from lightning_easgd.averagers import (
 )
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
+from lightning_easgd.strategies.checkpointed_workers import WorkerState
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
 
@@ -57,6 +58,9 @@ class ElasticWorkers(ServedWorkers):
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
             names it, "continue" lets the others go on, where the launcher does.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
+        worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
+            from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
+            written by all ranks at once, for large models) or "none" (a resumed run starts at the center).
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
@@ -68,6 +72,8 @@ class ElasticWorkers(ServedWorkers):
             ``momentum`` is given and the optimizer is not SGD.
         ValueError: If a value is out of its range, or ``alpha`` and ``rho`` are both given.
     """
+
+    _method = "elastic averaging"
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class ElasticWorkers(ServedWorkers):
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
         evaluate: Literal["center", "worker"] = "center",
+        worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
@@ -100,6 +107,7 @@ class ElasticWorkers(ServedWorkers):
             order=order,
             on_worker_loss=on_worker_loss,
             evaluate=evaluate,
+            worker_state=worker_state,
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,

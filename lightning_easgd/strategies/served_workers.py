@@ -17,7 +17,7 @@ from lightning_easgd.averagers import (
     round_robin,
 )
 from lightning_easgd.service import CenterRule
-from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.checkpointed_workers import CheckpointedWorkers
 
 __all__ = ["OnWorkerLoss", "Order", "ServedWorkers", "check_period"]
 
@@ -28,7 +28,7 @@ _ORDERS = {"free": free_order, "round_robin": round_robin}
 _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 
 
-class ServedWorkers(CenterWorkers):
+class ServedWorkers(CheckpointedWorkers):
     """Workers that may exchange with a served center, each on its own clock."""
 
     def __init__(self, *arguments: Any, order: str = "free", on_worker_loss: str = "fail", **keywords: Any) -> None:

@@ -1,7 +1,8 @@
 """Workers that train on their own: the part that every strategy of this package shares, free of a class tree."""
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -68,6 +69,7 @@ class LocalWorkers(_Base):
         )
         self._trainer: Any = None
         self._end_free_running: Callable[[], None] | None = None
+        self._in_signal_handler = False
 
     def _configure_launcher(self) -> None:
         for device in self.parallel_devices or ():
@@ -93,7 +95,7 @@ class LocalWorkers(_Base):
         super().setup(trainer)
         self._trainer = trainer
         if trainer.state.fn == "fit":
-            self._end_free_running = free_running(trainer, self._on_sigterm)
+            self._end_free_running = free_running(trainer, self._on_sigterm, self._handling_signal)
 
     def end_rank(self, error: BaseException) -> None:
         """Do what Lightning leaves out when an error ends a spawned or forked rank: tell the others, and tear down."""
@@ -113,24 +115,38 @@ class LocalWorkers(_Base):
     def _on_sigterm(self) -> None:
         request_stop(self._trainer)
 
-    # While an error ends the run other ranks may be anywhere, so no collective can be matched: rank 0's view counts.
+    # While an error ends the run, or in a signal handler, other ranks may be anywhere, so no collective can be matched:
+    # rank 0's view counts.
 
     @property
     def _interrupted(self) -> bool:
         return self._trainer is not None and self._trainer.state.status == "interrupted"
 
+    @property
+    def _alone(self) -> bool:
+        return self._interrupted or self._in_signal_handler
+
+    @contextlib.contextmanager
+    def _handling_signal(self) -> Iterator[None]:
+        """Context of a signal handler that saves a checkpoint: this rank may be in the middle of anything."""
+        self._in_signal_handler = True
+        try:
+            yield
+        finally:
+            self._in_signal_handler = False
+
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks; not while an error ends the run."""
-        if not self._interrupted:
+        if not self._alone:
             super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Broadcast an object; while an error ends the run every rank keeps its own."""
-        return obj if self._interrupted else super().broadcast(obj, src)
+        return obj if self._alone else super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
-        return tensor if self._interrupted else super().reduce(tensor, *args, **kwargs)
+        return tensor if self._alone else super().reduce(tensor, *args, **kwargs)
 
 
 def _check_timeout(strategy: str, timeout: object) -> None:

@@ -1,0 +1,31 @@
+"""What a checkpoint holds beside the center: each worker's own state."""
+
+from lightning_easgd.checkpointing.gathering import gather_states
+from lightning_easgd.checkpointing.random_state import (
+    FetchObserver,
+    isolated_random_state,
+    random_state,
+    set_random_state,
+)
+from lightning_easgd.checkpointing.worker_states import (
+    EmbeddedStates,
+    NoStates,
+    SidecarStates,
+    WorkerStates,
+    read_worker_state,
+    remove_sidecar,
+)
+
+__all__ = [
+    "EmbeddedStates",
+    "FetchObserver",
+    "NoStates",
+    "SidecarStates",
+    "WorkerStates",
+    "gather_states",
+    "isolated_random_state",
+    "random_state",
+    "read_worker_state",
+    "remove_sidecar",
+    "set_random_state",
+]

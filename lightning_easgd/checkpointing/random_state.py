@@ -1,0 +1,83 @@
+"""The random number generators of one worker, as tensors and primitives."""
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any, final
+
+import numpy as np
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+
+__all__ = ["FetchObserver", "isolated_random_state", "random_state", "set_random_state"]
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, and of the device's own.
+
+    Args:
+        device: The worker's device.
+    """
+    kind, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached_gaussian],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to what :func:`random_state` has returned, as far as the device is of the same kind."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, position, has_gauss, cached_gaussian = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
+    torch.set_rng_state(state["torch"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+@contextlib.contextmanager
+def isolated_random_state(device: torch.device) -> Iterator[None]:
+    """Context that leaves the generators as they were."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state, device)
+
+
+@final
+class FetchObserver:
+    """Finds out, once, whether fetching a batch draws random numbers in this process, as augmentation there does.
+
+    Where a run goes on in the middle of an epoch the generators must be set before such a fetch. Where it draws none,
+    they are best set after it, as the loader may draw to get to where it was.
+
+    Attributes:
+        draws: Whether it does; False until it is known.
+    """
+
+    def __init__(self) -> None:
+        self.draws = False
+        self._before: dict[str, Any] | None = None
+        self._known = False
+
+    def batch_ended(self, device: torch.device) -> None:
+        """Called after each batch."""
+        if not self._known:
+            self._before = random_state(device)
+
+    def batch_starts(self, device: torch.device) -> None:
+        """Called before each batch."""
+        if self._before is not None:
+            self.draws = repr(_listed(self._before)) != repr(_listed(random_state(device)))
+            self._known = True
+            self._before = None
+
+
+def _listed(state: dict[str, Any]) -> Any:
+    return apply_to_collection(state, torch.Tensor, lambda tensor: tensor.tolist())

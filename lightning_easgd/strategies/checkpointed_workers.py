@@ -1,0 +1,226 @@
+"""Workers whose own states are kept with a checkpoint, so that a resumed run goes on exactly: free of a class tree."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_easgd._compat import TRAINING_LOADER_BARRIER, begins_epoch, fetches_next
+from lightning_easgd.checkpointing import (
+    EmbeddedStates,
+    FetchObserver,
+    NoStates,
+    SidecarStates,
+    WorkerStates,
+    random_state,
+    read_worker_state,
+    remove_sidecar,
+    set_random_state,
+)
+from lightning_easgd.strategies.center_workers import CenterWorkers
+
+__all__ = ["CheckpointedWorkers", "WorkerState"]
+
+WorkerState = Literal["embed", "sidecar", "none"]
+
+_KEY = "easgd"
+_FORMAT = 1
+
+
+class CheckpointedWorkers(CenterWorkers):
+    """Workers around a center whose checkpoints hold, beside the center, each worker's own state.
+
+    A checkpoint is one ordinary Lightning checkpoint whose weights are the center. Under the key ``"easgd"``, in
+    tensors and primitives, it also holds for each worker: parameters and buffers, optimizer and scheduler states,
+    clocks, the state of the precision plugin (loss scale), of the loops and resumable data loaders, and of the random
+    number generators.
+    """
+
+    _method: ClassVar[str]
+    """Workers of one method can go on where workers of the same method stopped."""
+
+    def __init__(self, *arguments: Any, worker_state: str = "embed", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if worker_state not in ("embed", "sidecar", "none"):
+            raise ValueError(
+                f"{type(self).__name__}(worker_state={worker_state!r}): unknown; use 'embed' (inside the checkpoint),"
+                " 'sidecar' (one file of each worker beside it, for large models) or 'none'."
+            )
+        self.worker_state = worker_state
+        self._resumed: dict[str, Any] | None = None  # the own state to go on from, until training starts
+        self._resumed_center: dict[str, Any] = {}
+        self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
+        self._fetching = FetchObserver()
+        self._final: dict[str, Any] | None = None  # of a fit that has ended
+        self._begins_epoch = False  # the epoch that goes on, rather than to go on within it
+        self._read_from: tuple[str, bool | None] = ("", None)
+
+    # Saving
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
+        if self._alone or "optimizer_states" not in checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        with self.worker_weights():
+            averaging = self._averaging_state() if self._training else self._final
+            if averaging is not None:
+                checkpoint[_KEY] = {
+                    "format": _FORMAT,
+                    "method": self._method,
+                    "world_size": self.world_size,
+                    "center": averaging["center"],
+                    **self._states().save(self._own_state(checkpoint, averaging), str(filepath)),
+                }
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, and the files beside it."""
+        super().remove_checkpoint(filepath)
+        if self.local_rank == 0:
+            remove_sidecar(str(filepath))
+
+    def _states(self) -> WorkerStates:
+        assert self._timeout is not None
+        if self.worker_state == "none" or (self.world_size > 1 and not dist.is_initialized()):  # a worker is lost
+            return NoStates()
+        if self.worker_state == "embed":
+            return EmbeddedStates(self._timeout)
+        return SidecarStates(self.global_rank, self.broadcast, self.reduce_boolean_decision)
+
+    def _averaging_state(self) -> dict[str, Any]:
+        """This worker's parameters and what its averaging knows, and the center."""
+        assert self._averaging is not None
+        assert self.lightning_module is not None
+        return {
+            "center": self._averaging.center_state_dict(),
+            "tensors": {name: tensor.detach() for name, tensor in _named_tensors(self.lightning_module).items()},
+            "averagers": [averager.state_dict() for averager in self._averagers],
+        }
+
+    def _own_state(self, checkpoint: Mapping[str, Any], averaging: Mapping[str, Any]) -> dict[str, Any]:
+        # Every rank's checkpoint holds its own optimizers, schedulers and loops; only that of rank 0 is written.
+        return {
+            "tensors": averaging["tensors"],
+            "averagers": averaging["averagers"],
+            "optimizer_states": checkpoint["optimizer_states"],
+            "lr_schedulers": checkpoint["lr_schedulers"],
+            "precision": self.precision_plugin.state_dict(),
+            "fit_loop": checkpoint["loops"]["fit_loop"],
+            "random": random_state(self.root_device) | {"fetching_draws": self._fetching.draws},
+        }
+
+    # Resuming
+
+    def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Read a checkpoint."""
+        checkpoint = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
+        self._read_from = (str(checkpoint_path), keywords.get("weights_only"))
+        return checkpoint
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
+        self._resumed = None
+        saved = checkpoint.get(_KEY)
+        self._resumed_center = {} if saved is None or saved["method"] != self._method else saved["center"]
+        if saved is not None and self.worker_state != "none":
+            self._resumed = self._find_own_state(saved)
+        super().load_optimizer_state_dict(checkpoint if self._resumed is None else self._resumed)
+        if self._resumed is not None:
+            self._trainer.fit_loop.load_state_dict(self._resumed["fit_loop"])
+            self._begins_epoch = begins_epoch(self._trainer)
+
+    def barrier(self, name: str | None = None) -> None:
+        """Wait for all ranks."""
+        super().barrier(name)
+        # The order of the next epoch is drawn right after this barrier.
+        if name == TRAINING_LOADER_BARRIER and self._resumed is not None and self._begins_epoch:
+            set_random_state(self._resumed["random"], self.root_device)
+
+    def on_train_start(self) -> None:
+        """Let the center begin where the workers are; go on where a checkpoint was saved."""
+        super().on_train_start()
+        resumed, self._resumed = self._resumed, None
+        center, self._resumed_center = self._resumed_center, {}
+        self._final = None
+        if not self._training:
+            return
+        assert self._averaging is not None
+        if center:
+            self._averaging.load_center_state_dict(center)
+            for averager in self._averagers:
+                averager.start_at_center()
+        if resumed is not None:
+            self._go_on(resumed)
+
+    def _find_own_state(self, saved: Mapping[str, Any]) -> dict[str, Any] | None:
+        """This worker's state in a checkpoint, if all workers can go on from theirs."""
+        path, weights_only = self._read_from
+        at_center = f"{path}: every worker starts at the center, with the optimizer state of worker 0"
+        if saved["method"] != self._method:
+            rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
+            return None
+        if saved["world_size"] != self.world_size:
+            rank_zero_warn(
+                f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
+                f" {self.world_size}."
+            )
+            return None
+        state = read_worker_state(dict(saved), path, self.global_rank, weights_only)
+        if self.reduce_boolean_decision(state is not None):
+            return state
+        if "workers" in saved or "generation" in saved:
+            rank_zero_warn(f"{at_center}: the state of a worker is missing or torn.")
+        else:
+            rank_zero_info(f"{at_center}: it holds no worker's own state.")
+        return None
+
+    @torch.no_grad()
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        assert self.lightning_module is not None
+        for name, tensor in _named_tensors(self.lightning_module).items():
+            if name in state["tensors"]:
+                tensor.copy_(state["tensors"][name])
+        for averager, own in zip(self._averagers, state["averagers"], strict=True):
+            averager.load_state_dict(own)
+        for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=True):
+            config.scheduler.load_state_dict(own)
+        if state["precision"]:
+            self.precision_plugin.load_state_dict(state["precision"])
+        if not self._begins_epoch:
+            set_random_state(state["random"], self.root_device)
+            if fetches_next(self._trainer) and not state["random"]["fetching_draws"]:
+                self._random = state["random"]
+
+    def on_batch_fetched(self) -> None:
+        """A batch has been fetched."""
+        self._fetching.batch_starts(self.root_device)
+        if self._random is not None:
+            set_random_state(self._random, self.root_device)
+            self._random = None
+
+    def on_batch_trained(self) -> None:
+        """A batch has been trained on."""
+        self._fetching.batch_ended(self.root_device)
+
+    # A checkpoint of a fit that has ended
+
+    def on_train_end(self) -> None:
+        """Let all ranks finish; keep what a later checkpoint of this fit needs, and leave the center in the module."""
+        was_training = self._training
+        super().on_train_end()
+        if was_training and self.worker_state != "none":
+            with self.worker_weights():
+                self._final = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
+
+
+def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone()

@@ -1,0 +1,165 @@
+"""A resumed run goes on exactly where its checkpoint was saved, on every rank."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+from toys import quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"
+)
+
+EVERY_STEP = {"every_n_train_steps": 1}
+DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
+
+
+class ResumableLoader(DataLoader[Any]):
+    """Knows how many batches it has given, and skips them when it goes on; shuffles by epoch."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        sampler = DistributedSampler(DATA, ranks, rank, seed=5)
+        super().__init__(DATA, batch_size=8, sampler=sampler)
+        self.given = self.skip = 0
+
+    def __iter__(self) -> Any:
+        self.given, self.skip = self.skip, 0
+        for number, batch in enumerate(super().__iter__()):
+            if number >= self.given:
+                self.given += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given % len(self)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skip = state["given"]
+
+
+class Noisy(L.LightningModule):
+    """Dropout (random numbers), BatchNorm (buffers), momentum and a schedule (state)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.steps: dict[int, list[Tensor]] = {}
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        batch = batch.to(self.net[0].weight.dtype) + 0.1 * self.trainer.global_rank
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        batch = batch.to(self.net[0].weight.dtype)
+        loss = (self.net(batch) - batch.sum(1, keepdim=True)).square().mean().float()
+        self.log("loss", loss, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.7), "interval": "step"}]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return ResumableLoader(self.trainer.global_rank, self.trainer.world_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(DATA[:16], batch_size=8)
+
+    def on_train_start(self) -> None:
+        self.last = self.trainer.global_step
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.trainer.global_step == self.last:  # a batch that was only accumulated
+            return
+        self.last = self.trainer.global_step
+        state = self.trainer.optimizers[0].state_dict()["state"]
+        buffers = [state[key]["momentum_buffer"] for key in state]
+        values = [*self.parameters(), *self.buffers(), *buffers]
+        self.steps[self.trainer.global_step] = [value.detach().clone() for value in values]
+
+
+def train(
+    folder: str, make_strategy: Any, arguments: dict[str, Any], resume: str | None = None, module: Any = None
+) -> dict[int, list[Tensor]]:
+    """Fit, saving as told, and return what each step left; under -1 what the fit left."""
+    torch.manual_seed(7)
+    module = module or Noisy()
+    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **arguments.get("saving", EVERY_STEP))
+    trainer = quiet_trainer(
+        strategy=make_strategy(),
+        devices=2,
+        callbacks=[saver],
+        **{
+            "max_epochs": 3,
+            "limit_val_batches": 0,
+            "enable_checkpointing": True,
+            "use_distributed_sampler": False,
+            **arguments.get("trainer", {}),
+        },
+    )
+    trainer.fit(module, ckpt_path=resume)
+    module.steps[-1] = [parameter.detach().clone() for parameter in module.parameters()]
+    return module.steps
+
+
+def resume_from_all(folder: str, make_strategy: Any, arguments: dict[str, Any], make_module: Any = Noisy) -> list[str]:
+    """Resume from each checkpoint of a run, and name those after which a step is not that of the run."""
+    whole = train(folder, make_strategy, arguments, module=make_module())
+    different = []
+    saved = sorted(Path(folder).glob("*.ckpt"))
+    assert saved
+    for path in saved:
+        again = train(f"{folder}/again", make_strategy, arguments, str(path), make_module())
+        first = int(path.stem.split("=")[1].split("-")[0]) + 1
+        assert [step for step in again if step != -1] == list(range(first, max(whole) + 1)), path.stem
+        for step in sorted(again):
+            if not all(map(torch.equal, again[step], whole[step])):
+                different.append(f"{path.stem} at step {step}")
+                break
+    return different
+
+
+def every_rank_goes_on_exactly(folder: Path, *what: Any) -> None:
+    for rank, different in enumerate(run_ranks(resume_from_all, 2, str(folder), *what, timeout=120)):
+        assert different == [], f"rank {rank}"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"trainer": {"precision": "bf16-true"}},
+        {"trainer": {"limit_val_batches": 2, "val_check_interval": 2}},
+        {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
+        {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": False}},
+        {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 4}},
+    ],
+    ids=["32-true", "bf16-true", "validation", "epoch end", "validation end", "accumulation"],
+)
+def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: dict[str, Any]) -> None:
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, momentum=0.9), arguments)
+
+
+def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, worker_state="sidecar"), {})
+
+
+@pytest.mark.parametrize(
+    "make_strategy",
+    [
+        partial(EASGDStrategy, tau=3, mode="async", order="round_robin", momentum=0.9),
+        partial(EASGDStrategy, tau=3, mode="async", order="round_robin", alpha=0.2, beta=0.9),
+        partial(DownpourStrategy, tau=2, order="round_robin"),
+        partial(DownpourStrategy, tau=2, order="round_robin", average="polyak"),
+    ],
+    ids=["EAMSGD", "asymmetric", "DOWNPOUR", "ADOWNPOUR"],
+)
+def test_async_in_a_fixed_order_goes_on_exactly(tmp_path: Path, make_strategy: Any) -> None:
+    every_rank_goes_on_exactly(tmp_path, make_strategy, {"trainer": {"max_epochs": 2}})
