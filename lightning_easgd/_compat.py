@@ -6,38 +6,33 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from lightning_easgd.checkpointing import isolated_random_state
-
 __all__ = [
-    "TRAINING_LOADER_BARRIER",
     "begins_epoch",
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
+    "renew_training_iterator",
     "request_stop",
 ]
-
-TRAINING_LOADER_BARRIER = "train_dataloader()"
-"""Where Lightning waits for all ranks before it draws the order of the first epoch."""
 
 
 def free_running(
     trainer: Any,
     on_sigterm: Callable[[], None],
     handling_signal: Callable[[], contextlib.AbstractContextManager[None]],
+    in_validation: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], None]:
     """Let the ranks of a fit run at their own pace.
 
     Since 2.5.2 Lightning broadcasts a flag from rank 0 before every batch, and again inside its SIGTERM handler, so
     that all ranks run in lock-step and a preempted rank blocks. Both methods are replaced on this trainer's objects.
-    The handler of SLURM's requeue signal, which saves a checkpoint, is told that it cannot wait for anybody. And the
-    validation of a fit leaves the random number generators as they were, so that training does not depend on whether
-    a resumed run repeats a validation.
+    The handler of SLURM's requeue signal, which saves a checkpoint, and the whole of a validation get a context.
 
     Args:
         trainer: The trainer, before it registers its signal handlers (that is: in ``Strategy.setup``).
         on_sigterm: Called in place of the handler's broadcast; it runs inside a signal handler.
         handling_signal: Makes the context in which the requeue handler runs.
+        in_validation: Makes the context in which a validation of the fit runs; Lightning's hooks come too late for it.
 
     Returns:
         A function that undoes it.
@@ -59,16 +54,20 @@ def free_running(
         with handling_signal():
             type(connector)._slurm_sigusr_handler_fn(connector, signum, frame)
 
-    def validate() -> Any:
-        with isolated_random_state(trainer.strategy.root_device):
-            return type(validation).run(validation)
+    def apart(name: str) -> Callable[[], Any]:
+        def method() -> Any:
+            with in_validation():
+                return getattr(type(validation), name)(validation)
+
+        return method
 
     replaced = []
     for owner, name, replacement in (
         (loop, "_broadcast_sigterm_tensor", lambda: None),
         (connector, "_sigterm_notifier_fn", notify),
         (connector, "_slurm_sigusr_handler_fn", requeue),
-        (validation, "run", validate),
+        (validation, "run", apart("run")),
+        (validation, "increment_progress_to_evaluation_end", apart("increment_progress_to_evaluation_end")),
     ):
         if hasattr(owner, name):
             setattr(owner, name, replacement)
@@ -103,6 +102,11 @@ def begins_epoch(trainer: Any) -> bool:
     batches = trainer.fit_loop.epoch_loop.batch_progress
     saved_after_batch = batches.current.completed < batches.current.processed
     return bool(epochs.processed == epochs.ready or (batches.is_last_batch and saved_after_batch))
+
+
+def renew_training_iterator(trainer: Any) -> None:
+    """Make the iterator over the training data anew, as Lightning does at the start of every epoch but the first."""
+    iter(trainer.fit_loop._data_fetcher)
 
 
 def fetches_next(trainer: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import inspect
 import signal
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -32,15 +34,20 @@ def test_states_compare_as_strings():
 def test_free_running_is_undone():
     trainer = quiet_trainer()
     loop, connector = trainer.fit_loop.epoch_loop, trainer._signal_connector
-    original = loop._broadcast_sigterm_tensor, connector._sigterm_notifier_fn
+    original = loop._broadcast_sigterm_tensor, connector._sigterm_notifier_fn, loop.val_loop.run
     calls = []
-    undo = free_running(trainer, lambda: calls.append("stop"))
+    undo = free_running(trainer, lambda: calls.append("stop"), nullcontext, nullcontext)
     assert loop._broadcast_sigterm_tensor() is None
     connector._sigterm_notifier_fn(signal.SIGTERM, None)
     assert calls == ["stop"]
     undo()
-    assert (loop._broadcast_sigterm_tensor, connector._sigterm_notifier_fn) == original
+    assert (loop._broadcast_sigterm_tensor, connector._sigterm_notifier_fn, loop.val_loop.run) == original
     undo()
+
+
+def test_epochs_begin_with_a_new_iterator_of_the_fetcher():
+    assert "iter(self._data_fetcher)" in inspect.getsource(_FitLoop.setup_data)
+    assert "iter(data_fetcher)" in inspect.getsource(_TrainingEpochLoop.on_run_start)
 
 
 def test_request_stop_is_what_the_loops_look_at():
@@ -50,15 +57,31 @@ def test_request_stop_is_what_the_loops_look_at():
     assert trainer.received_sigterm
 
 
-@pytest.mark.parametrize("missing", ["_broadcast_sigterm_tensor", "_sigterm_notifier_fn"])
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "_broadcast_sigterm_tensor",
+        "_sigterm_notifier_fn",
+        "_slurm_sigusr_handler_fn",
+        "run",
+        "increment_progress_to_evaluation_end",
+    ],
+)
 def test_a_lightning_without_the_method_needs_no_replacement(missing):
     class Owner:
         def _broadcast_sigterm_tensor(self): ...
 
         def _sigterm_notifier_fn(self): ...
 
+        def _slurm_sigusr_handler_fn(self, signum, frame): ...
+
+        def run(self): ...
+
+        def increment_progress_to_evaluation_end(self): ...
+
     owner = Owner()
+    owner.val_loop = owner
     delattr(Owner, missing)
     trainer = type("T", (), {"fit_loop": type("F", (), {"epoch_loop": owner}), "_signal_connector": owner})
-    free_running(trainer, lambda: None)()
+    free_running(trainer, lambda: None, nullcontext, nullcontext)()
     assert not hasattr(owner, missing)

@@ -39,17 +39,35 @@ class ResumableLoader(DataLoader[Any]):
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given % len(self)}
+        return {"given": self.given % len(self), "epoch": self.sampler.epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skip = state["given"]
+        self.sampler.set_epoch(state["epoch"])  # Lightning sets it later than it begins to iterate
+
+
+class EagerLoader(ResumableLoader):
+    """Begins to iterate when it is told to, and draws random numbers for every batch."""
+
+    def __iter__(self) -> Any:
+        batches = DataLoader.__iter__(self)
+        for _ in range(self.skip):
+            next(batches)
+        self.given, self.skip = self.skip, 0
+        return self.augmented(batches)
+
+    def augmented(self, batches: Any) -> Any:
+        for batch in batches:
+            self.given += 1
+            yield batch + 0.1 * torch.randn(())
 
 
 class Noisy(L.LightningModule):
     """Dropout (random numbers), BatchNorm (buffers), momentum and a schedule (state)."""
 
-    def __init__(self) -> None:
+    def __init__(self, loader: Any = ResumableLoader) -> None:
         super().__init__()
+        self.loader = loader
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
         self.steps: dict[int, list[Tensor]] = {}
 
@@ -67,7 +85,7 @@ class Noisy(L.LightningModule):
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.7), "interval": "step"}]
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return ResumableLoader(self.trainer.global_rank, self.trainer.world_size)
+        return self.loader(self.trainer.global_rank, self.trainer.world_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(DATA[:16], batch_size=8)
@@ -145,6 +163,11 @@ def every_rank_goes_on_exactly(folder: Path, *what: Any) -> None:
 )
 def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: dict[str, Any]) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, momentum=0.9), arguments)
+
+
+def test_random_numbers_of_the_loader_go_on_exactly(tmp_path: Path) -> None:
+    every_two = {"saving": {"every_n_train_steps": 2}}  # whether fetching draws is not known after one step
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two, partial(Noisy, EagerLoader))
 
 
 def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:

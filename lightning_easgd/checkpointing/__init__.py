@@ -3,7 +3,6 @@
 from lightning_easgd.checkpointing.gathering import gather_states
 from lightning_easgd.checkpointing.random_state import (
     FetchObserver,
-    isolated_random_state,
     random_state,
     set_random_state,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "SidecarStates",
     "WorkerStates",
     "gather_states",
-    "isolated_random_state",
     "random_state",
     "read_worker_state",
     "remove_sidecar",

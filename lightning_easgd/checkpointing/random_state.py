@@ -1,15 +1,13 @@
 """The random number generators of one worker, as tensors and primitives."""
 
-import contextlib
 import random
-from collections.abc import Iterator
 from typing import Any, final
 
 import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
-__all__ = ["FetchObserver", "isolated_random_state", "random_state", "set_random_state"]
+__all__ = ["FetchObserver", "random_state", "set_random_state"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -38,16 +36,6 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-
-
-@contextlib.contextmanager
-def isolated_random_state(device: torch.device) -> Iterator[None]:
-    """Context that leaves the generators as they were."""
-    state = random_state(device)
-    try:
-        yield
-    finally:
-        set_random_state(state, device)
 
 
 @final

@@ -9,7 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_easgd._compat import TRAINING_LOADER_BARRIER, begins_epoch, fetches_next
+from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator
 from lightning_easgd.checkpointing import (
     EmbeddedStates,
     FetchObserver,
@@ -111,7 +111,8 @@ class CheckpointedWorkers(CenterWorkers):
             "lr_schedulers": checkpoint["lr_schedulers"],
             "precision": self.precision_plugin.state_dict(),
             "fit_loop": checkpoint["loops"]["fit_loop"],
-            "random": random_state(self.root_device) | {"fetching_draws": self._fetching.draws},
+            "random": self._random_outside or random_state(self.root_device),
+            "fetching_draws": self._fetching.draws,
         }
 
     # Resuming
@@ -133,13 +134,6 @@ class CheckpointedWorkers(CenterWorkers):
         if self._resumed is not None:
             self._trainer.fit_loop.load_state_dict(self._resumed["fit_loop"])
             self._begins_epoch = begins_epoch(self._trainer)
-
-    def barrier(self, name: str | None = None) -> None:
-        """Wait for all ranks."""
-        super().barrier(name)
-        # The order of the next epoch is drawn right after this barrier.
-        if name == TRAINING_LOADER_BARRIER and self._resumed is not None and self._begins_epoch:
-            set_random_state(self._resumed["random"], self.root_device)
 
     def on_train_start(self) -> None:
         """Let the center begin where the workers are; go on where a checkpoint was saved."""
@@ -191,10 +185,11 @@ class CheckpointedWorkers(CenterWorkers):
             config.scheduler.load_state_dict(own)
         if state["precision"]:
             self.precision_plugin.load_state_dict(state["precision"])
-        if not self._begins_epoch:
-            set_random_state(state["random"], self.root_device)
-            if fetches_next(self._trainer) and not state["random"]["fetching_draws"]:
-                self._random = state["random"]
+        set_random_state(state["random"], self.root_device)
+        if self._begins_epoch:
+            renew_training_iterator(self._trainer)  # its order is drawn from the generators
+        elif fetches_next(self._trainer) and not state["fetching_draws"]:
+            self._random = state["random"]
 
     def on_batch_fetched(self) -> None:
         """A batch has been fetched."""

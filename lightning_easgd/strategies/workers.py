@@ -13,6 +13,7 @@ from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_module_states
 
 from lightning_easgd._compat import free_running, request_stop
+from lightning_easgd.checkpointing import random_state, set_random_state
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -70,6 +71,7 @@ class LocalWorkers(_Base):
         self._trainer: Any = None
         self._end_free_running: Callable[[], None] | None = None
         self._in_signal_handler = False
+        self._random_outside: dict[str, Any] | None = None  # of the generators, where a validation of a fit is inside
 
     def _configure_launcher(self) -> None:
         for device in self.parallel_devices or ():
@@ -95,7 +97,20 @@ class LocalWorkers(_Base):
         super().setup(trainer)
         self._trainer = trainer
         if trainer.state.fn == "fit":
-            self._end_free_running = free_running(trainer, self._on_sigterm, self._handling_signal)
+            self._end_free_running = free_running(trainer, self._on_sigterm, self._handling_signal, self._in_validation)
+
+    @contextlib.contextmanager
+    def _in_validation(self) -> Iterator[None]:
+        """Context of a validation of a fit: it leaves the random number generators as they were.
+
+        Training then does not depend on whether a resumed run repeats a validation.
+        """
+        self._random_outside = random_state(self.root_device)
+        try:
+            yield
+        finally:
+            set_random_state(self._random_outside, self.root_device)
+            self._random_outside = None
 
     def end_rank(self, error: BaseException) -> None:
         """Do what Lightning leaves out when an error ends a spawned or forked rank: tell the others, and tear down."""
