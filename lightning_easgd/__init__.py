@@ -7,7 +7,7 @@ Importing this package registers the names ``easgd``, ``easgd_async``, ``eamsgd`
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_easgd.registration import register
-from lightning_easgd.strategies import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.strategies.lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
 
 __version__ = "0.1.0"
 __all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy", "__version__"]

@@ -111,17 +111,9 @@ class CenterWorkers(LocalWorkers):
 
     # Lightning's hooks, in the order in which it calls them
 
+    @abstractmethod
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Check an optimizer, and make it what a worker trains with, in place.
-
-        Raises:
-            TypeError: If this strategy cannot work with it.
-        """
-        if hasattr(optimizer, "consolidate_state_dict"):
-            raise TypeError(
-                f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
-                " parameters, and workers do not; use the optimizer that it wraps."
-            )
+        """Check an optimizer, and make it what a worker trains with, in place."""
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Create the optimizers."""
