@@ -3,10 +3,11 @@
 from typing import final
 
 from lightning.pytorch import Callback
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_easgd.registration import register
 from lightning_easgd.strategies.center_workers import CenterHooks
 from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
@@ -47,3 +48,6 @@ class EASGDStrategy(ElasticWorkers, _CenterStrategy):  # noqa: D101
 @final
 class DownpourStrategy(DownpourWorkers, _CenterStrategy):  # noqa: D101
     __doc__ = DownpourWorkers.__doc__
+
+
+register(StrategyRegistry, EASGDStrategy, DownpourStrategy)

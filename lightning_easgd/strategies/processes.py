@@ -50,6 +50,22 @@ class WorkerProcesses(_Base):
     """p workers, each a process with its own model; mixed into the ``DDPStrategy`` of a class tree.
 
     It keeps DDPStrategy's processes, ranks, samplers and collectives. What it needs of the tree below is in ``_Base``.
+
+    Args:
+        accelerator: As for ``DDPStrategy``.
+        parallel_devices: As for ``DDPStrategy``.
+        cluster_environment: As for ``DDPStrategy``.
+        checkpoint_io: As for ``DDPStrategy``.
+        precision_plugin: As for ``DDPStrategy``.
+        process_group_backend: As for ``DDPStrategy``.
+        timeout: How long a collective operation may wait for the slowest rank before it fails.
+        start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
+        **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
+            ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
+
+    Raises:
+        TypeError: If an argument is unknown, or changes how DDP reduces gradients.
+        ValueError: If ``timeout`` is not positive.
     """
 
     def __init__(

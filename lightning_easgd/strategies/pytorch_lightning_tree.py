@@ -3,10 +3,11 @@
 from typing import final
 
 from pytorch_lightning import Callback
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from lightning_easgd.registration import register
 from lightning_easgd.strategies.center_workers import CenterHooks
 from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
@@ -47,3 +48,6 @@ class EASGDStrategy(ElasticWorkers, _CenterStrategy):  # noqa: D101
 @final
 class DownpourStrategy(DownpourWorkers, _CenterStrategy):  # noqa: D101
     __doc__ = DownpourWorkers.__doc__
+
+
+register(StrategyRegistry, EASGDStrategy, DownpourStrategy)

@@ -23,10 +23,8 @@ class LocalWorkers(WorkerProcesses, _Base):
 
     _launcher_class: ClassVar[Callable[..., Any]]
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self._trainer: Any = None
-        self._end_free_running: Callable[[], None] | None = None
+    _trainer: Any = None  # from setup to teardown
+    _end_free_running: Callable[[], None] | None = None
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
