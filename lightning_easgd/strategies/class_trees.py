@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["check_tree", "tree_of"]
+__all__ = ["check_tree", "describe", "tree_of"]
 
 _STRATEGIES = {
     "lightning.pytorch": "lightning_easgd.{}",
@@ -23,6 +23,14 @@ def tree_of(cls: type) -> str | None:
             if tree in (package, package.split(".")[0]):
                 return tree
     return None
+
+
+def describe(strategy: object) -> str:
+    """A strategy by the name that users give it, and for whom it is."""
+    cls = type(strategy)
+    tree = tree_of(cls)
+    name = cls.__name__ if tree is None else _STRATEGIES[tree].format(cls.__name__)
+    return f"<{name}, a strategy for {tree}>"
 
 
 def check_tree(strategy: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_module_states
 
-from lightning_easgd.strategies.class_trees import check_tree
+from lightning_easgd.strategies.class_trees import check_tree, describe
 
 __all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses", "broadcast_states"]
 
@@ -93,6 +93,10 @@ class WorkerProcesses(_Base):
             timeout=timeout,
             start_method=start_method,
         )
+
+    def __repr__(self) -> str:
+        # Lightning's error for an instance of another class tree shows this and nothing else.
+        return describe(self)
 
     def _configure_launcher(self) -> None:
         check_tree(self)
