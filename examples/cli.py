@@ -1,12 +1,13 @@
 """LightningCLI: the strategy and its arguments come from the command line or from a YAML file.
 
     python examples/cli.py fit --trainer.strategy lightning_easgd.EASGDStrategy --trainer.strategy.tau 16
-    python examples/cli.py fit --trainer.strategy lightning_easgd.EASGDStrategy --print_config > run.yaml
+    python examples/cli.py fit --trainer.strategy.class_path lightning_easgd.EASGDStrategy --print_config > run.yaml
     python examples/cli.py fit --config run.yaml
     python examples/cli.py fit --trainer.strategy.help lightning_easgd.EASGDStrategy
 
 It needs ``pip install 'jsonargparse[signatures]<5'``. No line of it belongs to this package, but for the import: that
-makes the short names work too (``--trainer.strategy easgd``), which take no arguments.
+makes the short names work too (``--trainer.strategy easgd``), which take no arguments. A class without arguments is
+given as ``class_path``, as LightningCLI takes ``--trainer.strategy`` alone for a name.
 """
 
 import lightning as L

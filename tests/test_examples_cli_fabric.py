@@ -22,10 +22,10 @@ def example(name: str, *arguments: str, cwd) -> str:
 
 
 def test_cli(tmp_path):
-    arguments = ("--trainer.strategy", "lightning_easgd.EASGDStrategy", "--trainer.strategy.tau", "16")
-    printed = example("cli.py", "fit", *arguments, "--print_config", cwd=tmp_path)
-    (tmp_path / "run.yaml").write_text(printed)
-    example("cli.py", "fit", "--config", "run.yaml", "--trainer.max_epochs", "2", cwd=tmp_path)
+    strategy = ("--trainer.strategy.class_path", "lightning_easgd.EASGDStrategy")
+    (tmp_path / "run.yaml").write_text(example("cli.py", "fit", *strategy, "--print_config", cwd=tmp_path))
+    changes = ("--trainer.max_epochs", "2", "--trainer.strategy.init_args.tau", "16")
+    example("cli.py", "fit", "--config", "run.yaml", *changes, cwd=tmp_path)
     (saved,) = tmp_path.glob("lightning_logs/version_0/config.yaml")
     assert "tau: 16" in saved.read_text()
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
