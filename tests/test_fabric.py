@@ -271,6 +271,42 @@ def test_by_name():
     assert run_ranks(run, 2) == [(EASGDStrategy, 0.9, 2)] * 2
 
 
+@pytest.mark.parametrize("failing", [None, 1])
+def test_forked_ranks(failing):
+    def train_rank(fabric):
+        module = network(fabric.global_rank)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 25)
+        if fabric.global_rank == failing:
+            raise KeyError("the user's own error")
+        fabric.strategy.finalize()
+        return fabric.strategy.communication.exchanges
+
+    def run():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+            del os.environ[name]
+        return Fabric(accelerator="cpu", devices=2, strategy="easgd_fork").launch(train_rank)
+
+    (outcome,) = end_ranks(run, 1)
+    if failing is None:
+        assert (outcome.exitcode, outcome.value) == (0, 2), outcome.error
+    else:
+        assert outcome.exitcode != 0
+        assert "the user's own error" in outcome.error
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_processes_end_without_finalize(mode):
+    def run():
+        fabric = launched(EASGDStrategy(tau=2, mode=mode, timeout=TIMEOUT))
+        module = network(0)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 5)
+        fabric.barrier()
+
+    run_ranks(run, 2, timeout=40)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"evaluate='worker'\): Fabric has no validation"):
         EASGDStrategy(evaluate="worker")
