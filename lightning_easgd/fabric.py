@@ -15,8 +15,8 @@
     fabric.strategy.finalize()
 
 The module is left unwrapped. What all ranks do at the same point of their work (``center_weights``, ``fabric.save`` and
-``fabric.load``, ``finalize``) they may come to after different numbers of steps. An error on one rank reaches the others
-at their next exchange or at one of these points, so that a training should end with ``finalize()``.
+``fabric.load``, ``finalize``) they may come to after different numbers of steps. An error on one rank reaches the
+others at their next exchange or at one of these points, so that a training should end with ``finalize()``.
 """
 
 from lightning_easgd.strategies.fabric_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
