@@ -1,4 +1,4 @@
-"""The names under which ``Trainer(strategy=...)`` finds the strategies."""
+"""The names under which ``Trainer(strategy=...)`` and ``Fabric(strategy=...)`` find the strategies."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def register(registry: Any, easgd: type, downpour: type) -> None:
     """Register every name of this package in one of Lightning's registries.
 
     Args:
-        registry: The ``StrategyRegistry`` of a class tree.
+        registry: The registry of a class tree; each tree has its own.
         easgd: The EASGD strategy of the same class tree.
         downpour: The DOWNPOUR strategy of the same class tree.
     """

@@ -16,7 +16,7 @@ _WORKER = "worker_"
 # By strategy: what happens inside a batch. Nobody can tell from outside how long DDP waits there.
 _IN_A_BATCH = {
     "builtins.str": "compute",
-    "lightning_easgd.strategies.LocalStrategy": "compute",
+    "lightning_easgd.LocalStrategy": "compute",
     "lightning.pytorch.strategies.DDPStrategy": "compute and all-reduce",
 }
 

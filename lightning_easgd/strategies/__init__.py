@@ -1,5 +1,1 @@
-"""The strategies for each of Lightning's class trees."""
-
-from lightning_easgd.strategies.lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
-
-__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
+"""The strategies: their bodies, and a thin module of classes for each of Lightning's class trees."""

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd._compat import communicates_at_epoch_end, request_stop
-from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.averagers import Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
+from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.workers import LocalWorkers
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["CenterHooks", "CenterWorkers"]
 
 
-class CenterWorkers(LocalWorkers):
+class CenterWorkers(CenterReadings, LocalWorkers):
     """Workers that are averaged with a center now and then; a subclass says how.
 
     The center is the model: validation, checkpoints and the module after ``fit`` hold it.
@@ -77,20 +78,6 @@ class CenterWorkers(LocalWorkers):
             )
         return self._final_center
 
-    @property
-    def communication(self) -> Statistics:
-        """What this rank has spent on communication in the latest fit."""
-        return self._statistics
-
-    def elastic_distance(self) -> float | None:
-        r"""The distance :math:`\|x^i - \tilde x\|_2` of this worker at its last exchange, None before the first.
-
-        It makes no communication and waits for none.
-        """
-        distances = [averager.elastic_distance() for averager in self._averagers]
-        known = [distance for distance in distances if distance is not None]
-        return math.hypot(*known) if known else None
-
     @contextlib.contextmanager
     def center_weights(self) -> Iterator[None]:
         """Context in which the module holds the center; afterwards each worker's own values, bit for bit.
@@ -111,17 +98,9 @@ class CenterWorkers(LocalWorkers):
 
     # Lightning's hooks, in the order in which it calls them
 
+    @abstractmethod
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Check an optimizer, and make it what a worker trains with, in place.
-
-        Raises:
-            TypeError: If this strategy cannot work with it.
-        """
-        if hasattr(optimizer, "consolidate_state_dict"):
-            raise TypeError(
-                f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
-                " parameters, and workers do not; use the optimizer that it wraps."
-            )
+        """Check an optimizer, and make it what a worker trains with, in place."""
 
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Create the optimizers."""
@@ -289,18 +268,9 @@ class CenterWorkers(LocalWorkers):
         if self._averaging.stop_agreed:
             request_stop(self._trainer)
 
-    @property
-    def _averagers(self) -> list[Averager]:
-        return [] if self._averaging is None else list(self._averaging.averagers.values())
-
     def _named_center(self) -> dict[str, Tensor]:
         assert self.lightning_module is not None
-        names: dict[Tensor, str] = {parameter: name for name, parameter in self.lightning_module.named_parameters()}
-        return {
-            names.get(parameter, f"optimizers.{number}.{index}"): value
-            for number, averager in enumerate(self._averagers)
-            for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
-        }
+        return named_center(self.lightning_module.named_parameters(), self._averagers)
 
     def _state_dict_of_center(self) -> dict[str, Any]:
         """The module's state at the center, which the module is not touched for; buffers are this rank's."""

@@ -18,8 +18,8 @@ from lightning_easgd.service import (
     PolyakRate,
 )
 from lightning_easgd.strategies.checkpointed_workers import WorkerState
+from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
-from lightning_easgd.strategies.workers import DEFAULT_TIMEOUT, StartMethod
 
 __all__ = ["DownpourWorkers"]
 

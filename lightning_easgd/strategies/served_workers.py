@@ -1,10 +1,10 @@
-"""Workers around a served center: what the asynchronous strategies share, free of a class tree."""
+"""Workers that may have a served center: what EASGD and DOWNPOUR share, in every class tree."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.optim import Optimizer
 
 from lightning_easgd.averagers import (
     Averaging,
@@ -17,7 +17,7 @@ from lightning_easgd.averagers import (
     round_robin,
 )
 from lightning_easgd.service import CenterRule
-from lightning_easgd.strategies.checkpointed_workers import CheckpointedWorkers
+from lightning_easgd.strategies.processes import WorkerProcesses
 
 __all__ = ["OnWorkerLoss", "Order", "ServedWorkers", "check_period"]
 
@@ -28,7 +28,7 @@ _ORDERS = {"free": free_order, "round_robin": round_robin}
 _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 
 
-class ServedWorkers(CheckpointedWorkers):
+class ServedWorkers(WorkerProcesses):
     """Workers that may exchange with a served center, each on its own clock."""
 
     def __init__(self, *arguments: Any, order: str = "free", on_worker_loss: str = "fail", **keywords: Any) -> None:
@@ -46,26 +46,17 @@ class ServedWorkers(CheckpointedWorkers):
         """Whether the center is a served one."""
         return True
 
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
-        if self.is_served and self._layer_sync is not None:
-            raise ValueError(
-                f"{type(self).__name__} with Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward"
-                " pass and asynchronous workers do not run in step; leave it out, the center's statistics are the"
-                " workers' mean."
-            )
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer, and make it what a worker trains with, in place.
 
-    def setup(self, trainer: Any) -> None:
-        """Set up as usual; name what would keep asynchronous ranks in step."""
-        super().setup(trainer)
-        if trainer.state.fn == "fit" and self.is_served:
-            for callback in trainer.callbacks:
-                timed = getattr(callback, "_train_time_interval", None) is not None
-                if type(callback).__name__ == "Timer" or timed:
-                    rank_zero_warn(
-                        f"{type(self).__name__}: {type(callback).__name__} asks all ranks for the time after every"
-                        " batch, so that they run in step; leave out max_time and train_time_interval."
-                    )
+        Raises:
+            TypeError: If this strategy cannot work with it.
+        """
+        if hasattr(optimizer, "consolidate_state_dict"):
+            raise TypeError(
+                f"{type(self).__name__}: {type(optimizer).__name__} shards its state over ranks that have the same"
+                " parameters, and workers do not; use the optimizer that it wraps."
+            )
 
     def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None

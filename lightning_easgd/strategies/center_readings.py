@@ -1,0 +1,45 @@
+"""What users read of the averaging, under a Trainer and under Fabric."""
+
+import math
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from lightning_easgd.averagers import Averager, Averaging, Statistics
+
+__all__ = ["CenterReadings", "named_center"]
+
+
+class CenterReadings:
+    """Reads the averaging under way, if there is one."""
+
+    _averaging: Averaging | None
+    _statistics: Statistics
+
+    @property
+    def communication(self) -> Statistics:
+        """What this rank has spent on communication in the latest fit."""
+        return self._statistics
+
+    def elastic_distance(self) -> float | None:
+        r"""The distance :math:`\|x^i - \tilde x\|_2` of this worker at its last exchange, None before the first.
+
+        It makes no communication and waits for none.
+        """
+        distances = [averager.elastic_distance() for averager in self._averagers]
+        known = [distance for distance in distances if distance is not None]
+        return math.hypot(*known) if known else None
+
+    @property
+    def _averagers(self) -> list[Averager]:
+        return [] if self._averaging is None else list(self._averaging.averagers.values())
+
+
+def named_center(parameters: Iterable[tuple[str, nn.Parameter]], averagers: Iterable[Averager]) -> dict[str, Tensor]:
+    """The center of each averaged parameter, by the parameter's name or else its place in the optimizers."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in parameters}
+    return {
+        names.get(parameter, f"optimizers.{number}.{index}"): value
+        for number, averager in enumerate(averagers)
+        for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
+    }

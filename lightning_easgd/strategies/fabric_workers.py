@@ -1,0 +1,261 @@
+"""Workers under Fabric, whose training loop is the user's own; free of a class tree."""
+
+import contextlib
+import copy
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_easgd.averagers import Averaging, Meeting, Statistics
+from lightning_easgd.shown_weights import ShownWeights
+from lightning_easgd.strategies.center_readings import CenterReadings, named_center
+from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp import DDPStrategy as _Base
+else:
+    _Base = object
+
+__all__ = ["FabricCenterWorkers", "FabricClosureWorkers", "FabricWorkers"]
+
+
+class FabricWorkers(WorkerProcesses, _Base):
+    """p workers that train without any communication; mixed into the ``DDPStrategy`` of one of Fabric's class trees."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._backward_sync_control: Any = _NoBackwardSync()
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
+        """Leave the module as it is, but give all ranks rank 0's weights."""
+        broadcast_states(module)
+        return module
+
+
+class FabricCenterWorkers(CenterReadings, FabricWorkers):
+    """Workers that are averaged with a center now and then; a subclass says how.
+
+    The center begins where rank 0 is, at the first optimizer step. Checkpoints hold the center, and so does the module
+    in :meth:`center_weights` and after :meth:`finalize`, with which every training ends.
+    """
+
+    def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if evaluate != "center":
+            raise ValueError(
+                f"{type(self).__name__}(evaluate={evaluate!r}): Fabric has no validation; outside of"
+                " strategy.center_weights(module) the module holds the worker's own weights."
+            )
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []
+        self._averaging: Averaging | None = None  # from the first step to finalize
+        self._shown: ShownWeights | None = None  # while the modules show the center
+        self._final_center: Mapping[str, Tensor] | None = None
+        self._statistics = Statistics()
+
+    @abstractmethod
+    def _make_averaging(self) -> Averaging:
+        """Make the averaging; all ranks do it at the same point."""
+
+    @abstractmethod
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer, and make it what a worker trains with, in place."""
+
+    @property
+    def center(self) -> Mapping[str, Tensor]:
+        """The center as it is now: read-only, parameter name → tensor of the parameter's shape.
+
+        The tensors are float32 (float64 for double parameters). Reading waits for the exchange under way; the next
+        one may change the tensors. With several modules the names begin with a module's place in the order of their
+        setup, as in ``"0.weight"``. After :meth:`finalize` it is the final center.
+
+        Raises:
+            RuntimeError: If training has not started in this process.
+        """
+        if self._averaging is not None:
+            for averager in self._averagers:
+                averager.settle()
+            return MappingProxyType(self._named_center())
+        if self._final_center is None:
+            raise RuntimeError(f"{type(self).__name__}.center: there is no center before the first optimizer step.")
+        return self._final_center
+
+    @contextlib.contextmanager
+    def center_weights(self, module: nn.Module | None = None) -> Iterator[None]:
+        """Context in which all modules hold the center; afterwards the worker's own values, bit for bit.
+
+        All ranks enter it at the same point of their work. A rank that comes first takes part in the others'
+        exchanges until they come.
+
+        Args:
+            module: The module to be evaluated, as ``fabric.setup`` took or returned it.
+
+        Raises:
+            ValueError: If this module has not been set up.
+        """
+        if self._optimizers and module is not None and not self._has(module):
+            raise ValueError(
+                f"{type(self).__name__}.center_weights({type(module).__name__}): this module has no center; give the"
+                " one that fabric.setup took or returned."
+            )
+        with self._at_center(Meeting.CENTER_WEIGHTS):
+            yield
+
+    def finalize(self) -> None:
+        """End the training: wait for all ranks, and leave the center in the modules.
+
+        All ranks call it, after any number of steps each. To train on, set up modules and optimizers anew.
+
+        Raises:
+            ExchangeError: If another rank failed.
+        """
+        if not self._optimizers:
+            return
+        averaging = self._started()
+        averaging.meet(Meeting.TRAINING_END)
+        self._show_center(averaging)
+        named = {name: tensor.cpu().clone() for name, tensor in self._named_center().items()}
+        self._final_center = MappingProxyType(named)
+        self._shown = None
+        self._modules.clear()
+        self._optimizers.clear()
+        self._end()
+
+    # Fabric's hooks
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
+        """Leave the module as it is, but give all ranks rank 0's weights."""
+        self._modules.append(module)
+        return super().setup_module(module)
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Check an optimizer, and make it what a worker trains with, in place.
+
+        Raises:
+            TypeError: If this strategy cannot work with it.
+            RuntimeError: If training has begun without it.
+        """
+        if self._averaging is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this {type(optimizer).__name__} was not there when training started, so that"
+                " it has no center; set up all optimizers before the first step, or call strategy.finalize() before."
+            )
+        self.prepare_optimizer(optimizer)
+        self._optimizers.append(optimizer)
+        return super().setup_optimizer(optimizer)
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Make one step of the worker, with an exchange around it if this optimizer's clock says so.
+
+        With or without a closure: until the step the worker is where its gradient was taken.
+        """
+        if optimizer not in self._optimizers:
+            raise RuntimeError(
+                f"{type(self).__name__}: a step of a {type(optimizer).__name__} that is not being trained with; set it"
+                " up with fabric.setup, after strategy.finalize() anew."
+            )
+        if self._shown is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: an optimizer step inside center_weights() would be taken at the center, not at"
+                " the worker; leave the context first."
+            )
+        averager = self._started().averagers[optimizer]
+        averager.begin()
+        output = super().optimizer_step(optimizer, **kwargs)
+        averager.finish()
+        return output
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """A module's state at the center. All ranks ask for it at the same point of their work."""
+        if module not in self._modules:
+            return super().get_module_state_dict(module)
+        with self._at_center(Meeting.CHECKPOINT):
+            # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
+            return copy.deepcopy(super().get_module_state_dict(module))
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
+        """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
+        with self._at_center(Meeting.CHECKPOINT):
+            super().save_checkpoint(path, state, *arguments, **keywords)
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
+        if self._averaging is not None and module in self._modules:
+            self._averaging.meet(Meeting.CHECKPOINT)
+            self._end()
+        super().load_module_state_dict(module, state_dict, strict)
+
+    # The parts of the above
+
+    def _started(self) -> Averaging:
+        if self._averaging is None:
+            averaging = self._make_averaging()
+            for optimizer in self._optimizers:  # once more: a loaded one has the settings of the run that saved it
+                self.prepare_optimizer(optimizer)
+            averaging.start(self._optimizers)
+            self._statistics = averaging.statistics
+            self._averaging = averaging
+        return self._averaging
+
+    def _end(self) -> None:
+        averaging, self._averaging = self._averaging, None
+        if averaging is not None:
+            averaging.close()
+
+    def _has(self, module: nn.Module) -> bool:
+        return module in self._modules or getattr(module, "module", None) in self._modules
+
+    @property
+    def _all_modules(self) -> nn.Module:
+        return self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules)
+
+    def _named_center(self) -> dict[str, Tensor]:
+        return named_center(self._all_modules.named_parameters(), self._averagers)
+
+    def _show_center(self, averaging: Averaging) -> None:
+        modules = self._all_modules
+        self._shown = ShownWeights(modules, self._averagers)
+        self._shown.show_center(averaging.common_buffers(modules))
+
+    @contextlib.contextmanager
+    def _at_center(self, meeting: Meeting) -> Iterator[None]:
+        if not self._optimizers or self._shown is not None:  # nothing is averaged, or the center is there already
+            yield
+            return
+        averaging = self._started()
+        averaging.meet(meeting)
+        self._show_center(averaging)
+        try:
+            yield
+        finally:
+            shown, self._shown = self._shown, None
+            if shown is not None:
+                shown.show_worker()
+
+
+class FabricClosureWorkers(FabricCenterWorkers):
+    """Workers that exchange before the gradient is taken, and so have to know when that is."""
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Make one step of the worker; the closure takes the gradient, after the exchange.
+
+        Raises:
+            TypeError: If there is no closure.
+        """
+        if "closure" not in kwargs:
+            raise TypeError(
+                f"{type(self).__name__}: optimizer.step() without a closure; the worker takes over the center before"
+                " its gradient is taken, so give optimizer.step(closure) a function that computes loss and gradient."
+            )
+        return super().optimizer_step(optimizer, **kwargs)
+
+
+class _NoBackwardSync:
+    """There are no gradients to reduce, so that nothing must be held back while they accumulate."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        return contextlib.nullcontext()

@@ -1,0 +1,40 @@
+"""Workers around a center under a Trainer that may serve it: what would keep asynchronous ranks in step."""
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from lightning_easgd.strategies.checkpointed_workers import CheckpointedWorkers
+
+__all__ = ["TrainerWorkers"]
+
+
+class TrainerWorkers(CheckpointedWorkers):
+    """Workers of a Trainer whose center may be a served one."""
+
+    @property
+    @abstractmethod
+    def is_served(self) -> bool:
+        """Whether the center is a served one."""
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if self.is_served and self._layer_sync is not None:
+            raise ValueError(
+                f"{type(self).__name__} with Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward"
+                " pass and asynchronous workers do not run in step; leave it out, the center's statistics are the"
+                " workers' mean."
+            )
+
+    def setup(self, trainer: Any) -> None:
+        """Set up as usual; name what would keep asynchronous ranks in step."""
+        super().setup(trainer)
+        if trainer.state.fn == "fit" and self.is_served:
+            for callback in trainer.callbacks:
+                timed = getattr(callback, "_train_time_interval", None) is not None
+                if type(callback).__name__ == "Timer" or timed:
+                    rank_zero_warn(
+                        f"{type(self).__name__}: {type(callback).__name__} asks all ranks for the time after every"
+                        " batch, so that they run in step; leave out max_time and train_time_interval."
+                    )

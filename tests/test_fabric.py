@@ -1,0 +1,325 @@
+"""Fabric, whose training loop is the user's own: two processes against the paper's recursions."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from ranks import end_ranks, run_ranks
+from reference import synchronous_trace
+from test_asynchronous import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM, DOWNPOUR
+from test_elastic import SYNCHRONOUS
+from torch import nn
+from toys import MINIMA
+
+from lightning_easgd.fabric import DownpourStrategy, EASGDStrategy, LocalStrategy
+
+pytestmark = pytest.mark.timeout(120)
+TIMEOUT = timedelta(seconds=8)
+
+
+def launched(strategy, ranks=2, **arguments) -> Fabric:
+    fabric = Fabric(accelerator="cpu", devices=ranks, strategy=strategy, **arguments)
+    fabric.launch()
+    return fabric
+
+
+class Point(nn.Module):
+    def __init__(self, rank: int = 0) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.ones(1) + 7 * rank)
+        self.minimum = MINIMA[rank]
+
+    def forward(self) -> torch.Tensor:
+        return 0.5 * (self.x - self.minimum).square().sum()
+
+
+def positions(strategy, ranks, steps, closure, **sgd):
+    """(x_i, x̃) after each step on f_i = ½(x - b_i)²."""
+    fabric = launched(strategy, ranks)
+    point = Point(fabric.global_rank)  # ranks begin at different places; rank 0's counts
+    model, optimizer = fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1, **sgd))
+    rows = []
+
+    def gradient():
+        optimizer.zero_grad()
+        loss = model()
+        fabric.backward(loss)
+        return loss
+
+    for _ in range(steps):
+        if closure:
+            loss = optimizer.step(gradient)
+            assert loss is not None
+        else:
+            gradient()
+            optimizer.step()
+        group, state = optimizer.param_groups[0], optimizer.state[point.x]
+        shift = group["lr"] * group["momentum"] * state["momentum_buffer"].item() if group["momentum"] else 0
+        fabric.barrier()  # the center after all ranks' steps
+        rows.append((point.x.item() + shift, fabric.strategy.center["x"].item()))
+        fabric.barrier()
+    fabric.strategy.finalize()
+    assert point.x.item() == fabric.strategy.center["x"].item()
+    return rows, point.x.item()
+
+
+def trace(ranks, steps, closure, strategy, **sgd):
+    results = run_ranks(positions, ranks, strategy, ranks, steps, closure)
+    assert len({center for _, center in results}) == 1  # what all are left with
+    return np.array([rows for rows, _ in results])
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_golden_trace(closure):
+    rows = trace(2, 6, closure, EASGDStrategy(tau=1, alpha=0.2))
+    assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(np.array(SYNCHRONOUS), abs=1e-6)
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(("ranks", "tau", "momentum"), [(3, 2, None), (2, 3, 0.9)])
+def test_recursion(ranks, tau, momentum, closure):
+    rows = trace(ranks, 8, closure, EASGDStrategy(tau=tau, alpha=0.15, momentum=momentum))
+    expected = synchronous_trace(ranks, 8, tau, 0.15, ranks * 0.15, delta=momentum or 0.0)
+    assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(expected, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected", "closures"),
+    [
+        (EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2), ASYNCHRONOUS, (False, True)),
+        (
+            EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2, momentum=0.9),
+            ASYNCHRONOUS_MOMENTUM,
+            (False, True),
+        ),
+        (DownpourStrategy(order="round_robin", tau=2), DOWNPOUR, (True,)),
+    ],
+)
+def test_golden_traces_in_round_robin_order(strategy, expected, closures):
+    for closure in closures:
+        rows = trace(2, 6, closure, strategy)
+        assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(np.array(expected), abs=2e-6)
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
+def train(fabric, model, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        fabric.backward(model(torch.randn(8, 3)).square().mean())
+        optimizer.step()
+
+
+def copies(module):
+    return [tensor.detach().clone() for tensor in module.state_dict().values()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("strategy", [EASGDStrategy(tau=2), EASGDStrategy(tau=2, mode="async")])
+def test_center_weights_checkpoint_and_end(strategy, tmp_path):
+    file = tmp_path / "file.ckpt"
+
+    def run():
+        fabric = launched(strategy)
+        module = network(fabric.global_rank)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9))
+        assert model._forward_module is module
+        train(fabric, model, optimizer, 5 + fabric.global_rank)
+        worker = copies(module)
+        with strategy.center_weights(model):
+            center = copies(module)
+            with strategy.center_weights():
+                assert same(copies(module), center)
+            with pytest.raises(RuntimeError, match=r"inside center_weights\(\)"):
+                optimizer.step()
+        assert same(copies(module), worker)
+        with pytest.raises(KeyError), strategy.center_weights(module):
+            raise KeyError
+        assert same(copies(module), worker)
+        fabric.save(file, {"model": model, "optimizer": optimizer, "step": 5})
+        assert same(copies(module), worker)
+        saved = torch.load(file, weights_only=True)
+        assert same(saved["model"].values(), center)
+        assert saved["step"] == 5
+
+        train(fabric, model, optimizer, 3)
+        state = {"model": model, "optimizer": optimizer, "step": 0}
+        fabric.load(file, state)
+        assert state["step"] == 5
+        assert same(copies(module), center)
+        train(fabric, model, optimizer, 4)
+        strategy.finalize()
+        strategy.finalize()
+        with strategy.center_weights(model):
+            end = copies(module)
+        assert same([p.detach() for p in module.parameters()], strategy.center.values())
+        assert strategy.communication.exchanges > 0
+        return [tensor.numpy() for tensor in worker], [tensor.numpy() for tensor in center], [t.numpy() for t in end]
+
+    (worker, center, end), (other, *rest) = run_ranks(run, 2)
+    assert not np.array_equal(worker[0], other[0])
+    for mine, theirs in zip([center, end], rest, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert center[4] == pytest.approx((worker[4] + other[4]) / 2, abs=1e-6)  # BatchNorm's mean
+
+
+def test_two_modules_and_optimizers_have_their_own_clocks():
+    def run():
+        strategy = EASGDStrategy(tau=2)
+        fabric = launched(strategy)
+        first, second = network(0), nn.Linear(3, 1)
+        one, optimizer_one = fabric.setup(first, torch.optim.SGD(first.parameters(), lr=0.1))
+        two, optimizer_two = fabric.setup(second, torch.optim.Adam(second.parameters()))
+        train(fabric, one, optimizer_one, 7)
+        train(fabric, two, optimizer_two, 3)
+        clocks = [averager.clock for averager in strategy._averagers]
+        with pytest.raises(RuntimeError, match="was not there when training started"):
+            fabric.setup_optimizers(torch.optim.SGD(second.parameters(), lr=0.1))
+        worker = copies(first) + copies(second)
+        with strategy.center_weights(two):
+            assert not same(copies(second), worker[-2:])
+        assert same(copies(first) + copies(second), worker)
+        names = list(strategy.center)
+        strategy.finalize()
+        with pytest.raises(RuntimeError, match="not being trained"):
+            optimizer_one.step()
+        return clocks, names, strategy.communication.exchanges
+
+    for clocks, names, exchanges in run_ranks(run, 2):
+        assert clocks == [7, 3]
+        assert names[0] == "0.0.weight"
+        assert names[-1] == "1.bias"
+        assert exchanges == 3 + 1
+
+
+@pytest.mark.parametrize("strategy", [EASGDStrategy(tau=1, timeout=TIMEOUT), LocalStrategy(timeout=TIMEOUT)])
+def test_gradients_accumulate_without_a_wrapper(strategy):
+    def run():
+        fabric = launched(strategy)
+        point = Point(fabric.global_rank)
+        model, optimizer = fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1))
+        for batch in range(4):
+            with fabric.no_backward_sync(model, enabled=batch % 2 == 0):
+                fabric.backward(model() / 2)
+            if batch % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return point.x.item()
+
+    alpha = 0.45 if isinstance(strategy, EASGDStrategy) else 0.0
+    expected = synchronous_trace(2, 2, 1, alpha, 2 * alpha)[-1, :2]
+    assert run_ranks(run, 2) == pytest.approx(list(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_ranks_with_different_numbers_of_steps_end_together(mode):
+    def run():
+        strategy = EASGDStrategy(tau=2, mode=mode, timeout=timedelta(seconds=30))
+        fabric = launched(strategy)
+        module = network(0)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 40 * fabric.global_rank)  # rank 0 has no data at all
+        strategy.finalize()
+        return [tensor.numpy() for tensor in copies(module)]
+
+    first, second = run_ranks(run, 2)
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ["raise", "kill"])
+def test_an_error_on_one_rank_ends_all(mode, rank, end):
+    def run():
+        strategy = EASGDStrategy(tau=2, mode=mode, timeout=TIMEOUT)
+        fabric = launched(strategy)
+        module = network(0)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 5)
+        if fabric.global_rank == rank:
+            if end == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise KeyError("the user's own error")
+        train(fabric, model, optimizer, 5)
+        strategy.finalize()
+
+    started = time.monotonic()
+    outcomes = end_ranks(run, 2, timeout=60)
+    assert all(outcome.exitcode != 0 for outcome in outcomes)
+    assert "Error" in outcomes[1 - rank].error
+    assert time.monotonic() - started < TIMEOUT.total_seconds() + 30
+
+
+def test_by_name():
+    def run():
+        fabric = launched("eamsgd")
+        return type(fabric.strategy), fabric.strategy.momentum, fabric.world_size
+
+    assert run_ranks(run, 2) == [(EASGDStrategy, 0.9, 2)] * 2
+
+
+@pytest.mark.parametrize("failing", [None, 1])
+def test_forked_ranks(failing):
+    def train_rank(fabric):
+        module = network(fabric.global_rank)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 25)
+        if fabric.global_rank == failing:
+            raise KeyError("the user's own error")
+        fabric.strategy.finalize()
+        return fabric.strategy.communication.exchanges
+
+    def run():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+            del os.environ[name]
+        return Fabric(accelerator="cpu", devices=2, strategy="easgd_fork").launch(train_rank)
+
+    (outcome,) = end_ranks(run, 1)
+    if failing is None:
+        assert (outcome.exitcode, outcome.value) == (0, 2), outcome.error
+    else:
+        assert outcome.exitcode != 0
+        assert "the user's own error" in outcome.error
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_processes_end_without_finalize(mode):
+    def run():
+        fabric = launched(EASGDStrategy(tau=2, mode=mode, timeout=TIMEOUT))
+        module = network(0)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 5)
+        fabric.barrier()
+
+    run_ranks(run, 2, timeout=40)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"evaluate='worker'\): Fabric has no validation"):
+        EASGDStrategy(evaluate="worker")
+    with pytest.raises(RuntimeError, match="no center before the first optimizer step"):
+        _ = EASGDStrategy().center
+
+    def run():
+        fabric = launched(DownpourStrategy(), 1)
+        point = Point()
+        _, optimizer = fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1))
+        with pytest.raises(TypeError, match=r"optimizer\.step\(closure\)"):
+            optimizer.step()
+        with pytest.raises(ValueError, match="this module has no center"), fabric.strategy.center_weights(network(0)):
+            pass
+
+    run_ranks(run, 1)
