@@ -157,7 +157,8 @@ def test_center_weights_checkpoint_and_end(strategy, tmp_path):
         state = {"model": model, "optimizer": optimizer, "step": 0}
         fabric.load(file, state)
         assert state["step"] == 5
-        assert same(copies(module), center)
+        assert same(copies(module), worker)
+        assert same(strategy.center.values(), [saved["model"][name] for name in strategy.center])
         train(fabric, model, optimizer, 4)
         strategy.finalize()
         strategy.finalize()

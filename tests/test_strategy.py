@@ -140,24 +140,6 @@ def test_checkpoint_is_an_ordinary_one(tmp_path):
     Regression.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
-def test_resume_starts_every_worker_at_the_center(tmp_path):
-    class Resumed(Watched):
-        def on_train_start(self):
-            self.started = self.now()
-
-    def train(path):
-        trainer = quiet_trainer(strategy=EASGDStrategy(tau=2), devices=2, max_epochs=1)
-        module = Resumed()
-        trainer.fit(module)
-        trainer.save_checkpoint(path)
-        again = Resumed()
-        quiet_trainer(strategy=EASGDStrategy(tau=2), devices=2, max_epochs=2).fit(again, ckpt_path=path)
-        return module.now(), again.started
-
-    for center, started in run_ranks(train, 2, tmp_path / "x.ckpt"):
-        assert equal(center, started)
-
-
 def test_accumulation_counts_optimizer_steps():
     def train():
         module = fitted(Quadratic(steps=12), EASGDStrategy(tau=2), 2, accumulate_grad_batches=3)

@@ -1,37 +1,21 @@
 """Workers whose own states are kept with a checkpoint, so that a resumed run goes on exactly: free of a class tree."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator
-from lightning_easgd.checkpointing import (
-    EmbeddedStates,
-    FetchObserver,
-    NoStates,
-    SidecarStates,
-    WorkerStates,
-    random_state,
-    read_worker_state,
-    remove_sidecar,
-    set_random_state,
-)
+from lightning_easgd.checkpointing import FetchObserver, random_state, remove_sidecar, set_random_state
 from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
 
-__all__ = ["CheckpointedWorkers", "WorkerState"]
-
-WorkerState = Literal["embed", "sidecar", "none"]
-
-_KEY = "easgd"
-_FORMAT = 1
+__all__ = ["CheckpointedWorkers"]
 
 
-class CheckpointedWorkers(CenterWorkers):
+class CheckpointedWorkers(KeptStates, CenterWorkers):
     """Workers around a center whose checkpoints hold, beside the center, each worker's own state.
 
     A checkpoint is one ordinary Lightning checkpoint whose weights are the center. Under the key ``"easgd"``, in
@@ -40,17 +24,8 @@ class CheckpointedWorkers(CenterWorkers):
     number generators.
     """
 
-    _method: ClassVar[str]
-    """Workers of one method can go on where workers of the same method stopped."""
-
-    def __init__(self, *arguments: Any, worker_state: str = "embed", **keywords: Any) -> None:
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        if worker_state not in ("embed", "sidecar", "none"):
-            raise ValueError(
-                f"{type(self).__name__}(worker_state={worker_state!r}): unknown; use 'embed' (inside the checkpoint),"
-                " 'sidecar' (one file of each worker beside it, for large models) or 'none'."
-            )
-        self.worker_state = worker_state
         self._resumed: dict[str, Any] | None = None  # the own state to go on from, until training starts
         self._resumed_center: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
@@ -69,13 +44,8 @@ class CheckpointedWorkers(CenterWorkers):
         with self.worker_weights():
             averaging = self._averaging_state() if self._training else self._final
             if averaging is not None:
-                checkpoint[_KEY] = {
-                    "format": _FORMAT,
-                    "method": self._method,
-                    "world_size": self.world_size,
-                    "center": averaging["center"],
-                    **self._states().save(self._own_state(checkpoint, averaging), str(filepath)),
-                }
+                own = self._own_state(checkpoint, averaging)
+                checkpoint[KEY] = self._keep(averaging["center"], own, str(filepath))
             super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -84,21 +54,13 @@ class CheckpointedWorkers(CenterWorkers):
         if self.local_rank == 0:
             remove_sidecar(str(filepath))
 
-    def _states(self) -> WorkerStates:
-        assert self._timeout is not None
-        if self.worker_state == "none" or (self.world_size > 1 and not dist.is_initialized()):  # a worker is lost
-            return NoStates()
-        if self.worker_state == "embed":
-            return EmbeddedStates(self._timeout)
-        return SidecarStates(self.global_rank, self.broadcast, self.reduce_boolean_decision)
-
     def _averaging_state(self) -> dict[str, Any]:
         """This worker's parameters and what its averaging knows, and the center."""
         assert self._averaging is not None
         assert self.lightning_module is not None
         return {
             "center": self._averaging.center_state_dict(),
-            "tensors": {name: tensor.detach() for name, tensor in _named_tensors(self.lightning_module).items()},
+            "tensors": named_tensors(self.lightning_module),
             "averagers": [averager.state_dict() for averager in self._averagers],
         }
 
@@ -125,11 +87,7 @@ class CheckpointedWorkers(CenterWorkers):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
-        self._resumed = None
-        saved = checkpoint.get(_KEY)
-        self._resumed_center = {} if saved is None or saved["method"] != self._method else saved["center"]
-        if saved is not None and self.worker_state != "none":
-            self._resumed = self._find_own_state(saved)
+        self._resumed_center, self._resumed = self._find(checkpoint.get(KEY), *self._read_from)
         super().load_optimizer_state_dict(checkpoint if self._resumed is None else self._resumed)
         if self._resumed is not None:
             self._trainer.fit_loop.load_state_dict(self._resumed["fit_loop"])
@@ -151,32 +109,10 @@ class CheckpointedWorkers(CenterWorkers):
         if resumed is not None:
             self._go_on(resumed)
 
-    def _find_own_state(self, saved: Mapping[str, Any]) -> dict[str, Any] | None:
-        """This worker's state in a checkpoint, if all workers can go on from theirs."""
-        path, weights_only = self._read_from
-        at_center = f"{path}: every worker starts at the center, with the optimizer state of worker 0"
-        if saved["method"] != self._method:
-            rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
-            return None
-        if saved["world_size"] != self.world_size:
-            rank_zero_warn(
-                f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
-                f" {self.world_size}."
-            )
-            return None
-        state = read_worker_state(dict(saved), path, self.global_rank, weights_only)
-        if self.reduce_boolean_decision(state is not None):
-            return state
-        if "workers" in saved or "generation" in saved:
-            rank_zero_warn(f"{at_center}: the state of a worker is missing or torn.")
-        else:
-            rank_zero_info(f"{at_center}: it holds no worker's own state.")
-        return None
-
     @torch.no_grad()
     def _go_on(self, state: Mapping[str, Any]) -> None:
         assert self.lightning_module is not None
-        for name, tensor in _named_tensors(self.lightning_module).items():
+        for name, tensor in named_tensors(self.lightning_module).items():
             if name in state["tensors"]:
                 tensor.copy_(state["tensors"][name])
         for averager, own in zip(self._averagers, state["averagers"], strict=True):
@@ -211,10 +147,6 @@ class CheckpointedWorkers(CenterWorkers):
         if was_training and self.worker_state != "none":
             with self.worker_weights():
                 self._final = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
-
-
-def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

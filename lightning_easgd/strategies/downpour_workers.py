@@ -17,7 +17,7 @@ from lightning_easgd.service import (
     NesterovDownpourRule,
     PolyakRate,
 )
-from lightning_easgd.strategies.checkpointed_workers import WorkerState
+from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
+from lightning_easgd.checkpointing import random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
+from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
 from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
 
 if TYPE_CHECKING:
@@ -36,11 +39,13 @@ class FabricWorkers(WorkerProcesses, _Base):
         return module
 
 
-class FabricCenterWorkers(CenterReadings, FabricWorkers):
+class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     """Workers that are averaged with a center now and then; a subclass says how.
 
     The center begins where rank 0 is, at the first optimizer step. Checkpoints hold the center, and so does the module
-    in :meth:`center_weights` and after :meth:`finalize`, with which every training ends.
+    in :meth:`center_weights` and after :meth:`finalize`, with which every training ends. A checkpoint that has an
+    optimizer in it also holds each worker's own state: parameters, buffers, optimizer states, clocks, and the states of
+    the random number generators.
     """
 
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
@@ -55,6 +60,7 @@ class FabricCenterWorkers(CenterReadings, FabricWorkers):
         self._averaging: Averaging | None = None  # from the first step to finalize
         self._shown: ShownWeights | None = None  # while the modules show the center
         self._final_center: Mapping[str, Tensor] | None = None
+        self._resumed: tuple[dict[str, Any], dict[str, Any] | None] = {}, None  # the center's and the own state
         self._statistics = Statistics()
 
     @abstractmethod
@@ -180,7 +186,20 @@ class FabricCenterWorkers(CenterReadings, FabricWorkers):
     def save_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
         """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
         with self._at_center(Meeting.CHECKPOINT):
+            if self._shown is not None and any(isinstance(value, Optimizer) for value in state.values()):
+                assert self._averaging is not None
+                state = state | {KEY: self._keep(self._averaging.center_state_dict(), self._own_state(), str(path))}
             super().save_checkpoint(path, state, *arguments, **keywords)
+
+    def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
+        remainder = super().load_checkpoint(path, state, *arguments, **keywords)
+        saved = remainder.pop(KEY, None)
+        if isinstance(state, dict) and any(isinstance(value, Optimizer) for value in state.values()):
+            self._resumed = self._find(saved, str(path), keywords.get("weights_only"))
+            if self._optimizers:  # else it was loaded before it was set up
+                self._started()
+        return remainder
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
@@ -199,7 +218,36 @@ class FabricCenterWorkers(CenterReadings, FabricWorkers):
             averaging.start(self._optimizers)
             self._statistics = averaging.statistics
             self._averaging = averaging
+            self._resume(averaging, *self._resumed)
+            self._resumed = {}, None
         return self._averaging
+
+    def _own_state(self) -> dict[str, Any]:
+        assert self._shown is not None
+        with self._shown.worker():
+            tensors = {name: tensor.clone() for name, tensor in named_tensors(self._all_modules).items()}
+        return {
+            "tensors": tensors,
+            "averagers": [averager.state_dict() for averager in self._averagers],
+            "optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers],
+            "random": random_state(self.root_device),
+        }
+
+    @torch.no_grad()
+    def _resume(self, averaging: Averaging, center: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+        if center:
+            averaging.load_center_state_dict(dict(center))
+            for averager in self._averagers:
+                averager.start_at_center()
+        if own is None:
+            return
+        for name, tensor in named_tensors(self._all_modules).items():
+            tensor.copy_(own["tensors"][name])
+        for optimizer, state in zip(self._optimizers, own["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+        for averager, state in zip(self._averagers, own["averagers"], strict=True):
+            averager.load_state_dict(state)
+        set_random_state(own["random"], self.root_device)
 
     def _end(self) -> None:
         averaging, self._averaging = self._averaging, None

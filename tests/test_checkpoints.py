@@ -1,0 +1,280 @@
+"""What a checkpoint is: an ordinary file for everybody, whole at every moment, and more for our workers."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from ranks import end_ranks, run_ranks
+from toys import Regression, quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed",
+    "ignore:You're resuming from a checkpoint",
+    "ignore:Checkpoint directory",
+    "ignore:Be aware that when using `ckpt_path`",
+)
+
+
+def fit(module: Any = None, resume: Any = None, ranks: int = 2, strategy: Any = None, **arguments: Any) -> L.Trainer:
+    """Fit a model that validates itself at every epoch's end."""
+    torch.manual_seed(1)
+    trainer = quiet_trainer(strategy=strategy or EASGDStrategy(tau=3), devices=ranks, **({"max_epochs": 2} | arguments))
+    trainer.fit(module or Regression(), ckpt_path=resume)
+    return trainer
+
+
+def saving(folder: Any, **arguments: Any) -> dict[str, Any]:
+    saver = ModelCheckpoint(folder, **({"save_top_k": -1} | arguments))
+    return {"callbacks": [saver], "enable_checkpointing": True}
+
+
+def started(*arguments: Any, **keywords: Any) -> tuple[list[list[float]], list[list[float]], str]:
+    """Resume, and return where this worker and its center started, and all that was warned of."""
+    module = Starts()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, *arguments, max_epochs=3, **keywords)
+    return numbers(module.start), numbers(module.start_center), " ".join(str(each.message) for each in caught)
+
+
+class Starts(Regression):
+    """Remembers where this worker was when it began to train, and where its center was."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not hasattr(self, "start"):
+            self.start = self.values()
+            self.start_center = [value.clone() for value in self.trainer.strategy.center.values()]
+
+    def values(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters()]
+
+
+def numbers(tensors: Any) -> list[list[float]]:
+    return [tensor.flatten().tolist() for tensor in tensors]
+
+
+# The file
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar", "none"])
+def test_a_checkpoint_is_an_ordinary_one(tmp_path: Path, worker_state: str) -> None:
+    def train() -> list[list[float]]:
+        fit(strategy=EASGDStrategy(tau=3, worker_state=worker_state), **saving(tmp_path, filename="x"))
+        return []
+
+    run_ranks(train, 2)
+    file = tmp_path / "x.ckpt"
+    checkpoint = torch.load(file, weights_only=True)
+    extra = checkpoint.pop("easgd")
+    assert set(extra) == {"format", "method", "world_size", "center"} | {
+        "embed": {"workers"}, "sidecar": {"generation"}, "none": set()
+    }[worker_state]  # fmt: skip
+    if worker_state == "embed":
+        assert len(extra["workers"]) == 2
+        first, second = (numbers(worker["tensors"].values()) for worker in extra["workers"])
+        assert first != second != numbers(checkpoint["state_dict"].values())
+    module = Regression.load_from_checkpoint(file)
+    assert numbers(module.state_dict().values()) == numbers(checkpoint["state_dict"].values())
+    # Plain Lightning, one device, goes on from it.
+    trainer = quiet_trainer(max_epochs=3)
+    trainer.fit(module, ckpt_path=file)
+    assert trainer.global_step > 16
+
+
+def test_it_loads_where_this_package_is_missing(tmp_path: Path) -> None:
+    run_ranks(lambda: fit(**saving(tmp_path, filename="x")) and None, 2)
+    code = (
+        "import sys, torch; sys.modules['lightning_easgd'] = None;"
+        f"c = torch.load({str(tmp_path / 'x.ckpt')!r}, weights_only=True); print(sorted(c['state_dict'])[0])"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout.strip() == "net.0.bias"
+
+
+def test_weights_only_and_asynchronous_writers(tmp_path: Path) -> None:
+    def train() -> None:
+        fit(**saving(tmp_path, filename="weights", save_weights_only=True))
+        fit(plugins=[AsyncCheckpointIO()], **saving(tmp_path, filename="{step}", every_n_train_steps=3))
+
+    run_ranks(train, 2)
+    assert "easgd" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
+
+    def resume() -> list[list[float]]:
+        module = Starts()
+        fit(module, tmp_path / "step=9.ckpt")
+        return numbers(module.start)
+
+    workers = torch.load(tmp_path / "step=9.ckpt", weights_only=True)["easgd"]["workers"]
+    saved = [[worker["tensors"][name] for name, _ in Regression().named_parameters()] for worker in workers]
+    assert run_ranks(resume, 2) == [numbers(tensors) for tensors in saved]
+
+
+def test_a_checkpoint_saved_after_fit_goes_on_too(tmp_path: Path) -> None:
+    def train() -> tuple[Any, Any]:
+        ended, again = Regression(), Starts()
+        own = []
+        last = type("Last", (L.Callback,), {"on_train_batch_end": lambda *_: own.append(Starts.values(ended))})
+        trainer = fit(ended, callbacks=[last()])
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        fit(again, tmp_path / "x.ckpt", max_epochs=3)
+        return numbers(own[-1]), numbers(again.start)
+
+    for own, start in run_ranks(train, 2):
+        assert start == own
+
+
+# Other workers
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
+@pytest.mark.parametrize(
+    "strategy", [EASGDStrategy, lambda **k: EASGDStrategy(mode="async", **k), DownpourStrategy], ids=["s", "a", "d"]
+)
+def test_another_number_of_workers_starts_at_the_center_and_says_so(
+    tmp_path: Path, strategy: Any, worker_state: str
+) -> None:
+    file = tmp_path / "x.ckpt"
+    run_ranks(lambda: fit(strategy=strategy(tau=3), **saving(tmp_path, filename="x")) and None, 2)
+
+    center = torch.load(file, weights_only=True)["state_dict"]
+    expected = numbers(center[name] for name, _ in Regression().named_parameters())
+    resumed = run_ranks(lambda: started(file, 3, strategy(tau=3)), 3)
+    assert [start for start, _, _ in resumed] == [start for _, start, _ in resumed] == [expected] * 3
+    assert "saved by 2 workers, and now there are 3" in resumed[0][2]
+
+
+def test_a_missing_or_torn_sidecar_starts_at_the_center_and_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "x.ckpt"
+
+    def train() -> None:
+        fit(strategy=EASGDStrategy(tau=3, worker_state="sidecar"), **saving(tmp_path, filename="x"))
+
+    run_ranks(train, 2)
+    torn = max((tmp_path / "x.ckpt.easgd").glob("*/rank_1.pt"))
+    content = torn.read_bytes()
+    for rest in (content[: len(content) // 2], b"", None):
+        torn.unlink(missing_ok=True)
+        if rest is not None:
+            torn.write_bytes(rest)
+        resumed = run_ranks(lambda: started(file), 2)
+        assert all(start == center for start, center, _ in resumed)
+        assert "missing or torn" in resumed[0][2]
+        torn.write_bytes(content)
+    assert any(start != center for start, center, _ in run_ranks(lambda: started(file), 2))
+
+
+def test_sidecars_go_with_their_checkpoints(tmp_path: Path) -> None:
+    def train() -> None:
+        strategy = EASGDStrategy(tau=3, worker_state="sidecar")
+        only_one = saving(tmp_path, filename="{step}", save_top_k=1, every_n_train_steps=2, save_last=True)
+        fit(strategy=strategy, **only_one)
+
+    run_ranks(train, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "last.ckpt", "last.ckpt.easgd", "step=16.ckpt", "step=16.ckpt.easgd"
+    ]  # fmt: skip
+    # Of a file that is written again and again the generation before the last is kept, not more.
+    assert len(list((tmp_path / "last.ckpt.easgd").iterdir())) == 2
+    assert len(list((tmp_path / "step=16.ckpt.easgd").iterdir())) == 1
+
+
+# Trouble
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
+def test_a_kill_between_any_two_writes_leaves_a_whole_checkpoint(tmp_path: Path, worker_state: str) -> None:
+    """One file is written at every step; both ranks are killed at the k-th write of any file, for each k."""
+
+    def train(folder: str, writes: int) -> None:
+        def count(event: str, arguments: Any) -> None:
+            nonlocal writes
+            if event in ("open", "os.rename", "os.remove", "os.mkdir", "shutil.move") and folder in str(arguments[:2]):
+                writes -= 1
+                if writes == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(count)
+        last = saving(folder, filename="last", every_n_train_steps=1, save_top_k=1, enable_version_counter=False)
+        fit(strategy=EASGDStrategy(tau=2, worker_state=worker_state), max_epochs=1, **last)
+
+    def resume(file: str) -> int:
+        return fit(Starts(), file, max_epochs=2).global_step
+
+    outcomes = []
+    for writes in range(6, 26, 3):
+        folder = tmp_path / str(writes)
+        outcomes += [outcome.exitcode for outcome in end_ranks(train, 2, str(folder), writes)]
+        whole = list(folder.glob("*.ckpt"))
+        for file in whole:
+            torch.load(file, weights_only=True)
+        if whole:
+            assert run_ranks(resume, 2, str(whole[0])) == [16, 16]
+    assert -signal.SIGKILL in outcomes
+
+
+def test_an_error_checkpoint_holds_the_center_and_waits_for_nobody(tmp_path: Path) -> None:
+    class Fails(Regression):
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            if index == 5:
+                raise KeyError("wrong")
+            return super().training_step(batch, index)
+
+    def train() -> None:
+        fit(Fails(), callbacks=[OnExceptionCheckpoint(tmp_path, "error")], enable_checkpointing=True)
+
+    outcomes = end_ranks(train, 2)
+    assert [outcome.exitcode for outcome in outcomes] == [1, 1]
+    assert "easgd" not in torch.load(tmp_path / "error.ckpt", weights_only=True)
+
+
+def test_slurms_requeue_signal_saves_the_center_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requeued = tmp_path / "scontrol"
+    requeued.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/called\n")
+    requeued.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    class Signalled(Starts):
+        center: Any = None
+
+        def on_before_zero_grad(self, optimizer: Any) -> None:  # in the middle of a step, on one rank before the other
+            if self.trainer.global_step == 7 and self.center is None:
+                time.sleep(0.3 * self.trainer.global_rank)
+                self.center = numbers(self.trainer.strategy._averagers[0].center_values())
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    def train() -> tuple[Any, int]:
+        rank = os.environ["RANK"]
+        os.environ.update(
+            SLURM_NTASKS="2", SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NODEID="0", SLURM_JOB_ID="17",
+            SLURM_JOB_NAME="train", SLURM_NTASKS_PER_NODE="2", SLURM_NODELIST="localhost",
+        )  # fmt: skip
+        os.environ["MAIN_ADDRESS"] = "127.0.0.1"
+        module = Signalled()
+        trainer = fit(module, plugins=[SLURMEnvironment(auto_requeue=True)], default_root_dir=tmp_path)
+        return module.center, trainer.global_step
+
+    (center, steps), (_, others) = run_ranks(train, 2)
+    assert (steps, others) == (16, 16)
+    checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert numbers(checkpoint["state_dict"][name] for name, _ in Regression().named_parameters()) == center
+    assert (tmp_path / "called").read_text() == "requeue 17\n"
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_an_unknown_place_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"worker_state='file'.*'embed'.*'sidecar'.*'none'"):
+        EASGDStrategy(worker_state="file")
