@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["communicates_at_epoch_end", "free_running", "request_stop"]
+__all__ = ["communicates_at_epoch_end", "free_running", "is_without_steps", "request_stop"]
 
 
 def free_running(trainer: Any, on_sigterm: Callable[[], None]) -> Callable[[], None]:
@@ -64,3 +64,8 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
         or trainer.early_stopping_callbacks
         or any(result.meta.on_epoch and (result.meta.sync.should or not result.is_tensor) for result in logged)
     )
+
+
+def is_without_steps(trainer: Any) -> bool:
+    """Whether this epoch makes no gradient steps: SWA then holds its average in the module, for BatchNorm's sake."""
+    return bool(trainer.fit_loop._skip_backward)

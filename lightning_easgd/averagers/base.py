@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import Meeting, Statistics
-from lightning_easgd.buffers import common_buffers
+from lightning_easgd.buffers import common_values
 
 __all__ = ["Averager", "Averaging"]
 
@@ -100,9 +100,9 @@ class Averaging(ABC):
     def stop_agreed(self) -> bool:
         """Whether to stop here, because some worker asked."""
 
-    def common_buffers(self, module: nn.Module) -> list[Tensor]:
-        """The values of the module's buffers at the center; called on all workers after they have met."""
-        return common_buffers(module, self.control)
+    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The workers' mean of each tensor, of integers rank 0's; called on all workers after they have met."""
+        return common_values(tensors, self.control)
 
     def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
         """Tell the other workers that an error ends this one."""

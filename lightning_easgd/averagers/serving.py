@@ -12,7 +12,7 @@ from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -193,14 +193,14 @@ class ServedAveraging(Averaging):
         self._stop_agreed = self._opened.control.stop_requested
 
     @override
-    def common_buffers(self, module: nn.Module) -> list[Tensor]:
+    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self._lost:  # there is no channel any more that reaches exactly the living
-            return [buffer.detach().clone() for buffer in module.buffers()]
+            return [tensor.detach().clone() for tensor in tensors]
         try:
-            return super().common_buffers(module)
+            return super().common_values(tensors)
         except ExchangeError:
             if self._loss_explains():
-                return self.common_buffers(module)
+                return self.common_values(tensors)
             raise
 
     @override

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import communicates_at_epoch_end, request_stop
+from lightning_easgd._compat import communicates_at_epoch_end, is_without_steps, request_stop
 from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
@@ -46,6 +47,7 @@ class CenterWorkers(LocalWorkers):
         self._callback: Any = None
         self._even_batches = True
         self._validating = False
+        self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._center_buffers: list[Tensor] = []
         self._final_center: Mapping[str, Tensor] | None = None
         self._statistics = Statistics()
@@ -157,7 +159,7 @@ class CenterWorkers(LocalWorkers):
         self._averaging.start(trainable)
         self._shown = ShownWeights(self.lightning_module, self._averagers)
         self._training = True
-        self._validating = False
+        self._validating = self._replaced = False
         batches = self._trainer.num_training_batches
         same = batches == self.broadcast(batches) and math.isfinite(batches)
         self._even_batches = self.reduce_boolean_decision(same)
@@ -170,7 +172,7 @@ class CenterWorkers(LocalWorkers):
         **kwargs: Any,
     ) -> Any:
         """Make one step of the worker, with an exchange around it if this optimizer's clock says so."""
-        if self._averaging is None or self._shown is None:  # nothing is averaged
+        if self._averaging is None or self._shown is None or is_without_steps(self._trainer):  # nothing is averaged
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         averager = self._averaging.averagers.get(optimizer)
         if averager is None:
@@ -205,19 +207,22 @@ class CenterWorkers(LocalWorkers):
 
     def on_train_epoch_end(self) -> None:
         """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
+        self._replaced = is_without_steps(self._trainer)
         if not self._training or self._averaging is None or not self._averaging.waits_for_all:
             return
         if not self._even_batches or communicates_at_epoch_end(self._trainer):
             self._wait_for_all(Meeting.EPOCH_END)
 
     def on_train_end(self) -> None:
-        """Let all ranks finish, and leave the center in the module."""
+        """Let all ranks finish, and leave the center in the module, or what callbacks want there, the same on all."""
         super().on_train_end()
-        if not self._training:
-            return
-        self._meet(Meeting.TRAINING_END)
-        self._show_center()
-        self._training = False
+        if self._training:
+            self._meet(Meeting.TRAINING_END)
+            if not self._replaced:
+                self._show_center()
+            self._training = False
+        elif self._shown is not None:
+            self._share_what_callbacks_left()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state at the center. During training all ranks ask for it at the same point of their work."""
@@ -259,7 +264,7 @@ class CenterWorkers(LocalWorkers):
             return
         # After an error the other ranks may be anywhere, and a served center out of reach.
         with contextlib.suppress(CenterError):
-            if not self._shown.center:
+            if not (self._shown.center or self._replaced):
                 self._keep_buffers()
                 self._show_center()
             named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
@@ -308,7 +313,7 @@ class CenterWorkers(LocalWorkers):
         self._wait_for_all(meeting)
         assert self._averaging is not None
         assert self.lightning_module is not None
-        self._center_buffers = self._averaging.common_buffers(self.lightning_module)
+        self._center_buffers = self._averaging.common_values(list(self.lightning_module.buffers()))
 
     def _keep_buffers(self) -> None:
         """In place of a meeting that cannot be: this rank's buffers stand for the center's."""
@@ -330,6 +335,21 @@ class CenterWorkers(LocalWorkers):
             yield
         finally:
             self._shown.show_worker()
+
+    @torch.no_grad()
+    def _share_what_callbacks_left(self) -> None:
+        """Replace each rank's own average of its worker (EMA, SWA) by the mean over the ranks.
+
+        Both averages are linear: the mean of the workers' averages is the average of the workers' mean.
+        """
+        assert self._averaging is not None
+        assert self._shown is not None
+        assert self.lightning_module is not None
+        changed = not self._shown.is_center(self._center_buffers)
+        (share,) = self._averaging.common_values([torch.tensor(float(changed))])
+        if share > 0:
+            tensors = [*self.lightning_module.parameters(), *self.lightning_module.buffers()]
+            torch._foreach_copy_(tensors, self._averaging.common_values(tensors))
 
     def _show_center(self) -> None:
         assert self._shown is not None
