@@ -6,7 +6,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["communicates_at_epoch_end", "free_running", "is_without_steps", "request_stop"]
+__all__ = [
+    "communicates_at_epoch_end",
+    "free_running",
+    "is_without_steps",
+    "reads_common_clock",
+    "request_stop",
+    "saves_after_batch",
+    "saves_in_epoch",
+]
 
 
 def free_running(trainer: Any, on_sigterm: Callable[[], None]) -> Callable[[], None]:
@@ -64,6 +72,23 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
         or trainer.early_stopping_callbacks
         or any(result.meta.on_epoch and (result.meta.sync.should or not result.is_tensor) for result in logged)
     )
+
+
+def reads_common_clock(callback: Any) -> bool:
+    """Whether a callback asks rank 0 for the time after every batch: ``Timer`` (``max_time``), timed checkpoints."""
+    timer = type(callback).__name__ == "Timer" and callback._duration is not None and callback._interval == "step"
+    return timer or getattr(callback, "_train_time_interval", None) is not None
+
+
+def saves_in_epoch(callback: Any) -> bool:
+    """Whether a callback saves checkpoints after a number of steps."""
+    return getattr(callback, "_every_n_train_steps", 0) > 0
+
+
+def saves_after_batch(callback: Any, step: int) -> bool:
+    """Whether a callback is about to save a checkpoint because of this step."""
+    due = saves_in_epoch(callback) and step % callback._every_n_train_steps == 0
+    return due and step != callback._last_global_step_saved
 
 
 def is_without_steps(trainer: Any) -> bool:

@@ -182,7 +182,7 @@ class ServedAveraging(Averaging):
         self._turns.leave()
         self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
         self._compare(meeting)
-        if meeting not in (Meeting.EPOCH_END, Meeting.TEARDOWN):
+        if meeting not in (Meeting.EPOCH_END, Meeting.BATCH_END, Meeting.TEARDOWN):
             for averager in self._served:
                 averager.take_snapshot()
         self._gather("read")

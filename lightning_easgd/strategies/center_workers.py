@@ -13,7 +13,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import communicates_at_epoch_end, is_without_steps, request_stop
+from lightning_easgd._compat import (
+    communicates_at_epoch_end,
+    is_without_steps,
+    reads_common_clock,
+    request_stop,
+    saves_after_batch,
+    saves_in_epoch,
+)
 from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
@@ -205,12 +212,28 @@ class CenterWorkers(LocalWorkers):
         if self._shown is not None and self._shown.center:
             self._shown.show_worker()
 
+    def on_train_batch_end(self) -> None:
+        """Let ranks meet before a callback communicates inside the epoch: where one never comes, all end with an error.
+
+        Ranks with equally many batches read a common clock without it.
+        """
+        if not self._training:
+            return
+        step = self._trainer.global_step
+        if self._has_common_clock or any(saves_after_batch(callback, step) for callback in self._trainer.callbacks):
+            self._wait_for_all(Meeting.BATCH_END)
+
     def on_train_epoch_end(self) -> None:
         """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
         self._replaced = is_without_steps(self._trainer)
-        if not self._training or self._averaging is None or not self._averaging.waits_for_all:
+        if not self._training or self._averaging is None:
             return
-        if not self._even_batches or communicates_at_epoch_end(self._trainer):
+        communicates = communicates_at_epoch_end(self._trainer)
+        if self._averaging.waits_for_all:
+            wait = communicates or not self._even_batches
+        else:  # only to tell a rank that waits for all inside its epoch that this one is at the end
+            wait = communicates and (self._has_common_clock or any(map(saves_in_epoch, self._trainer.callbacks)))
+        if wait:
             self._wait_for_all(Meeting.EPOCH_END)
 
     def on_train_end(self) -> None:
@@ -285,6 +308,10 @@ class CenterWorkers(LocalWorkers):
         assert self._averaging is not None
         if self._averaging.stop_agreed:
             request_stop(self._trainer)
+
+    @property
+    def _has_common_clock(self) -> bool:
+        return not self._even_batches and any(map(reads_common_clock, self._trainer.callbacks))
 
     @property
     def _averagers(self) -> list[Averager]:
@@ -365,6 +392,10 @@ class CenterHooks:
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Show the center before other callbacks look at the module."""
         self._strategy.on_validation_start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Meet before other callbacks communicate."""
+        self._strategy.on_train_batch_end()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Meet before other callbacks communicate."""
