@@ -57,7 +57,20 @@ class ServedWorkers(CenterWorkers):
             )
 
     def setup(self, trainer: Any) -> None:
-        """Set up as usual; name what would keep asynchronous ranks in step."""
+        """Set up as usual; refuse what adds parameters, and name what would keep asynchronous ranks in step.
+
+        Raises:
+            ValueError: If a callback such as ``BackboneFinetuning`` adds parameters to an optimizer in mid-training.
+        """
+        if trainer.state.fn == "fit" and self.is_served:
+            for callback in trainer.callbacks:
+                if "BaseFinetuning" in (cls.__name__ for cls in type(callback).__mro__):
+                    raise ValueError(
+                        f"{type(self).__name__} with {type(callback).__name__}: a finetuning callback gives the"
+                        " optimizer parameters while it trains, and a served center has a fixed size. Use"
+                        " EASGDStrategy(mode='sync'), or give the optimizer all parameters at the start and switch"
+                        " their requires_grad in a callback of your own."
+                    )
         super().setup(trainer)
         if trainer.state.fn == "fit" and self.is_served:
             for callback in trainer.callbacks:
