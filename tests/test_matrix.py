@@ -26,10 +26,10 @@ BATCHES, TAU, ALPHA, LR = 24, 2, 0.3, 0.1
 
 
 class Cell(Regression):
-    """One or two optimizers, stepped by Lightning or by hand after each ``accumulate`` batches; the second every other time."""
+    """Optimizers stepped by Lightning, or by hand, after ``accumulate`` batches; a second one every other time."""
 
     def __init__(self, optimizers, optimization, accumulate):
-        super().__init__(batches=BATCHES, validate=False)
+        super().__init__(batches=BATCHES)
         self.automatic_optimization = optimization == "automatic"
         self.accumulate = accumulate
         self.net = nn.ModuleList(self.part() for _ in range(optimizers))
@@ -88,10 +88,10 @@ def fit_cell(module_class, precision, loop, strategy):
     module = module_class(*loop)
     amp = {}
     if precision != "32":
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5) if precision == "16-mixed" else None
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18) if precision == "16-mixed" else None
         amp = {"plugins": [MixedPrecision(precision, "cpu", scaler=scaler)]}
     accumulate = loop[2] if loop[1] == "automatic" else 1  # Lightning refuses it in manual optimization
-    trainer = fitted(module, strategy, 2, accumulate_grad_batches=accumulate, **amp).trainer
+    trainer = fitted(module, strategy, 2, accumulate_grad_batches=accumulate, limit_val_batches=0, **amp).trainer
     states = [
         value for optimizer in trainer.optimizers for of_one in optimizer.state.values() for value in of_one.values()
     ]
@@ -127,7 +127,7 @@ def fit_all():
 
 @pytest.fixture(scope="module")
 def cells():
-    return run_ranks(fit_all, 2, timeout=150)
+    return run_ranks(fit_all, 2, timeout=100)
 
 
 def name(value):
@@ -162,7 +162,7 @@ def test_cell(cells, precision, loop, mode):
         assert result["scaler"] == local["scaler"]
     assert not equal(results[0]["worker"], results[1]["worker"])
     if precision == "16-mixed":
-        assert 0 < result["scaler"]["scale"] < 2.0**24  # steps were skipped
+        assert 0 < result["scaler"]["scale"] < 2.0**18  # steps were skipped
 
 
 def test_lightning_refuses_what_is_skipped():
