@@ -41,9 +41,9 @@ class ElasticWorkers(ServedWorkers):
     ranks' mean, which as averages are linear is that average of the workers' mean.
 
     The center is float32 (float64 for double parameters) and differences are taken in that dtype, so that no move of
-    the center is lost. A worker whose parameters are bfloat16 (``precision="bf16-true"``) rounds its own pull as it rounds
-    its gradient steps: one below half a unit in the last place u of :math:`x^i` leaves it where it is, so that it may
-    stay up to :math:`u / 2\alpha` apart from the center. With ``bf16-mixed`` parameters are float32.
+    the center is lost. A worker whose parameters are bfloat16 (``precision="bf16-true"``) rounds its own pull as it
+    rounds its gradient steps: one below half a unit in the last place u of :math:`x^i` leaves it where it is, so that
+    it may stay up to :math:`u / 2\alpha` apart from the center. With ``bf16-mixed`` parameters are float32.
 
     Args:
         accelerator: As for ``DDPStrategy``.
