@@ -11,8 +11,12 @@ __all__ = [
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
+    "is_without_steps",
+    "reads_common_clock",
     "renew_training_iterator",
     "request_stop",
+    "saves_after_batch",
+    "saves_in_epoch",
 ]
 
 
@@ -112,3 +116,25 @@ def renew_training_iterator(trainer: Any) -> None:
 def fetches_next(trainer: Any) -> bool:
     """Whether a resumed fit, its loops restored, goes on with a batch of the epoch that it was in."""
     return not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def reads_common_clock(callback: Any) -> bool:
+    """Whether a callback asks rank 0 for the time after every batch: ``Timer`` (``max_time``), timed checkpoints."""
+    timer = type(callback).__name__ == "Timer" and callback._duration is not None and callback._interval == "step"
+    return timer or getattr(callback, "_train_time_interval", None) is not None
+
+
+def saves_in_epoch(callback: Any) -> bool:
+    """Whether a callback saves checkpoints after a number of steps."""
+    return getattr(callback, "_every_n_train_steps", 0) > 0
+
+
+def saves_after_batch(callback: Any, step: int) -> bool:
+    """Whether a callback is about to save a checkpoint because of this step."""
+    due = saves_in_epoch(callback) and step % callback._every_n_train_steps == 0
+    return due and step != callback._last_global_step_saved
+
+
+def is_without_steps(trainer: Any) -> bool:
+    """Whether this epoch makes no gradient steps: SWA then holds its average in the module, for BatchNorm's sake."""
+    return bool(trainer.fit_loop._skip_backward)

@@ -1,4 +1,4 @@
-"""The center's buffers, such as BatchNorm's running statistics: common to all workers, made when they are needed."""
+"""What becomes common to all workers beside the parameters, such as BatchNorm's statistics: made when needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,30 +10,30 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning_easgd.averagers.channel import Channel
 
-__all__ = ["KeptBuffer", "common_buffers", "keep_buffers", "load_buffers", "restore_buffers"]
+__all__ = ["KeptBuffer", "common_values", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
-def common_buffers(module: nn.Module, channel: "Channel") -> list[Tensor]:
-    """The values of the module's buffers at the center: the workers' mean, of integer buffers rank 0's value.
+def common_values(tensors: Sequence[Tensor], channel: "Channel") -> list[Tensor]:
+    """One value of each tensor for all workers: the workers' mean, of integer tensors rank 0's value.
 
-    The mean is taken in float64, so that a buffer of float32 or less that is the same everywhere keeps its bits.
+    The mean is taken in float64, so that a tensor of float32 or less that is the same everywhere keeps its bits.
 
     Args:
-        module: The module; ``module.buffers()`` gives the order of the result.
+        tensors: As many and of the same shapes on every worker.
         channel: Reduces CPU tensors. All workers call this at the same point.
 
     Returns:
-        One new tensor for each buffer, of its shape, dtype and device.
+        One new tensor for each, of its shape, dtype and device.
     """
-    buffers = [_as_real(buffer.detach()) for buffer in module.buffers()]
-    real = [buffer for buffer in buffers if buffer.is_floating_point()]
-    whole = [buffer for buffer in buffers if not buffer.is_floating_point()]
+    values = [_as_real(tensor.detach()) for tensor in tensors]
+    real = [value for value in values if value.is_floating_point()]
+    whole = [value for value in values if not value.is_floating_point()]
     means = iter(_sum(real, torch.float64, channel))
     # Rank 0's integers plus the others' zeros.
-    firsts = iter(_sum(whole if channel.rank == 0 else [torch.zeros_like(b) for b in whole], torch.int64, channel))
+    firsts = iter(_sum(whole if channel.rank == 0 else [torch.zeros_like(w) for w in whole], torch.int64, channel))
     return [
-        _like(next(means) / channel.size if buffer.is_floating_point() else next(firsts), original)
-        for buffer, original in zip(buffers, module.buffers(), strict=True)
+        _like(next(means) / channel.size if value.is_floating_point() else next(firsts), original)
+        for value, original in zip(values, tensors, strict=True)
     ]
 
 

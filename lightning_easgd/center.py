@@ -38,6 +38,7 @@ class FlatTensors:
     Args:
         groups: The parameters, in the optimizer's groups. Only shapes and device are read.
         dtype: Dtype of the buffer.
+        device: Where the buffer is; None for the parameters' device. Host memory beside a GPU is pinned.
 
     Attributes:
         flat: The buffer, shape (number of elements,).
@@ -45,10 +46,11 @@ class FlatTensors:
         segments: For each group the part of ``flat`` that holds it, shape (elements of the group,).
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, device: str | None = None) -> None:
         sizes = [[parameter.numel() for parameter in group] for group in groups]
-        device = next(chain.from_iterable(groups)).device
-        self.flat = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device)
+        place = next(chain.from_iterable(groups)).device
+        pinned = device == "cpu" and place.type == "cuda"
+        self.flat = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device or place, pin_memory=pinned)
         self.segments = list(torch.split(self.flat, [sum(group) for group in sizes]))
         self.groups = [
             [part.view(parameter.shape) for part, parameter in zip(torch.split(segment, size), group, strict=True)]

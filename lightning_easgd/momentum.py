@@ -82,7 +82,7 @@ class LookAheadPosition(Position):
                 buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
                 if buffer is not None:  # a parameter that has had no gradient yet has v = 0
                     positions.append(view)
-                    buffers.append(buffer)
+                    buffers.append(buffer.to(view.device))
             if buffers:
                 nesterov_position_(positions, buffers, rate)
 

@@ -41,6 +41,15 @@ class ShownWeights:
         load_buffers(self._module, buffers)
         self.center = True
 
+    def is_center(self, buffers: Sequence[Tensor]) -> bool:
+        """Whether the module holds the center and these buffers, bit for bit: nobody has written to it since."""
+        values = [value for averager in self._averagers for value in averager.center_values()]
+        held = [parameter.detach() for averager in self._averagers for parameter in averager.parameters]
+        pairs = zip([*values, *buffers], [*held, *self._module.buffers()], strict=True)
+        return self.center and all(
+            torch.equal(value.to(tensor.device, tensor.dtype), tensor) for value, tensor in pairs
+        )
+
     def show_worker(self) -> None:
         """Show the worker's own values, bit for bit those of before :meth:`show_center`."""
         self._load_worker()

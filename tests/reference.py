@@ -11,10 +11,10 @@ from lightning_easgd.rates import MovingRates
 
 
 def synchronous_trace(
-    workers: int, steps: int, tau: int, alpha: float, beta: float, lr: float = 0.1, delta: float = 0.0
+    workers: int, steps: int, tau: int, alpha: float, beta: float, lr: float = 0.1, delta: float = 0.0, minima=MINIMA
 ):
     """Rows (x_1, …, x_p, x̃) after each step of synchronous EASGD (δ = 0) or EAMSGD on f_i = ½(x - b_i)²."""
-    minima = np.array(MINIMA[:workers])
+    minima = np.array(minima[:workers])
     x, v, center = np.ones(workers), np.zeros(workers), 1.0
     rows = []
     for t in range(steps):
@@ -23,6 +23,20 @@ def synchronous_trace(
         v = delta * v - lr * (x + delta * v - minima)
         x = x + v - (alpha * difference if exchange else 0)
         center = center + (beta * difference.mean() if exchange else 0)
+        rows.append((*x, center))
+    return np.array(rows)
+
+
+def round_robin_trace(minima, steps: int, tau: int, alpha: float, lr: float = 0.1):
+    """Rows (x_1, …, x_p, x̃) after each step of asynchronous EASGD whose workers exchange in turn, from 1."""
+    x, center, rows = np.ones(len(minima)), 1.0, []
+    for t in range(steps):
+        pulls = np.zeros(len(minima))
+        if t % tau == 0:
+            for i in range(len(minima)):
+                pulls[i] = alpha * (x[i] - center)
+                center += pulls[i]
+        x = x - lr * (x - np.array(minima)) - pulls
         rows.append((*x, center))
     return np.array(rows)
 

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.timeout(60)
         ),
         ({"on_worker_loss": "cry", "mode": "async"}, ValueError, r"EASGDStrategy\(on_worker_loss='cry'\)"),
         ({"on_worker_loss": "continue"}, ValueError, r"EASGDStrategy\(on_worker_loss='continue', mode='sync'\)"),
+        ({"center_device": "cuda"}, ValueError, r"EASGDStrategy\(center_device='cuda'\): .* use 'cpu'"),
+        ({"center_device": "cpu", "mode": "async"}, ValueError, r"mode='async'\): a served center is in host memory"),
         ({"evaluate": "both"}, ValueError, r"EASGDStrategy\(evaluate='both'\): .* 'center' or 'worker'"),
         ({"momentum": 0.0}, ValueError, r"EASGDStrategy\(momentum=0.0\): .* \(0, 1\)"),
         ({"momentum": 1.0}, ValueError, r"EASGDStrategy\(momentum=1.0\)"),

@@ -6,13 +6,14 @@ from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from toys import quiet_trainer
 
-from lightning_easgd._compat import free_running, request_stop
+from lightning_easgd._compat import free_running, is_without_steps, request_stop
 
 
 def test_the_broadcast_before_every_batch_is_a_method_without_arguments():
@@ -55,6 +56,14 @@ def test_request_stop_is_what_the_loops_look_at():
     assert not trainer.received_sigterm
     request_stop(trainer)
     assert trainer.received_sigterm
+
+
+def test_an_epoch_without_steps_is_announced_where_swa_does_so():
+    trainer = quiet_trainer()
+    assert not is_without_steps(trainer)
+    assert "trainer.fit_loop._skip_backward = True" in inspect.getsource(StochasticWeightAveraging.on_train_epoch_start)
+    trainer.fit_loop._skip_backward = True
+    assert is_without_steps(trainer)
 
 
 @pytest.mark.parametrize(

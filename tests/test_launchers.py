@@ -1,12 +1,16 @@
 """Every way to start the ranks, from a script as a user writes it."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import free_port
 
 pytestmark = pytest.mark.timeout(150)
 SCRIPT = Path(__file__).with_name("launched.py")
@@ -15,6 +19,24 @@ SCRIPT = Path(__file__).with_name("launched.py")
 def launch(command: list[str], **environment: str) -> None:
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
     subprocess.run(command, check=True, timeout=120, env=clean | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def launch_all(commands: list[list[str]], environments: list[dict[str, str]]) -> None:
+    """Run one command on each node, or for each task; all must end well within the timeout."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    processes = [
+        subprocess.Popen(command, env=clean | {"OMP_NUM_THREADS": "1"} | environment, start_new_session=True)
+        for command, environment in zip(commands, environments, strict=True)
+    ]
+    deadline = time.monotonic() + 100
+    try:
+        codes = [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:  # with what they have started
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert codes == [0] * len(commands)
 
 
 def states(folder: Path) -> list[dict[str, torch.Tensor]]:
@@ -54,3 +76,71 @@ def test_torchrun(reference, tmp_path):
     first, second = states(tmp_path)
     assert same(first, second)
     assert same(first, reference)
+
+
+@pytest.mark.parametrize("name", ["easgd", "easgd_async"])
+def test_slurm(name, reference, tmp_path):
+    """Two tasks as srun starts them, each with its place in SLURM's variables."""
+    shared = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+        "SLURM_NODEID": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environments = [shared | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
+    launch_all([[sys.executable, str(SCRIPT), name, str(tmp_path)]] * 2, environments)
+    first, second = states(tmp_path)
+    assert same(first, second)
+    assert same(first, reference) == (name == "easgd")
+
+
+@pytest.mark.parametrize("name", ["easgd", "easgd_async"])
+def test_two_nodes(name, reference, tmp_path):
+    """Two torchrun agents, which see each other over the loopback interface only."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    place = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    script = [str(SCRIPT), name, str(tmp_path), "1", "2"]
+    launch_all([[*torchrun, *place, f"--node-rank={node}", *script] for node in range(2)], [{}, {}])
+    first, second = states(tmp_path)
+    assert same(first, second)
+    assert same(first, reference) == (name == "easgd")
+
+
+@pytest.mark.parametrize("name", ["easgd", "easgd_async", "easgd_spawn", "downpour"])
+def test_one_device(name, tmp_path):
+    launch([sys.executable, str(SCRIPT), name, str(tmp_path), "1", "1"])
+    (state,) = states(tmp_path)
+    assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@pytest.mark.parametrize("name", ["easgd_notebook", "easgd_fork"])
+def test_an_interactive_interpreter(name, reference, tmp_path):
+    """As in a notebook: Lightning takes an interpreter with a prompt for interactive."""
+    lines = f"""
+import sys
+assert hasattr(sys, "ps1")
+sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.argv = ["", {name!r}, {str(tmp_path)!r}]
+exec(open({str(SCRIPT)!r}).read())
+"""
+    command = [sys.executable, "-i", "-q"]
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    done = subprocess.run(
+        command, input=lines, text=True, check=True, timeout=100, env=clean | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr, done.stderr
+    (state,) = states(tmp_path)
+    assert same(state, reference)
+
+
+@pytest.mark.parametrize("method", ["popen", "spawn"])
+def test_hydra(method, tmp_path):
+    command = [sys.executable, "-m", "lightning_easgd.train", f"strategy.start_method={method}"]
+    quick = ["trainer.devices=2", "trainer.max_epochs=1", "trainer.limit_train_batches=12", "plot=false"]
+    run = tmp_path / "run"
+    launch([*command, *quick, f"hydra.run.dir={run}", "callbacks.progress_bar.refresh_rate=0"])
+    assert len(list(tmp_path.rglob("accuracy.csv"))) == 1

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import Meeting, Statistics
-from lightning_easgd.buffers import common_buffers
+from lightning_easgd.buffers import common_values
 
 __all__ = ["Averager", "Averaging"]
 
@@ -125,9 +125,9 @@ class Averaging(ABC):
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
         """Let the center begin at a state that is not empty; all workers call it after :meth:`start`."""
 
-    def common_buffers(self, module: nn.Module) -> list[Tensor]:
-        """The values of the module's buffers at the center; called on all workers after they have met."""
-        return common_buffers(module, self.control)
+    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The workers' mean of each tensor, of integers rank 0's; called on all workers after they have met."""
+        return common_values(tensors, self.control)
 
     def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
         """Tell the other workers that an error ends this one."""

@@ -35,6 +35,7 @@ class Meeting(IntEnum):
     TRAINING_END = 4
     CENTER_WEIGHTS = 5
     TEARDOWN = 6
+    BATCH_END = 7
 
 
 class Exchanger(Protocol):
@@ -105,8 +106,9 @@ class Header:
         if exchanging == 0 and waiting * meetings != meeting**2:
             raise ExchangeError(
                 "EASGDStrategy: some workers are at a validation, checkpoint or end of training where others are"
-                " not. The ranks have different numbers of batches and a trigger that depends on it; set"
-                " limit_train_batches to a number that every rank has, or validate at the end of the epoch."
+                " not. The ranks have different numbers of batches and a trigger inside the epoch, such as a"
+                " validation, a checkpoint or max_time; set limit_train_batches to a number that every rank has, or"
+                " validate and save at the end of the epoch."
             )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -205,7 +205,7 @@ class ServedAveraging(Averaging):
         self._turns.leave()
         self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
         self._compare(meeting)
-        if meeting not in (Meeting.EPOCH_END, Meeting.TEARDOWN):
+        if meeting not in (Meeting.EPOCH_END, Meeting.BATCH_END, Meeting.TEARDOWN):
             for averager in self._served:
                 averager.take_snapshot()
         self._turns.come_back()  # before anybody goes on, else that one would not wait for this worker's turn
@@ -216,14 +216,14 @@ class ServedAveraging(Averaging):
         self._stop_agreed = self._opened.control.stop_requested
 
     @override
-    def common_buffers(self, module: nn.Module) -> list[Tensor]:
+    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if self._lost:  # there is no channel any more that reaches exactly the living
-            return [buffer.detach().clone() for buffer in module.buffers()]
+            return [tensor.detach().clone() for tensor in tensors]
         try:
-            return super().common_buffers(module)
+            return super().common_values(tensors)
         except ExchangeError:
             if self._loss_explains():
-                return self.common_buffers(module)
+                return self.common_values(tensors)
             raise
 
     @override

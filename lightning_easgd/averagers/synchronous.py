@@ -44,6 +44,7 @@ class SynchronousAverager(Averager):
         tau: τ, the communication period in optimizer steps.
         rates: α and β.
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
+        center_device: Where center, wire and difference are; None for where the parameters are.
 
     Attributes:
         clock: t, the optimizer's steps so far.
@@ -59,7 +60,9 @@ class SynchronousAverager(Averager):
         tau: int,
         rates: MovingRates,
         position: Callable[[Optimizer], Position] = ParameterPosition,
+        center_device: str | None = None,
     ) -> None:
+        self._center_device = center_device
         self._optimizer = optimizer
         self._line = line
         self._number = number
@@ -164,7 +167,7 @@ class SynchronousAverager(Averager):
     def show_center(self) -> None:
         # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
         # when an error cut an exchange short.
-        self._kept = self._wire if self._in_flight is None else FlatTensors(self._groups, self._wire.flat.dtype)
+        self._kept = self._wire if self._in_flight is None else self._like_wire()
         self._kept.load_(self.parameters)
         self.center.store(self.parameters)
 
@@ -192,8 +195,14 @@ class SynchronousAverager(Averager):
         if self._pull_due is None:
             return
         for parameters, differences, alpha in zip(self._groups, self._difference.groups, self._pull_due, strict=True):
-            elastic_pull_(parameters, differences, alpha)
+            # The copies to a GPU need not be waited for: the next writer of the differences comes after a read of the
+            # parameters, which waits for what is queued on their device.
+            near = [d.to(p.device, non_blocking=True) for p, d in zip(parameters, differences, strict=True)]
+            elastic_pull_(parameters, near, alpha)
         self._pull_due = None
+
+    def _like_wire(self) -> FlatTensors:
+        return FlatTensors(self._groups, self._wire.flat.dtype, self._center_device)
 
     def _parameters_added(self) -> bool:
         groups = self._optimizer.param_groups
@@ -209,9 +218,9 @@ class SynchronousAverager(Averager):
     def _lay_out(self, centers: dict[Tensor, Tensor]) -> None:
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
         dtype = center_dtype(self.parameters)
-        self.center = FlatTensors(self._groups, dtype)
-        self._wire = FlatTensors(self._groups, dtype)
-        self._difference = FlatTensors(self._groups, dtype)
+        self.center = FlatTensors(self._groups, dtype, self._center_device)
+        self._wire = FlatTensors(self._groups, dtype, self._center_device)
+        self._difference = FlatTensors(self._groups, dtype, self._center_device)
         with torch.no_grad():
             self.center.load_([centers.get(parameter, parameter) for parameter in self.parameters])
 
@@ -236,6 +245,7 @@ class SynchronousAveraging(Averaging):
         tau: τ, the communication period of each optimizer, in its own steps.
         rates: α and β.
         position: What the workers exchange.
+        center_device: Where center, wire and difference are; None for where the parameters are.
     """
 
     def __init__(
@@ -246,7 +256,9 @@ class SynchronousAveraging(Averaging):
         tau: int,
         rates: MovingRates,
         position: Callable[[Optimizer], Position] = ParameterPosition,
+        center_device: str | None = None,
     ) -> None:
+        self._center_device = center_device
         self.control = control
         self._line = ExchangeLine(control, data)
         self.statistics = self._line.statistics
@@ -263,7 +275,13 @@ class SynchronousAveraging(Averaging):
     def start(self, optimizers: Sequence[Optimizer]) -> None:
         self.averagers = self._synchronous = {
             optimizer: SynchronousAverager(
-                optimizer, self._line, number=number, tau=self._tau, rates=self._rates, position=self._position
+                optimizer,
+                self._line,
+                number=number,
+                tau=self._tau,
+                rates=self._rates,
+                position=self._position,
+                center_device=self._center_device,
             )
             for number, optimizer in enumerate(optimizers)
         }

@@ -8,11 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import communicates_at_epoch_end, request_stop
+from lightning_easgd._compat import (
+    communicates_at_epoch_end,
+    is_without_steps,
+    reads_common_clock,
+    request_stop,
+    saves_after_batch,
+    saves_in_epoch,
+)
 from lightning_easgd.averagers import Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
@@ -47,6 +55,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         self._callback: Any = None
         self._even_batches = True
         self._validating = False
+        self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._center_buffers: list[Tensor] = []
         self._final_center: Mapping[str, Tensor] | None = None
         self._statistics = Statistics()
@@ -136,7 +145,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         self._averaging.start(trainable)
         self._shown = ShownWeights(self.lightning_module, self._averagers)
         self._training = True
-        self._validating = False
+        self._validating = self._replaced = False
         batches = self._trainer.num_training_batches
         same = batches == self.broadcast(batches) and math.isfinite(batches)
         self._even_batches = self.reduce_boolean_decision(same)
@@ -149,7 +158,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         **kwargs: Any,
     ) -> Any:
         """Make one step of the worker, with an exchange around it if this optimizer's clock says so."""
-        if self._averaging is None or self._shown is None:  # nothing is averaged
+        if self._averaging is None or self._shown is None or is_without_steps(self._trainer):  # nothing is averaged
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         averager = self._averaging.averagers.get(optimizer)
         if averager is None:
@@ -185,24 +194,40 @@ class CenterWorkers(CenterReadings, LocalWorkers):
     def on_batch_fetched(self) -> None:
         """Take notice before a batch is trained on."""
 
-    def on_batch_trained(self) -> None:
-        """Take notice after a batch was trained on."""
+    def on_train_batch_end(self) -> None:
+        """Let ranks meet before a callback communicates inside the epoch: where one never comes, all end with an error.
+
+        Ranks with equally many batches read a common clock without it.
+        """
+        if not self._training:
+            return
+        step = self._trainer.global_step
+        if self._has_common_clock or any(saves_after_batch(callback, step) for callback in self._trainer.callbacks):
+            self._wait_for_all(Meeting.BATCH_END)
 
     def on_train_epoch_end(self) -> None:
         """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
-        if not self._training or self._averaging is None or not self._averaging.waits_for_all:
+        self._replaced = is_without_steps(self._trainer)
+        if not self._training or self._averaging is None:
             return
-        if not self._even_batches or communicates_at_epoch_end(self._trainer):
+        communicates = communicates_at_epoch_end(self._trainer)
+        if self._averaging.waits_for_all:
+            wait = communicates or not self._even_batches
+        else:  # only to tell a rank that waits for all inside its epoch that this one is at the end
+            wait = communicates and (self._has_common_clock or any(map(saves_in_epoch, self._trainer.callbacks)))
+        if wait:
             self._wait_for_all(Meeting.EPOCH_END)
 
     def on_train_end(self) -> None:
-        """Let all ranks finish, and leave the center in the module."""
+        """Let all ranks finish, and leave the center in the module, or what callbacks want there, the same on all."""
         super().on_train_end()
-        if not self._training:
-            return
-        self._meet(Meeting.TRAINING_END)
-        self._show_center()
-        self._training = False
+        if self._training:
+            self._meet(Meeting.TRAINING_END)
+            if not self._replaced:
+                self._show_center()
+            self._training = False
+        elif self._shown is not None:
+            self._share_what_callbacks_left()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state at the center. During training all ranks ask for it at the same point of their work."""
@@ -246,7 +271,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
             return
         # After an error the other ranks may be anywhere, and a served center out of reach.
         with contextlib.suppress(CenterError):
-            if not self._shown.center:
+            if not (self._shown.center or self._replaced):
                 self._keep_buffers()
                 self._show_center()
             named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
@@ -267,6 +292,10 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         assert self._averaging is not None
         if self._averaging.stop_agreed:
             request_stop(self._trainer)
+
+    @property
+    def _has_common_clock(self) -> bool:
+        return not self._even_batches and any(map(reads_common_clock, self._trainer.callbacks))
 
     def _named_center(self) -> dict[str, Tensor]:
         assert self.lightning_module is not None
@@ -299,7 +328,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         self._wait_for_all(meeting)
         assert self._averaging is not None
         assert self.lightning_module is not None
-        self._center_buffers = self._averaging.common_buffers(self.lightning_module)
+        self._center_buffers = self._averaging.common_values(list(self.lightning_module.buffers()))
 
     def _keep_buffers(self) -> None:
         """In place of a meeting that cannot be: this rank's buffers stand for the center's."""
@@ -322,6 +351,21 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         finally:
             self._shown.show_worker()
 
+    @torch.no_grad()
+    def _share_what_callbacks_left(self) -> None:
+        """Replace each rank's own average of its worker (EMA, SWA) by the mean over the ranks.
+
+        Both averages are linear: the mean of the workers' averages is the average of the workers' mean.
+        """
+        assert self._averaging is not None
+        assert self._shown is not None
+        assert self.lightning_module is not None
+        changed = not self._shown.is_center(self._center_buffers)
+        (share,) = self._averaging.common_values([torch.tensor(float(changed))])
+        if share > 0:
+            tensors = [*self.lightning_module.parameters(), *self.lightning_module.buffers()]
+            torch._foreach_copy_(tensors, self._averaging.common_values(tensors))
+
     def _show_center(self) -> None:
         assert self._shown is not None
         self._shown.show_center(self._center_buffers)
@@ -342,8 +386,8 @@ class CenterHooks:
         self._strategy.on_batch_fetched()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Tell the strategy before other callbacks draw random numbers."""
-        self._strategy.on_batch_trained()
+        """Meet before other callbacks communicate."""
+        self._strategy.on_train_batch_end()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
         """Meet before other callbacks communicate."""

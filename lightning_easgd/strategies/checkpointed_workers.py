@@ -134,8 +134,9 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
             set_random_state(self._random, self.root_device)
             self._random = None
 
-    def on_batch_trained(self) -> None:
+    def on_train_batch_end(self) -> None:
         """A batch has been trained on."""
+        super().on_train_batch_end()
         self._fetching.batch_ended(self.root_device)
 
     # A checkpoint of a fit that has ended

@@ -37,7 +37,14 @@ class ElasticWorkers(ServedWorkers):
     the workers' differences runs while the following steps compute. Each optimizer has a clock of its own.
 
     The center :math:`\tilde x` is the model: validation, checkpoints and the module after ``fit`` hold it. Floating
-    point buffers (BatchNorm's statistics) of the center are the workers' mean, integer buffers are rank 0's.
+    point buffers (BatchNorm's statistics) of the center are the workers' mean, integer buffers are rank 0's. A callback
+    that leaves an average of each rank's own worker in the module (``WeightAveraging``, SWA) has it replaced by the
+    ranks' mean, which as averages are linear is that average of the workers' mean.
+
+    The center is float32 (float64 for double parameters) and differences are taken in that dtype, so that no move of
+    the center is lost. A worker whose parameters are bfloat16 (``precision="bf16-true"``) rounds its own pull as it
+    rounds its gradient steps: one below half a unit in the last place u of :math:`x^i` leaves it where it is, so that
+    it may stay up to :math:`u / 2\alpha` apart from the center. With ``bf16-mixed`` parameters are float32.
 
     Args:
         accelerator: As for ``DDPStrategy``.
@@ -57,6 +64,9 @@ class ElasticWorkers(ServedWorkers):
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
             names it, "continue" lets the others go on, where the launcher does.
+        center_device: With mode="sync", where the center and the two buffers of an exchange are: None (where the
+            parameters are), or "cpu", which frees three float32 copies of the parameters on a GPU; x then travels to
+            pinned host memory and its difference back, and the workers' sum is made by gloo. The numbers are the same.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
         worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
             from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
@@ -91,6 +101,7 @@ class ElasticWorkers(ServedWorkers):
         momentum: float | None = None,
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
+        center_device: Literal["cpu"] | None = None,
         evaluate: Literal["center", "worker"] = "center",
         worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
@@ -115,6 +126,7 @@ class ElasticWorkers(ServedWorkers):
         )
         check_period(type(self).__name__, tau)
         _check_mode(mode, order, on_worker_loss)
+        _check_center_device(center_device, mode)
         check_number("EASGDStrategy", "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
@@ -124,6 +136,7 @@ class ElasticWorkers(ServedWorkers):
         self.rates = MovingRates(alpha=alpha, beta=beta, rho=rho)
         self.mode = mode
         self.momentum = momentum
+        self.center_device = center_device
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
@@ -148,12 +161,14 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
+        backend = "gloo" if self.center_device == "cpu" else self._get_process_group_backend()
         return SynchronousAveraging(
             control=ProcessGroupChannel("gloo", self._timeout),
-            data=ProcessGroupChannel(self._get_process_group_backend(), self._timeout),
+            data=ProcessGroupChannel(backend, self._timeout),
             tau=self.tau,
             rates=self.rates,
             position=position,
+            center_device=self.center_device,
         )
 
 
@@ -168,4 +183,17 @@ def _check_mode(mode: object, order: str, on_worker_loss: str) -> None:
         raise ValueError(
             f"EASGDStrategy(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
             " mode='async'."
+        )
+
+
+def _check_center_device(center_device: object, mode: str) -> None:
+    if center_device not in (None, "cpu"):
+        raise ValueError(
+            f"EASGDStrategy(center_device={center_device!r}): unknown place; use 'cpu', or None for where the"
+            " parameters are."
+        )
+    if center_device is not None and mode == "async":
+        raise ValueError(
+            f"EASGDStrategy(center_device={center_device!r}, mode='async'): a served center is in host memory anyway;"
+            " leave it out."
         )

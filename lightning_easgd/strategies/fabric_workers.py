@@ -267,7 +267,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     def _show_center(self, averaging: Averaging) -> None:
         modules = self._all_modules
         self._shown = ShownWeights(modules, self._averagers)
-        self._shown.show_center(averaging.common_buffers(modules))
+        self._shown.show_center(averaging.common_values(list(modules.buffers())))
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from lightning_easgd._compat import reads_common_clock
 from lightning_easgd.strategies.checkpointed_workers import CheckpointedWorkers
 
 __all__ = ["TrainerWorkers"]
@@ -28,12 +29,24 @@ class TrainerWorkers(CheckpointedWorkers):
             )
 
     def setup(self, trainer: Any) -> None:
-        """Set up as usual; name what would keep asynchronous ranks in step."""
+        """Set up as usual; refuse what adds parameters, and name what would keep asynchronous ranks in step.
+
+        Raises:
+            ValueError: If a callback such as ``BackboneFinetuning`` adds parameters to an optimizer in mid-training.
+        """
+        if trainer.state.fn == "fit" and self.is_served:
+            for callback in trainer.callbacks:
+                if "BaseFinetuning" in (cls.__name__ for cls in type(callback).__mro__):
+                    raise ValueError(
+                        f"{type(self).__name__} with {type(callback).__name__}: a finetuning callback gives the"
+                        " optimizer parameters while it trains, and a served center has a fixed size. Use"
+                        " EASGDStrategy(mode='sync'), or give the optimizer all parameters at the start and switch"
+                        " their requires_grad in a callback of your own."
+                    )
         super().setup(trainer)
         if trainer.state.fn == "fit" and self.is_served:
             for callback in trainer.callbacks:
-                timed = getattr(callback, "_train_time_interval", None) is not None
-                if type(callback).__name__ == "Timer" or timed:
+                if reads_common_clock(callback):
                     rank_zero_warn(
                         f"{type(self).__name__}: {type(callback).__name__} asks all ranks for the time after every"
                         " batch, so that they run in step; leave out max_time and train_time_interval."

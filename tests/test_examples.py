@@ -1,0 +1,35 @@
+"""The examples run as their docstrings say, and do what they claim."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from application import ROOT
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def output(script, *arguments):
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    environment = clean | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_gan():
+    found = re.search(r"from the ring: (\d\.\d\d) before, (\d\.\d\d) after training\n(\d+) exchanges", output("gan.py"))
+    assert found is not None
+    before, after, exchanges = map(float, found.groups())
+    assert after < 0.3 < before
+    assert exchanges == 79 + 39  # 800 steps of the discriminator, 400 of the generator, tau = 10
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "easgd", "easgd_async"])
+def test_an_existing_project_switches_by_one_line(strategy):
+    found = re.search(rf"{strategy}: test accuracy (\d\d\.\d)%", output("existing_project.py", "--strategy", strategy))
+    assert found is not None
+    assert float(found[1]) > 90

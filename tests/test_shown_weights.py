@@ -1,0 +1,224 @@
+"""Which weights the module shows: swapping leaves no trace, and after fit all ranks show the same."""
+
+import contextlib
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from ranks import end_ranks, run_ranks
+from test_strategy import arrays, equal
+from torch import nn
+from torch.utils.data import DataLoader
+from toys import Regression, fitted, quiet_trainer
+
+from lightning_easgd import EASGDStrategy
+
+pytestmark = pytest.mark.timeout(120)
+MODES = ["sync", "async"]
+
+
+class Dropped(Regression):
+    """A network whose training draws random numbers, in a validation loop that draws none."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.net.append(nn.Dropout(0.5))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    def val_dataloader(self):
+        generator = torch.Generator().manual_seed(3)  # else the loader draws its seed from torch's own generator
+        return DataLoader(torch.randn(32, 4, generator=generator), batch_size=8, generator=generator)
+
+
+def everything(module):
+    """The bits of all that a swap must not change."""
+    (optimizer,) = module.trainer.optimizers
+    state = [value for of_one in optimizer.state.values() for value in of_one.values()]
+    gradients = [torch.zeros(0) if p.grad is None else p.grad for p in module.parameters()]
+    tensors = [*module.parameters(), *module.buffers(), *state, *gradients, torch.get_rng_state()]
+    return [a.tobytes() for a in arrays(tensors)], np.random.get_state()[1].tobytes(), random.getstate()
+
+
+class Watch(Callback):
+    """What everything is before and after each validation, which lies within an accumulation."""
+
+    def __init__(self):
+        self.before, self.after, self.seen = [], [], []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.last = everything(module)
+
+    def on_validation_start(self, trainer, module):
+        self.before.append(self.last)
+        self.seen.append(everything(module))
+
+    def on_train_batch_start(self, trainer, module, *_):
+        if len(self.after) < len(self.before):
+            self.after.append(everything(module))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_validation_leaves_everything_as_it_was(mode):
+    def train():
+        watch = Watch()
+        fitted(
+            Dropped(batches=12), EASGDStrategy(mode=mode, tau=1), 2, val_check_interval=5, num_sanity_val_steps=0,
+            accumulate_grad_batches=4, callbacks=[watch],
+        )  # fmt: skip
+        gradients = any(np.frombuffer(bits, np.float32).any() for bits in watch.before[0][0][-7:-1])
+        return watch.before == watch.after, len(watch.after), watch.seen[0] != watch.before[0], gradients
+
+    assert run_ranks(train, 2) == [(True, 2, True, True)] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_error_at_the_center_leaves_everything_as_it_was(mode):
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if index == 4:
+                before = everything(module)
+                with contextlib.suppress(ValueError), trainer.strategy.center_weights():
+                    shown.append(everything(module) != before)
+                    raise ValueError
+                shown.append(everything(module) == before)
+
+    shown = []
+
+    def train():
+        fitted(Dropped(), EASGDStrategy(mode=mode, tau=1), 2, accumulate_grad_batches=2, callbacks=[Fails()])
+        return shown
+
+    assert run_ranks(train, 2) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_validation_that_raises(mode):
+    """The worker can be read bit for bit in on_exception; afterwards the module holds the center."""
+
+    class Raises(Dropped):
+        def validation_step(self, batch, index):
+            raise ValueError("the user's own error")
+
+    class Kept(Watch):
+        def on_exception(self, trainer, module, exception):
+            with trainer.strategy.worker_weights():
+                self.after.append(everything(module))
+
+    def train():
+        watch = Kept()
+        module = Raises(batches=12)
+        strategy = EASGDStrategy(mode=mode, tau=1)
+        with pytest.raises(ValueError, match="the user's own error"):
+            fitted(
+                module, strategy, 2, val_check_interval=5, num_sanity_val_steps=0, accumulate_grad_batches=4,
+                callbacks=[watch],
+            )  # fmt: skip
+        return watch.before == watch.after, equal(arrays(module.parameters()), arrays(strategy.center.values()))
+
+    outcomes = end_ranks(train, 2, timeout=40)
+    assert [outcome.value for outcome in outcomes] == [(True, True)] * 2, outcomes
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fit_validate_test_and_predict_after_each_other(mode):
+    class Full(Regression):
+        def test_step(self, batch, index):
+            self.log("test_loss", self.loss(batch), sync_dist=True)
+
+        def predict_step(self, batch, index):
+            return self.net(batch)
+
+        test_dataloader = predict_dataloader = Regression.val_dataloader
+
+    def run():
+        module = Full()
+        trainer = quiet_trainer(strategy=EASGDStrategy(mode=mode, tau=2), devices=2, use_distributed_sampler=False)
+        (alone,) = trainer.validate(module, verbose=False)
+        trainer.test(module, verbose=False)
+        trainer.predict(module, return_predictions=False)
+        start = arrays(module.parameters())
+        trainer.fit(module)
+        center = arrays(trainer.strategy.center.values())
+        last = trainer.callback_metrics["val_loss"].item()
+        (after,) = trainer.validate(module, verbose=False)
+        (tested,) = trainer.test(module, verbose=False)
+        predicted = trainer.predict(module)
+        same = equal(center, arrays(module.parameters()))
+        assert last == after["val_loss"] == tested["test_loss"] != alone["val_loss"]
+        return same, equal(start, center), [p.numpy().tobytes() for p in predicted]
+
+    first, second = run_ranks(run, 2)
+    assert first[:2] == (True, False)
+    assert first == second
+
+
+# Callbacks that leave weights of their own
+
+
+class Slow(Regression):
+    """Without BatchNorm, so that its buffers do not interfere; each rank its own data."""
+
+    def __init__(self, norm=False, **arguments):
+        super().__init__(**arguments)
+        if not norm:
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+
+
+class OwnAverages(Callback):
+    """What each rank's module holds when all callbacks are done, and before the strategy has acted."""
+
+    def on_train_end(self, trainer, module):
+        self.own = arrays(module.parameters())
+
+
+def final_weights(make, mode, norm=False):
+    def train():
+        own = OwnAverages()
+        strategy = EASGDStrategy(mode=mode, tau=3, order="round_robin" if mode == "async" else "free")
+        module = fitted(Slow(norm=norm), strategy, 2, callbacks=[make(), own], max_epochs=3, limit_val_batches=0)
+        center = arrays(strategy.center.values())
+        return own.own, arrays(module.parameters()), center, arrays(module.buffers())
+
+    return run_ranks(train, 2)
+
+
+AVERAGING = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "mean": WeightAveraging,
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", AVERAGING)
+def test_averages_of_the_workers_become_one(name, mode):
+    first, second = final_weights(AVERAGING[name], mode)
+    assert not equal(first[0], second[0])  # each rank's own
+    assert equal(first[1], second[1])
+    assert not equal(first[1], first[2])  # not the center: the user asked for the average
+    for mean, one, other in zip(first[1], first[0], second[0], strict=True):
+        expected = ((one.astype(np.float64) + other) / 2).astype(np.float32)
+        np.testing.assert_array_equal(mean, expected)
+
+
+def test_swa_with_batch_norm_adds_an_epoch_without_exchanges():
+    first, second = final_weights(AVERAGING["swa"], "sync", norm=True)
+    assert equal(first[1], second[1])
+    assert equal(first[3], second[3])
+    assert not equal(first[1], first[2])
+    np.testing.assert_allclose(
+        np.concatenate([a.ravel() for a in first[1]]),
+        np.concatenate([((a + b) / 2).ravel() for a, b in zip(first[0], second[0], strict=True)]),
+        rtol=1e-6,
+    )
+
+
+def test_without_such_callbacks_the_center_keeps_its_bits():
+    first, second = final_weights(Callback, "sync", norm=True)
+    assert equal(first[1], first[2])
+    assert equal(first[1], second[1])
+    assert equal(first[3], second[3])
