@@ -2,13 +2,16 @@
 
 import inspect
 import itertools
+from contextlib import nullcontext
 from datetime import timedelta
 
 import lightning as L
 import pytest
+import torch
 from application import CONF, command, composed, only_run, options
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+from hydra.utils import get_class, instantiate
+from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, write_mnist
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.evaluate import evaluate
@@ -77,11 +80,110 @@ def test_trainer_yaml_has_every_argument():
     assert keys == keyword_arguments(L.Trainer.__init__) - groups_of_their_own - newer_than_2_5
 
 
-@pytest.mark.parametrize("path", ["data", "model", "model.network"])
-def test_data_and_model_yaml_have_every_argument(tmp_path, path):
-    node = OmegaConf.select(composed(tmp_path), path)
+# The data and the transform that a model is meant for, and the model that data are meant for.
+DATA_OF = {
+    "digits_net": ("digits", None), "convnet7": ("cifar10", "cifar_paper"), "strided_net": ("fashion_mnist", None),
+    "convnet11": ("imagenet", "imagenet_paper"), "resnet18": ("imagenet", "imagenet_standard"),
+    "resnet50": ("imagenet", "imagenet_standard"), "resnet18_small": ("cifar10", "cifar_standard"),
+    "resnet50_small": ("cifar100", "cifar_standard"),
+}  # fmt: skip
+MODEL_OF = {"digits": "digits_net", "imagenet": "resnet18"}
+TRANSFORMS_OF = {
+    "cifar10": "cifar", "cifar100": "cifar", "mnist": "mnist", "fashion_mnist": "mnist", "imagenet": "imagenet",
+}  # fmt: skip
+
+
+def nodes(config: DictConfig) -> list[DictConfig]:
+    """Everything below a node that is instantiated, and the node."""
+    inner = [node for key in config if isinstance(node := config[key], DictConfig) for node in nodes(node)]
+    return [config, *inner] if "_target_" in config else inner
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group in ("data", "model") for option in options(group)]
+)
+def test_data_and_model_yaml_have_every_argument(tmp_path, group, option):
     elsewhere = {"optimizer", "scheduler"}
-    assert set(node) - {"_target_"} - elsewhere == keyword_arguments(get_class(node._target_).__init__) - elsewhere
+    for node in nodes(composed(tmp_path, f"{group}={option}")[group]):
+        assert set(node) - {"_target_"} - elsewhere == (
+            keyword_arguments(get_class(node._target_).__init__) - elsewhere
+        ), node._target_
+
+
+@pytest.mark.parametrize(
+    ("data", "transform"),
+    [
+        (data, name)
+        for data, kind in TRANSFORMS_OF.items()
+        for name in options("data/transform")
+        if name.startswith(kind)
+    ],
+)
+def test_data_and_transforms_agree_with_their_defaults_in_python(tmp_path, data, transform):
+    config = composed(tmp_path, f"data={data}", f"data/transform={transform}").data
+    module = instantiate(config)
+    assert list(module.image_shape) == list(config.image_shape)
+    assert module.num_classes == config.num_classes
+    facts = type(module).facts
+    assert (tuple(config.mean), tuple(config.std)) == (facts.mean, facts.std)
+    if transform == composed(tmp_path, f"data={data}").data.get("transform", transform):
+        default = get_class(config._target_)()
+        for name in ("train_transform", "eval_transform"):
+            if transform in ("cifar_paper", "mnist_plain", "imagenet_paper"):
+                assert getattr(module, name) == getattr(default, name)
+
+
+@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("data", options("data"))
+def test_every_model_is_built_for_the_data(tmp_path, data, model):
+    config = composed(tmp_path, f"data={data}", f"model={model}")
+    if model in ("convnet7", "convnet11") and data != "imagenet":
+        too_small = model == "convnet11" or data == "digits"
+        if too_small:
+            with pytest.raises(Exception, match=r"image_shape=.*the convolutions leave nothing of such images"):
+                build_model(config)
+            return
+    if model == "convnet7" and data == "imagenet":
+        pytest.skip("a network of 200 million parameters")
+    module = instantiate(config.data)
+    built = build_model(config)
+    assert built.num_classes == built.network.num_classes == module.num_classes
+    built.check_data(module)
+    built.eval()
+    assert built(torch.zeros(1, *module.image_shape)).shape == (1, module.num_classes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.num_classes=100"], r"Classifier\(num_classes=100\): CIFAR10DataModule has num_classes=10"),
+        (["model.network.num_classes=7"], r"Classifier\(num_classes=10\): the network has 7 classes"),
+        (["data.num_classes=100"], r"CIFAR10DataModule\(num_classes=100\): these data have 10 classes"),
+        (
+            ["model.network.image_shape=[3,32,32]"],
+            r"Classifier\(image_shape=\(3, 32, 32\)\): .* image_shape=\(3, 28, 28\)",
+        ),
+        (["data.image_shape=[3,32,32]"], r"CIFAR10DataModule\(image_shape=\[3, 32, 32\]\): the batches have"),
+        (["data.eval_transform.size=32"], r"CIFAR10DataModule\(eval_transform=.*give both the same size"),
+    ],
+)
+def test_a_mismatch_of_data_and_model_is_a_clear_error(tmp_path, overrides, says):
+    write_cifar10(tmp_path)
+    config = composed(
+        tmp_path / "run", "strategy=single", "data=cifar10", "model=convnet7", f"paths.data={tmp_path}",
+        "data.verify=false", *overrides, *QUICK,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="verify=False") if "model" in overrides[0] else nullcontext():
+        with pytest.raises(Exception, match=says) as caught:
+            train(config)
+    assert isinstance(caught.value.__cause__ or caught.value, ValueError)
+
+
+def test_missing_data_are_one_sentence_of_the_command(tmp_path):
+    done = command("train", "strategy=single", "data=cifar10", "model=strided_net", *QUICK, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "set download=true" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_strategy_arguments_arrive(tmp_path):
@@ -108,8 +210,6 @@ def test_tau_of_a_strategy_without_one_is_left_out(tmp_path, name):
         *(f"scheduler={name}" for name in options("scheduler")),
         *(f"logger={name}" for name in options("logger")),
         *(f"callbacks={name}" for name in options("callbacks")),
-        *(f"data={name}" for name in options("data")),
-        *(f"model={name}" for name in options("model")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
@@ -119,6 +219,47 @@ def test_every_option_of_one_process_runs(tmp_path, override):
     accuracy = train(config)
     assert (accuracy is None) == (override == "callbacks=none")
     assert (tmp_path / "metrics.csv").exists() == (override != "logger=none")
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A folder with a small data set in every format."""
+    root = tmp_path_factory.mktemp("official")
+    write_cifar10(root)
+    write_cifar100(root, count=1000)
+    write_mnist(root, "MNIST", count=100, compressed=True)
+    write_mnist(root, "FashionMNIST", count=100)
+    write_imagenet(root / "imagenet")
+    return root
+
+
+def run_on(run, official, data, model, transform):
+    """One epoch of two batches of two images, with the loader processes that the configuration asks for."""
+    overrides = [f"data={data}", f"model={model}", f"paths.data={official}", "data.batch_size=2", "optimizer.lr=0.001"]
+    if transform:
+        overrides.append(f"data/transform={transform}")
+    if data == "imagenet":
+        overrides.append(f"data.num_classes={len(WNIDS)}")
+    elif data != "digits":
+        overrides.append("data.verify=false")
+    limits = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.enable_checkpointing=false"]
+    config = composed(run, "strategy=single", *overrides, *limits, *QUICK)
+    assert train(config) is not None
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+@pytest.mark.parametrize("data", options("data"))
+def test_every_data_set_runs(tmp_path, official, data):
+    run_on(tmp_path, official, data, MODEL_OF.get(data, "strided_net"), None)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_runs(tmp_path, official, model):
+    data, transform = DATA_OF[model]
+    run_on(tmp_path, official, data, model, transform)
 
 
 @pytest.mark.slow

@@ -21,7 +21,6 @@ from lightning_easgd.data.imagenet_labels import flat_labels
 from lightning_easgd.data.images import ImageDataModule, ImageFacts
 from lightning_easgd.data.jpeg_crops import ImageCrop, ShortSideCenterCrop, ShortSideRandomCropFlip
 from lightning_easgd.data.sampling import worker_stream
-from lightning_easgd.data.splits import stratified_split
 
 Split: TypeAlias = Literal["train", "val"]
 Listing: TypeAlias = tuple[list[str], NDArray[np.int64]]
@@ -119,13 +118,13 @@ class ImageNetDataModule(ImageDataModule):
 
     @override
     def training_set(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        rows = self._parts()["train"]
+        rows = self.parts(self._listing("train")[1])["train"]
         return self._files("train", rows, self.train_transform, worker_stream(self.rank, self.seed))
 
     @override
     def evaluation_set(self, split: str) -> tuple[Dataset[Any], Callable[[Any], Any]]:
         if split == "val" and self.val_fraction > 0:
-            return self._files("train", self._parts()["val"], self.eval_transform)
+            return self._files("train", self.parts(self._listing("train")[1])["val"], self.eval_transform)
         return self._files("val", np.arange(len(self._listing("val")[0])), self.eval_transform)
 
     def _files(
@@ -135,9 +134,6 @@ class ImageNetDataModule(ImageDataModule):
         chosen = [names[row] for row in rows]
         files = ImageFiles(self.root / split, chosen, labels[rows], crop, stream, self.on_corrupt)
         return files, files.collate(self.normalise)
-
-    def _parts(self) -> dict[str, NDArray[np.int64]]:
-        return stratified_split(self._listing("train")[1], {"val": self.val_fraction}, rest="train")
 
     def _listing(self, split: Split) -> Listing:
         if not self._classes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_easgd.data.sampling import augmenting_loader, check_sampling, evaluation_loader
+from lightning_easgd.data.splits import stratified_split
 
 
 @final
@@ -135,6 +136,23 @@ class ImageDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         """Returns the test set, in batches as in training but without chance."""
         return self._evaluation_loader("test")
+
+    def parts(self, labels: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Returns the rows of the training images that are trained on ("train") and held out ("val").
+
+        Args:
+            labels: Of all training images.
+
+        Raises:
+            ValueError: If `val_fraction` leaves nothing for one of them.
+        """
+        parts = stratified_split(labels, {"val": self.val_fraction}, rest="train")
+        if len(parts["train"]) == 0 or (self.val_fraction > 0 and len(parts["val"]) == 0):
+            raise ValueError(
+                f"{type(self).__name__}(val_fraction={self.val_fraction}): of {len(labels)} training images it holds out "
+                f"{len(parts['val'])}; give a fraction that leaves some of each class on both sides."
+            )
+        return parts
 
     @property
     def rank(self) -> int:

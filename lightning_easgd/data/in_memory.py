@@ -18,7 +18,6 @@ from lightning_easgd.data.expected import check_expected
 from lightning_easgd.data.images import ImageDataModule, Normalise
 from lightning_easgd.data.randomness import random_words
 from lightning_easgd.data.sampling import keep_batch, worker_stream
-from lightning_easgd.data.splits import stratified_split
 
 Split: TypeAlias = Literal["train", "test"]
 Labels: TypeAlias = NDArray[np.int64]
@@ -189,7 +188,7 @@ class InMemoryDataModule(ImageDataModule):
     @override
     def training_set(self) -> tuple[Dataset[Any], Callable[[Any], Any]]:
         images, labels = self._images("train")
-        rows = self._parts(labels)["train"]
+        rows = self.parts(labels)["train"]
         stream = worker_stream(self.rank, self.seed)
         return ImageBatches(images, labels, rows, self.train_transform, self.normalise, stream), keep_batch
 
@@ -200,11 +199,8 @@ class InMemoryDataModule(ImageDataModule):
             rows = np.arange(len(labels))
         else:
             images, labels = self._images("train")
-            rows = self._parts(labels)["val"]
+            rows = self.parts(labels)["val"]
         return ImageBatches(images, labels, rows, self.eval_transform, self.normalise), keep_batch
-
-    def _parts(self, labels: Labels) -> dict[str, NDArray[np.int64]]:
-        return stratified_split(labels, {"val": self.val_fraction}, rest="train")
 
     def _cropped_shape(self, argument: str, crop: BatchCrop) -> tuple[int, int, int]:
         """Tries a transform on an empty image."""

@@ -132,7 +132,7 @@ def _scaled(image: "Image", short_side: int) -> tuple[int, int]:
 
 
 def _scaled_crop(image: "Image", scaled: tuple[int, int], left: int, top: int, size: int) -> "Image":
-    # Scaling only the part that is kept gives the same pixels as scaling the whole image and cropping it.
+    # Scaling only the part that is kept gives what scaling the whole image and cropping it gives, up to rounding.
     across, down = image.size[0] / scaled[0], image.size[1] / scaled[1]
     return _resized(image, size, (left * across, top * down, (left + size) * across, (top + size) * down))
 
