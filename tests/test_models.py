@@ -34,7 +34,7 @@ def parameters(network: nn.Module) -> int:
         (ConvNet7, 351_946),
         (ConvNet11, 61_128_808),
         (StridedNet, 89_834),
-        (DigitsNet, 38_186),
+        (DigitsNet, 38_282),
         (ResNet18, 11_689_512),
         (ResNet50, 25_557_032),
         # The 7x7 stem has 64 x 3 x 49 weights, the 3x3 stem 64 x 3 x 9; the last layer 512 (2048) x classes + classes.
@@ -73,7 +73,7 @@ def test_layers_of_the_papers_cifar_network():
 
 
 def test_layers_of_the_papers_imagenet_network():
-    # The paper's (3,221)C(96,108)P(96,36)C(256,32)P(256,16)C(384,14)C(384,13)C(256,12)P(256,6)D(4096,1)D(4096,1)S(1000,1)
+    # (3,221)C(96,108)P(96,36)C(256,32)P(256,16)C(384,14)C(384,13)C(256,12)P(256,6)D(4096,1)D(4096,1)S(1000,1)
     network = ConvNet11()
     assert shapes(network, (3, 221, 221), LAYERS) == [
         (96, 108), (96, 36), (256, 32), (256, 16), (384, 14), (384, 13), (256, 12), (256, 6), (4096,), (4096,), (1000,),
@@ -133,9 +133,7 @@ def test_too_small_images_are_refused(make):
         make(image_shape=(3, 8, 8))
 
 
-@pytest.mark.parametrize(
-    "network", [ConvNet7(dropout=0.0), StridedNet(), ResNet18(SmallImageStem(), 10)], ids=lambda n: type(n).__name__
-)
+@pytest.mark.parametrize("network", [ConvNet7(dropout=0.0), StridedNet()], ids=lambda n: type(n).__name__)
 def test_networks_learn_a_batch(network):
     torch.manual_seed(0)
     images, labels = torch.rand(20, 3, 28, 28), torch.arange(20) % 10
@@ -183,5 +181,5 @@ def test_training_on_other_data_is_refused_before_it_starts(model, says):
 def test_data_that_tell_nothing_are_accepted():
     loader = DataLoader(TensorDataset(torch.rand(20, 1, 8, 8), torch.arange(20) % 10), batch_size=10)
     trainer = quiet_trainer(max_epochs=1, log_every_n_steps=1)
-    trainer.fit(tiny_classifier(), loader)
+    trainer.fit(tiny_classifier(), loader, loader)
     assert trainer.global_step == 2

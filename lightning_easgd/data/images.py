@@ -149,8 +149,8 @@ class ImageDataModule(L.LightningDataModule):
         parts = stratified_split(labels, {"val": self.val_fraction}, rest="train")
         if len(parts["train"]) == 0 or (self.val_fraction > 0 and len(parts["val"]) == 0):
             raise ValueError(
-                f"{type(self).__name__}(val_fraction={self.val_fraction}): of {len(labels)} training images it holds out "
-                f"{len(parts['val'])}; give a fraction that leaves some of each class on both sides."
+                f"{type(self).__name__}(val_fraction={self.val_fraction}): of {len(labels)} training images it holds "
+                f"out {len(parts['val'])}; give a fraction that leaves some of each class on both sides."
             )
         return parts
 
