@@ -81,7 +81,7 @@ def test_the_strided_network_learns_cifar10():
     from lightning_easgd.models import Classifier, StridedNet
 
     torch.manual_seed(0)
-    optimizer = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True)
+    optimizer = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)
     trainer = quiet_trainer(max_epochs=1)
     trainer.fit(
         Classifier(StridedNet(), optimizer), datamodule=real(CIFAR10DataModule, "cifar-10-batches-py", batch_size=32)
