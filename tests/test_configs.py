@@ -302,3 +302,17 @@ def test_evaluate_yaml_runs_on_a_checkpoint_without_a_saved_config(tmp_path):
     (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(lone)
     metrics = evaluate(composed(tmp_path / "evaluation", f"ckpt_path={lone}", name="evaluate"))
     assert set(metrics) == {"test/loss", "test/accuracy"}
+
+
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+def test_a_model_of_the_command_line_is_evaluated_on_the_saved_data(tmp_path, official):
+    train(
+        composed(
+            tmp_path / "run", "strategy=single", "data=fashion_mnist", "data.verify=false", f"paths.data={official}",
+            "callbacks.worker_evaluation.test=false", *QUICK,
+        )
+    )  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    config = composed(tmp_path / "evaluation", f"ckpt_path={checkpoint}", "model=digits_net", name="evaluate")
+    assert set(evaluate(config, keep={"model"})) == {"test/loss", "test/accuracy"}
+    assert config.model.network.image_shape == [1, 28, 28]
