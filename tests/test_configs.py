@@ -14,6 +14,8 @@ from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.command_errors import explain
+from lightning_easgd.data import DataError
 from lightning_easgd.evaluate import evaluate
 from lightning_easgd.train import build_model, build_strategy, build_trainer, train
 
@@ -186,10 +188,13 @@ def test_a_mismatch_of_data_and_model_is_a_clear_error(tmp_path, overrides, says
 
 
 def test_missing_data_are_one_sentence_of_the_command(tmp_path):
-    done = command("train", "strategy=single", "data=cifar10", "model=strided_net", *QUICK, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "set download=true" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = composed(
+        tmp_path, "strategy=single", "data=cifar10", "model=strided_net", f"paths.data={tmp_path}/nowhere", *QUICK
+    )
+    with pytest.raises(DataError) as caught:
+        train(config)
+    assert "set download=true" in str(caught.value)
+    assert explain("easgd-train", caught.value) == str(caught.value)
 
 
 def test_strategy_arguments_arrive(tmp_path):
