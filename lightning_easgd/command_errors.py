@@ -16,6 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
+from lightning_easgd.data.errors import DataError
+
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
 _BAD_ARGUMENT = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
 
@@ -68,7 +70,7 @@ def explain(name: str, error: Exception) -> str | None:
         name: The command, for the message.
         error: What the command raised.
     """
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | DataError):
         return str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_option(name, error)

@@ -42,13 +42,13 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
     """
     checkpoint = _checkpoint(config)
     saved = saved_config(checkpoint)
-    chosen = {
-        name: config[name] if saved is None or name in (keep or set()) else saved[name] for name in ("data", "model")
-    }
+    for name in ("data", "model"):
+        if saved is not None and name not in (keep or set()):
+            config[name] = saved[name]  # in place: a model of the command line is built for the saved data
     quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
     # A checkpoint is tested, not trained: the optimizer is never built.
-    model = instantiate(chosen["model"], optimizer=torch.optim.SGD)
+    model = instantiate(config.model, optimizer=torch.optim.SGD)
     trainer = L.Trainer(
         accelerator=config.accelerator,
         devices=1,
@@ -59,7 +59,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
         enable_progress_bar=config.progress_bar,
         default_root_dir=config.paths.run,
     )
-    results = trainer.test(model, datamodule=instantiate(chosen["data"]), ckpt_path=str(checkpoint), verbose=False)
+    results = trainer.test(model, datamodule=instantiate(config.data), ckpt_path=str(checkpoint), verbose=False)
     return {name: float(value) for name, value in results[0].items()}
 
 

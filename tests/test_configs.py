@@ -6,11 +6,16 @@ from datetime import timedelta
 
 import lightning as L
 import pytest
+import torch
 from application import CONF, command, composed, only_run, options
-from hydra.utils import get_class
-from omegaconf import OmegaConf
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, instantiate
+from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, write_mnist
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.command_errors import explain
+from lightning_easgd.data import DataError
 from lightning_easgd.evaluate import evaluate
 from lightning_easgd.train import build_model, build_strategy, build_trainer, train
 
@@ -77,11 +82,119 @@ def test_trainer_yaml_has_every_argument():
     assert keys == keyword_arguments(L.Trainer.__init__) - groups_of_their_own - newer_than_2_5
 
 
-@pytest.mark.parametrize("path", ["data", "model", "model.network"])
-def test_data_and_model_yaml_have_every_argument(tmp_path, path):
-    node = OmegaConf.select(composed(tmp_path), path)
+# The data and the transform that a model is meant for, and the model that data are meant for.
+DATA_OF = {
+    "digits_net": ("digits", None), "convnet7": ("cifar10", "cifar_paper"), "strided_net": ("fashion_mnist", None),
+    "convnet11": ("imagenet", "imagenet_paper"), "resnet18": ("imagenet", "imagenet_standard"),
+    "resnet50": ("imagenet", "imagenet_standard"), "resnet18_small": ("cifar10", "cifar_standard"),
+    "resnet50_small": ("cifar100", "cifar_standard"),
+}  # fmt: skip
+MODEL_OF = {"digits": "digits_net", "imagenet": "resnet18"}
+TRANSFORMS_OF = {
+    "cifar10": "cifar", "cifar100": "cifar", "mnist": "mnist", "fashion_mnist": "mnist", "imagenet": "imagenet",
+}  # fmt: skip
+
+
+def nodes(config: DictConfig) -> list[DictConfig]:
+    """Everything below a node that is instantiated, and the node."""
+    parts = [config[key] for key in config if isinstance(config[key], DictConfig)]
+    inner = [node for part in parts for node in nodes(part)]
+    return [config, *inner] if "_target_" in config else inner
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group in ("data", "model") for option in options(group)]
+)
+def test_data_and_model_yaml_have_every_argument(tmp_path, group, option):
     elsewhere = {"optimizer", "scheduler"}
-    assert set(node) - {"_target_"} - elsewhere == keyword_arguments(get_class(node._target_).__init__) - elsewhere
+    for node in nodes(composed(tmp_path, f"{group}={option}")[group]):
+        assert set(node) - {"_target_"} - elsewhere == (
+            keyword_arguments(get_class(node._target_).__init__) - elsewhere
+        ), node._target_
+
+
+@pytest.mark.parametrize(
+    ("data", "transform"),
+    [
+        (data, name)
+        for data, kind in TRANSFORMS_OF.items()
+        for name in options("data/transform")
+        if name.startswith(kind)
+    ],
+)
+def test_data_and_transforms_agree_with_their_defaults_in_python(tmp_path, data, transform):
+    config = composed(tmp_path, f"data={data}", f"data/transform={transform}").data
+    module = instantiate(config)
+    assert list(module.image_shape) == list(config.image_shape)
+    assert module.num_classes == config.num_classes
+    facts = type(module).facts
+    assert (tuple(config.mean), tuple(config.std)) == (facts.mean, facts.std)
+    if config == composed(tmp_path, f"data={data}").data:  # the transform that the data come with
+        default = get_class(config._target_)()
+        for name in ("train_transform", "eval_transform"):
+            assert getattr(module, name) == getattr(default, name)
+
+
+# The paper's networks have no padding: a layer of theirs can leave nothing of a small image.
+TOO_SMALL = {("digits", "convnet7"), *((data, "convnet11") for data in options("data") if data != "imagenet")}
+# A network of 200 million parameters, and networks that keep the size of a large image.
+TOO_LARGE = {("imagenet", model) for model in ("convnet7", "resnet18_small", "resnet50_small")}
+
+
+@pytest.mark.parametrize(
+    ("data", "model"),
+    [pair for pair in itertools.product(options("data"), options("model")) if pair not in TOO_SMALL | TOO_LARGE],
+)
+def test_a_model_is_built_for_the_data(tmp_path, data, model):
+    config = composed(tmp_path, f"data={data}", f"model={model}")
+    module = instantiate(config.data)
+    built = build_model(config)
+    assert built.num_classes == built.network.num_classes == module.num_classes
+    built.check_data(module)
+    built.eval()
+    assert built(torch.zeros(1, *module.image_shape)).shape == (1, module.num_classes)
+
+
+@pytest.mark.parametrize(("data", "model"), sorted(TOO_SMALL))
+def test_a_model_for_larger_images_is_refused(tmp_path, data, model):
+    with pytest.raises(InstantiationException, match=r"image_shape=.*the convolutions leave nothing of such images"):
+        build_model(composed(tmp_path, f"data={data}", f"model={model}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.num_classes=100"], r"Classifier\(num_classes=100\): CIFAR10DataModule has num_classes=10"),
+        (["model.network.num_classes=7"], r"Classifier\(num_classes=10\): the network has 7 classes"),
+        (["data.num_classes=100"], r"CIFAR10DataModule\(num_classes=100\): these data have 10 classes"),
+        (
+            ["model.network.image_shape=[3,32,32]"],
+            r"Classifier\(image_shape=\(3, 32, 32\)\): .* image_shape=\(3, 28, 28\)",
+        ),
+        (["data.image_shape=[3,32,32]"], r"CIFAR10DataModule\(image_shape=\[3, 32, 32\]\): the batches have"),
+        (["data.eval_transform.size=32"], r"CIFAR10DataModule\(eval_transform=.*give both the same size"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+def test_a_mismatch_of_data_and_model_is_a_clear_error(tmp_path, overrides, says):
+    write_cifar10(tmp_path)
+    config = composed(
+        tmp_path / "run", "strategy=single", "data=cifar10", "model=convnet7", f"paths.data={tmp_path}",
+        "data.verify=false", *overrides, *QUICK,
+    )  # fmt: skip
+    with pytest.raises((ValueError, InstantiationException), match=says) as caught:
+        train(config)
+    assert isinstance(caught.value.__cause__ or caught.value, ValueError)
+
+
+def test_missing_data_are_one_sentence_of_the_command(tmp_path):
+    config = composed(
+        tmp_path, "strategy=single", "data=cifar10", "model=strided_net", f"paths.data={tmp_path}/nowhere", *QUICK
+    )
+    with pytest.raises(DataError) as caught:
+        train(config)
+    assert "set download=true" in str(caught.value)
+    assert explain("easgd-train", caught.value) == str(caught.value)
 
 
 def test_strategy_arguments_arrive(tmp_path):
@@ -108,8 +221,6 @@ def test_tau_of_a_strategy_without_one_is_left_out(tmp_path, name):
         *(f"scheduler={name}" for name in options("scheduler")),
         *(f"logger={name}" for name in options("logger")),
         *(f"callbacks={name}" for name in options("callbacks")),
-        *(f"data={name}" for name in options("data")),
-        *(f"model={name}" for name in options("model")),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
@@ -119,6 +230,47 @@ def test_every_option_of_one_process_runs(tmp_path, override):
     accuracy = train(config)
     assert (accuracy is None) == (override == "callbacks=none")
     assert (tmp_path / "metrics.csv").exists() == (override != "logger=none")
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """A folder with a small data set in every format."""
+    root = tmp_path_factory.mktemp("official")
+    write_cifar10(root)
+    write_cifar100(root, count=1000)
+    write_mnist(root, "MNIST", count=100, compressed=True)
+    write_mnist(root, "FashionMNIST", count=100)
+    write_imagenet(root / "imagenet")
+    return root
+
+
+def run_on(run, official, data, model, transform):
+    """One epoch of two batches of two images."""
+    overrides = [f"data={data}", f"model={model}", f"paths.data={official}", "data.batch_size=2", "optimizer.lr=0.001"]
+    if transform:
+        overrides.append(f"data/transform={transform}")
+    if data == "imagenet":
+        overrides += [f"data.num_classes={len(WNIDS)}", "data.num_workers=1"]
+    elif data != "digits":
+        overrides.append("data.verify=false")
+    limits = ["trainer.limit_val_batches=1", "callbacks.worker_evaluation.max_batches=1"]
+    config = composed(run, "strategy=single", *overrides, *limits, "trainer.enable_checkpointing=false", *QUICK)
+    assert train(config) is not None
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+@pytest.mark.parametrize("data", options("data"))
+def test_every_data_set_runs(tmp_path, official, data):
+    run_on(tmp_path, official, data, MODEL_OF.get(data, "strided_net"), None)
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_runs(tmp_path, official, model):
+    data, transform = DATA_OF[model]
+    run_on(tmp_path, official, data, model, transform)
 
 
 @pytest.mark.slow
@@ -155,3 +307,17 @@ def test_evaluate_yaml_runs_on_a_checkpoint_without_a_saved_config(tmp_path):
     (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(lone)
     metrics = evaluate(composed(tmp_path / "evaluation", f"ckpt_path={lone}", name="evaluate"))
     assert set(metrics) == {"test/loss", "test/accuracy"}
+
+
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+def test_a_model_of_the_command_line_is_evaluated_on_the_saved_data(tmp_path, official):
+    train(
+        composed(
+            tmp_path / "run", "strategy=single", "data=fashion_mnist", "data.verify=false", f"paths.data={official}",
+            "callbacks.worker_evaluation.test=false", *QUICK,
+        )
+    )  # fmt: skip
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    config = composed(tmp_path / "evaluation", f"ckpt_path={checkpoint}", "model=digits_net", name="evaluate")
+    assert set(evaluate(config, keep={"model"})) == {"test/loss", "test/accuracy"}
+    assert config.model.network.image_shape == [1, 28, 28]

@@ -213,6 +213,9 @@ SCRIPTS = {
     "examples/benchmarks/step_cost.py": Script(
         ("--parameters", "5000", "--rounds", "1", "--steps", "10"), r"parameters +method +ms_per_step +ratio"
     ),
+    "examples/benchmarks/data_loading.py": Script(
+        ("--images", "600", "--files", "8", "--rounds", "1"), r"batched +\d+ images/s"
+    ),
 }
 
 

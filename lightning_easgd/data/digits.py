@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits: real images that come inside its wheel."""
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -9,14 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from lightning_easgd.data.expected import check_expected
 from lightning_easgd.data.sampling import (
     BatchedTensors,
     check_sampling,
     evaluation_loader,
     training_loader,
 )
+from lightning_easgd.data.splits import stratified_split
 
-_SPLIT_SEED = 2015
 _VAL_FRACTION = 0.1
 _TEST_FRACTION = 0.2
 
@@ -33,13 +35,26 @@ class DigitsDataModule(L.LightningDataModule):
             has its own part of it; "dynamic": workers draw from a common pool (:class:`DynamicShare`).
         num_workers: Processes that load data in each worker; the images are in memory, so 0 is fastest.
         seed: Seed of the order in which training images are drawn.
+        num_classes: What a model is built for; 10, or an error.
+        image_shape: What a model is built for; (1, 8, 8), or an error.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is missing.
+        ValueError: If a number of classes or a shape is given that the digits do not have.
     """
 
-    def __init__(self, batch_size: int = 32, sampling: str = "full", num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        sampling: str = "full",
+        num_workers: int = 0,
+        seed: int = 0,
+        num_classes: int | None = None,
+        image_shape: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
+        self.num_classes, self.image_shape = 10, (1, 8, 8)
+        check_expected(self, num_classes, image_shape)
         if batch_size < 1:
             raise ValueError(f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more.")
         if importlib.util.find_spec("sklearn") is None:  # here, where no process has started yet
@@ -89,30 +104,6 @@ class DigitsDataModule(L.LightningDataModule):
         return evaluation_loader(
             self._splits[split], batch_size=max(self.batch_size, 256), num_workers=self.num_workers
         )
-
-
-def stratified_split(labels: NDArray[np.int64], fractions: dict[str, float], rest: str) -> dict[str, NDArray[np.int64]]:
-    """Splits the row numbers of `labels` so that each part has the same share of every class.
-
-    Args:
-        labels: The class of each row.
-        fractions: Name and share of each part but one.
-        rest: Name of the part that takes what remains.
-
-    Returns:
-        The sorted row numbers of each part.
-    """
-    generator = np.random.default_rng(_SPLIT_SEED)
-    parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in (*fractions, rest)}
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        start = 0
-        for name, fraction in fractions.items():
-            stop = start + round(fraction * len(rows))
-            parts[name].append(rows[start:stop])
-            start = stop
-        parts[rest].append(rows[start:])
-    return {name: np.sort(np.concatenate(chunks)) for name, chunks in parts.items()}
 
 
 def _load_images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -1,12 +1,13 @@
 """How the workers share a training set."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
 
 from lightning_easgd.data.dynamic_share import DynamicShare
+from lightning_easgd.data.randomness import EpochKeys
 
 Sampling: TypeAlias = Literal["full", "sharded", "dynamic"]
 
@@ -27,7 +28,7 @@ class WorkerSampler(DistributedSampler[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], rank: int, seed: int = 0) -> None:
-        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=seed + _RANK_STRIDE * rank)
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=True, seed=worker_stream(rank, seed))
 
 
 class BatchedTensors(TensorDataset):
@@ -77,10 +78,8 @@ def training_loader(
         num_workers: Processes that load data.
     """
     sampler: DistributedSampler[Any] | None = None
-    if sampling == "full":
-        sampler = WorkerSampler(dataset, rank, seed)
-    elif sampling == "dynamic":
-        sampler = DynamicShare(dataset, chunk=4 * batch_size, seed=seed)
+    if sampling != "sharded":
+        sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -92,18 +91,78 @@ def training_loader(
     )
 
 
-def evaluation_loader(dataset: BatchedTensors, *, batch_size: int, num_workers: int) -> DataLoader[Any]:
+def augmenting_loader(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    sampling: Sampling,
+    rank: int,
+    world_size: int,
+    seed: int,
+    num_workers: int,
+    collate_fn: Callable[[Any], Any],
+) -> DataLoader[Any]:
+    """Builds the shuffled loader of one worker for a data set that is indexed by :class:`EpochKeys`.
+
+    Args:
+        dataset: The training set; its samples depend on the epoch.
+        batch_size: Samples in a batch of one worker.
+        sampling: "full", "sharded" or "dynamic"; the last deals out chunks of 4 batches.
+        rank: The worker's global rank.
+        world_size: Number of workers.
+        seed: The run's seed.
+        num_workers: Processes that load data.
+        collate_fn: Makes a batch of samples.
+    """
+    sampler: DistributedSampler[Any]
+    if sampling == "sharded":
+        # Lightning's own would not say in which epoch a sample is drawn.
+        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+    else:
+        sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochKeys(sampler, len(dataset)),  # type: ignore[arg-type]  # a Dataset may have no length; these have
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=collate_fn,
+    )
+
+
+def worker_stream(rank: int, seed: int) -> int:
+    """Number of a worker's stream of random words.
+
+    Args:
+        rank: The worker's global rank.
+        seed: The run's seed.
+    """
+    return seed + _RANK_STRIDE * rank
+
+
+def _worker_sampler(
+    dataset: Dataset[Any], batch_size: int, sampling: Sampling, rank: int, seed: int
+) -> DistributedSampler[Any]:
+    if sampling == "dynamic":
+        return DynamicShare(dataset, chunk=4 * batch_size, seed=seed)
+    return WorkerSampler(dataset, rank, seed)
+
+
+def evaluation_loader(
+    dataset: Dataset[Any], *, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] = keep_batch
+) -> DataLoader[Any]:
     """Builds the loader of a whole validation or test set, in its own order.
 
     Args:
         dataset: The data to evaluate on.
         batch_size: Samples in a batch.
         num_workers: Processes that load data.
+        collate_fn: Makes a batch of samples.
     """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        collate_fn=keep_batch,
+        collate_fn=collate_fn,
     )

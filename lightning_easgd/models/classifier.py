@@ -29,6 +29,9 @@ class Classifier(L.LightningModule):
             `functools.partial(torch.optim.SGD, lr=0.1)`).
         scheduler: Called with the optimizer, returns the learning rate scheduler; stepped once per epoch.
         num_classes: Number of classes.
+
+    Raises:
+        ValueError: If the network says that it has another `num_classes`.
     """
 
     def __init__(
@@ -39,13 +42,42 @@ class Classifier(L.LightningModule):
         num_classes: int = 10,
     ) -> None:
         super().__init__()
+        if getattr(network, "num_classes", num_classes) != num_classes:
+            raise ValueError(
+                f"Classifier(num_classes={num_classes}): the network has {network.num_classes} classes; give both the "
+                "same number."
+            )
         self.network = network
+        self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
         # Micro average: the share of correct answers, whatever the classes' sizes.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.val_metrics = _evaluation_metrics(num_classes)
         self.test_metrics = _evaluation_metrics(num_classes)
+
+    def check_data(self, data: object) -> None:
+        """Compares what the network is built for with what a data module offers.
+
+        Networks and data modules that do not tell their `num_classes` or `image_shape` are not compared.
+
+        Args:
+            data: The data module, or None.
+
+        Raises:
+            ValueError: If the number of classes or the shape of the images differs.
+        """
+        for name, owner in (("num_classes", self), ("image_shape", self.network)):
+            own, offered = getattr(owner, name, None), getattr(data, name, None)
+            if own is not None and offered is not None and own != offered:
+                raise ValueError(
+                    f"Classifier({name}={own}): {type(data).__name__} has {name}={offered}; the model's value follows "
+                    f"the data's unless it is set: leave model.{name} and model.network.{name} as they are."
+                )
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Compares the network with the trainer's data module, before anything trains."""
+        self.check_data(getattr(self.trainer, "datamodule", None))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Returns the logits of `inputs`."""
