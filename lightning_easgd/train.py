@@ -192,13 +192,27 @@ def _record(config: DictConfig, run: Path) -> None:
     """Writes what the run was made from: the resolved configuration and the versions."""
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    lines = machine()
     for package in _PACKAGES:
         try:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # run from a clone that is not installed
             lines.append(f"{package} unknown")
     (run / VERSIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def machine() -> list[str]:
+    """Says what this machine is, one fact a line: Python, system, processor, usable cores, GPUs."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(encoding="utf-8") if information.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return [
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        f"processor {models[0] if models else platform.machine()}",
+        f"cores {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        *(f"gpu {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())),
+    ]
 
 
 def _conclude(config: DictConfig, run: Path) -> None:
