@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -136,6 +137,10 @@ class PostLocalSGDStrategy(DDPStrategy):
             self._steps = 0
             self._fitting = True
             trainer.callbacks.insert(0, _MeanFirst())  # type: ignore[attr-defined]
+
+    @override
+    def _enable_model_averaging(self) -> None:
+        self._model_averager = PeriodicModelAverager(period=self.tau, warmup_steps=self.warmup_steps)
 
     @override
     def _register_ddp_hooks(self) -> None:
