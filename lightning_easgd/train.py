@@ -17,7 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_easgd import plots, report
 from lightning_easgd.command_errors import UsageError, run_command, usage_errors
@@ -191,7 +191,7 @@ def _check_optimizer(config: DictConfig, strategy: object) -> None:
 def _record(config: DictConfig, run: Path) -> None:
     """Writes what the run was made from: the resolved configuration and the versions."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(_portable(config), resolve=True), encoding="utf-8")
     lines = machine()
     for package in _PACKAGES:
         try:
@@ -199,6 +199,19 @@ def _record(config: DictConfig, run: Path) -> None:
         except PackageNotFoundError:  # run from a clone that is not installed
             lines.append(f"{package} unknown")
     (run / VERSIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _portable(config: DictConfig) -> DictConfig:
+    """A copy in which the data's place, if it comes from the environment, resolves to what the environment is asked.
+
+    Where the data lie is a fact of this machine and not of the run.
+    """
+    copy: DictConfig = config.copy()
+    place = OmegaConf.to_container(config.paths, resolve=False)["data"]  # type: ignore[call-overload, index]
+    if isinstance(place, str) and place.startswith("${oc.env:"):
+        with open_dict(copy):
+            copy.paths.data = "\\" + place  # an escaped interpolation is text
+    return copy
 
 
 def machine() -> list[str]:

@@ -124,7 +124,7 @@ def test_what_the_grid_sets_cannot_be_overridden(tmp_path, override):
 def test_every_run_of_every_experiment_instantiates(tmp_path, experiment):
     every = planned(comparison(tmp_path, f"experiment={experiment}"), [f"experiment={experiment}"])
     assert len({cell.name for cell in every}) == len(every)
-    for cell in {(cell.label, cell.workers): cell for cell in every}.values():
+    for cell in {cell.label: cell for cell in every}.values():
         config = composed(tmp_path, *cell.overrides, "callbacks=compare", "logger=csv", "trainer.accelerator=cpu")
         assert build_trainer(config).world_size == cell.workers
         build_model(config).configure_optimizers()
@@ -455,13 +455,13 @@ def test_the_quick_experiment(tmp_path):
 @pytest.mark.slow
 def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
     done = command(
-        "compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,sgd_bad]",
-        "grid.methods={msgd:{lr:[0.1]},sgd_bad:{method:sgd,lr:[0.1],overrides:['data.sampling=half']}}", cwd=tmp_path,
+        "compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
+        "+grid.methods.bad={method:sgd,lr:[0.1],overrides:['data.sampling=half']}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "[2/2] sgd_bad-p1-lr0.1-seed0 ... DigitsDataModule(sampling='half')" in done.stdout
+    assert "[2/2] bad-p1-lr0.1-seed0 ... DigitsDataModule(sampling='half')" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("easgd-compare: 1 run(s) failed")
-    assert (tmp_path / "d" / "fast_dev_run" / "runs" / "msgd-p1-lr0.1-seed0" / CURVE_FILE).exists()
+    assert (tmp_path / "d" / "fast_dev_run" / "runs" / "msgd-p1-lr0.05-seed0" / CURVE_FILE).exists()
 
 
 def test_sigterm_ends_the_run_under_way(tmp_path):

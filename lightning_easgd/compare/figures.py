@@ -20,6 +20,10 @@ _AXES = {
     "bytes_sent": ("error_by_bytes.png", "megabytes sent by a worker"),
 }
 _TIMES_FIGURE = "time_to_error.png"
+_MANY_COLORS = (
+    "black", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray",
+    "tab:olive", "tab:cyan", "navy", "gold", "lime", "darkred", "indigo", "sienna", "hotpink", "teal", "silver",
+)  # fmt: skip
 _INCHES = (4.6, 3.6)
 _IN_A_ROW = 4
 
@@ -97,7 +101,11 @@ def _of(panel: Panel, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 def _colors(labels: Sequence[str]) -> dict[str, str]:
     """The same color for a method in every panel and figure."""
-    return {label: f"C{index}" for index, label in enumerate(dict.fromkeys(labels))}
+    names = list(dict.fromkeys(labels))
+    # Matplotlib's cycle has ten colors, which more methods would share.
+    if len(names) <= 10:
+        return {label: f"C{index}" for index, label in enumerate(names)}
+    return {label: _MANY_COLORS[index % len(_MANY_COLORS)] for index, label in enumerate(names)}
 
 
 def _figure(count: int) -> tuple["Figure", list["Axes"]]:

@@ -129,6 +129,7 @@ def run(directory: Path, cell: Cell, timeout: float, lock: IO[str]) -> Ending:
 
 def _supervise(command: list[str], output: Path, timeout: float, lock: IO[str]) -> str | None:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ  # more threads in each worker only fight over the cores
+    environment.pop("HYDRA_FULL_ERROR", None)  # set around this command; a run would answer errors with a traceback
     with output.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
