@@ -109,7 +109,7 @@ class ElasticMonitor(Callback):
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
             header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited", "staleness"]
-            _write_csv(self._path(trainer), header, [])
+            write_csv(self._path(trainer), header, [])
 
     def on_train_batch_end(
         self,
@@ -157,9 +157,9 @@ class ElasticMonitor(Callback):
         gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
         steps = trainer.global_step - self._first_step
         ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
-        totals = _gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
+        totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
-            _write_csv(
+            write_csv(
                 Path(self.directory) / COMMUNICATION_FILE,
                 ["rank", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
                 ([rank, *map(int, row[:-1]), row[-1]] for rank, row in enumerate(totals)),
@@ -232,7 +232,7 @@ class WorkerEvaluation(Callback):
         if isinstance(strategy, ElasticStrategy):
             with strategy.center_weights():
                 model = self._total(trainer, module, batches[rank::world])
-        gathered = _gather(trainer, [*worker, *model])
+        gathered = gather(trainer, [*worker, *model])
         model_sum, model_count = sum(row[2] for row in gathered), sum(row[3] for row in gathered)
         scores = {"center": model_sum / model_count}
         scores |= {f"worker_{i}": row[0] / row[1] for i, row in enumerate(gathered)}
@@ -280,7 +280,7 @@ class WorkerEvaluation(Callback):
             )
         self._rows += [[stage, trainer.global_step, name, value] for name, value in scores.items()]
         if self.directory is not None:
-            _write_csv(Path(self.directory) / ACCURACY_FILE, ["stage", "step", "weights", "accuracy"], self._rows)
+            write_csv(Path(self.directory) / ACCURACY_FILE, ["stage", "step", "weights", "accuracy"], self._rows)
 
 
 class TimeSplit(Callback):
@@ -350,10 +350,10 @@ class TimeSplit(Callback):
         total = self._stop.clock - self._start.clock
         rest = total - self._compute - self._data - communication
         names = ["compute", "data", "communication", "rest", "total"]
-        rows = _gather(trainer, [self._compute, self._data, communication, rest, total])
+        rows = gather(trainer, [self._compute, self._data, communication, rest, total])
         self.seconds = [dict(zip(names, row, strict=True)) for row in rows]
         if trainer.is_global_zero and self.directory is not None:
-            _write_csv(
+            write_csv(
                 Path(self.directory) / TIME_FILE,
                 ["rank", *names],
                 ([rank, *row] for rank, row in enumerate(rows)),
@@ -395,8 +395,13 @@ def _own_weights(strategy: object) -> AbstractContextManager[Any]:
     return strategy.worker_weights() if isinstance(strategy, ElasticStrategy) else nullcontext()
 
 
-def _gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
-    """Returns the numbers of every rank, in order; all ranks have to call it."""
+def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
+    """Returns the numbers of every rank, in order; all ranks have to call it.
+
+    Args:
+        trainer: The trainer.
+        values: As many on every rank; they travel as float64.
+    """
     # float64 holds counts of bytes exactly up to 2**53.
     rows = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
     rows[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
@@ -404,7 +409,14 @@ def _gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
     return reduced
 
 
-def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file with a header, and the folders above it.
+
+    Args:
+        path: The file.
+        header: Names of the columns.
+        rows: The values.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

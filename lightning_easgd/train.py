@@ -17,7 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_easgd import plots, report
 from lightning_easgd.command_errors import UsageError, run_command, usage_errors
@@ -191,14 +191,41 @@ def _check_optimizer(config: DictConfig, strategy: object) -> None:
 def _record(config: DictConfig, run: Path) -> None:
     """Writes what the run was made from: the resolved configuration and the versions."""
     run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(_portable(config), resolve=True), encoding="utf-8")
+    lines = machine()
     for package in _PACKAGES:
         try:
             lines.append(f"{package} {version(package)}")
         except PackageNotFoundError:  # run from a clone that is not installed
             lines.append(f"{package} unknown")
     (run / VERSIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _portable(config: DictConfig) -> DictConfig:
+    """A copy in which the data's place, if it comes from the environment, resolves to what the environment is asked.
+
+    Where the data lie is a fact of this machine and not of the run.
+    """
+    copy: DictConfig = config.copy()
+    place = OmegaConf.to_container(config.paths, resolve=False)["data"]  # type: ignore[call-overload, index]
+    if isinstance(place, str) and place.startswith("${oc.env:"):
+        with open_dict(copy):
+            copy.paths.data = "\\" + place  # an escaped interpolation is text
+    return copy
+
+
+def machine() -> list[str]:
+    """Says what this machine is, one fact a line: Python, system, processor, usable cores, GPUs."""
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(encoding="utf-8") if information.exists() else ""
+    models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return [
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        f"processor {models[0] if models else platform.machine()}",
+        f"cores {len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        *(f"gpu {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())),
+    ]
 
 
 def _conclude(config: DictConfig, run: Path) -> None:

@@ -31,6 +31,31 @@ QUICK = (
 )
 
 
+def available(option: str) -> bool:
+    """Whether an experiment's data and model are there."""
+    config = OmegaConf.load(CONF / "experiment" / f"{option}.yaml")
+    nested = [entry for entry in config.get("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    chosen = {
+        key.removeprefix("override /"): value
+        for entry in config.get("defaults", [])
+        if not isinstance(entry, str)
+        for key, value in entry.items()
+    }
+    return all((CONF / group / f"{value}.yaml").exists() for group, value in chosen.items()) and all(
+        map(available, nested)
+    )
+
+
+EXPERIMENTS = [
+    pytest.param(name, marks=[] if available(name) else pytest.mark.skip("its data or model is not here yet"))
+    for name in options("experiment")
+]
+# Experiments with a grid are run by easgd-compare, in test_compare.py.
+SINGLE_RUNS = [
+    name for name in options("experiment") if "grid" not in OmegaConf.load(CONF / "experiment" / f"{name}.yaml")
+]
+
+
 def keyword_arguments(function) -> set[str]:
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds} - {"self"}
@@ -54,7 +79,13 @@ def test_every_combination_instantiates(tmp_path, strategy, optimizer, scheduler
     assert isinstance(configured, dict) == (scheduler != "none")
 
 
-@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        *((group, option) for group in GROUPS if group != "experiment" for option in options(group)),
+        *(pytest.param("experiment", *experiment.values, marks=experiment.marks) for experiment in EXPERIMENTS),
+    ],
+)
 def test_every_option_composes_without_missing_values(tmp_path, group, option):
     overrides = [] if group == "hydra" else [f"{group}={option}"]
     config = composed(tmp_path, *overrides)
@@ -228,7 +259,7 @@ def test_tau_of_a_strategy_without_one_is_left_out(tmp_path, name):
 def test_every_option_of_one_process_runs(tmp_path, override):
     config = composed(tmp_path, "strategy=single", override, *QUICK)
     accuracy = train(config)
-    assert (accuracy is None) == (override == "callbacks=none")
+    assert (accuracy is None) == (override in ("callbacks=none", "callbacks=compare"))
     assert (tmp_path / "metrics.csv").exists() == (override != "logger=none")
 
 
@@ -283,7 +314,7 @@ def test_every_strategy_runs(tmp_path, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("experiment", SINGLE_RUNS)
 def test_every_experiment_runs(tmp_path, experiment):
     done = command("train", f"experiment={experiment}", "trainer.devices=2", *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

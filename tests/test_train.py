@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from application import command, only_run
+from application import command, composed, only_run
 from omegaconf import OmegaConf
 
 from lightning_easgd import evaluate, train
@@ -206,3 +206,14 @@ def test_evaluate_needs_a_checkpoint(monkeypatch, tmp_path):
     assert "easgd-evaluate(ckpt_path=null)" in refusal(monkeypatch, tmp_path, evaluate.main)
     sentence = refusal(monkeypatch, tmp_path, evaluate.main, "ckpt_path=nowhere.ckpt")
     assert sentence == "easgd-evaluate(ckpt_path=nowhere.ckpt): there is no such file; check the path"
+
+
+@pytest.mark.parametrize("place", [None, "elsewhere"])
+def test_the_recorded_configuration_names_the_datas_place_only_if_it_was_given(tmp_path, monkeypatch, place):
+    monkeypatch.setenv("EASGD_DATA", "/of/this/machine")
+    given = [] if place is None else [f"paths.data={place}"]
+    train._record(composed(tmp_path, *given), tmp_path)
+    assert "/of/this/machine" not in (tmp_path / "config.yaml").read_text()
+    loaded = OmegaConf.load(tmp_path / "config.yaml")
+    monkeypatch.setenv("EASGD_DATA", "/of/another")
+    assert loaded.paths.data == (place or "/of/another")
