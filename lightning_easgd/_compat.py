@@ -6,7 +6,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-__all__ = ["communicates_at_epoch_end", "free_running", "request_stop"]
+__all__ = ["communicates_at_epoch_end", "free_running", "reads_the_clock", "request_stop"]
 
 
 def free_running(trainer: Any, on_sigterm: Callable[[], None]) -> Callable[[], None]:
@@ -64,3 +64,8 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
         or trainer.early_stopping_callbacks
         or any(result.meta.on_epoch and (result.meta.sync.should or not result.is_tensor) for result in logged)
     )
+
+
+def reads_the_clock(callback: Any) -> bool:
+    """Whether a callback asks all ranks for the time after every batch: a timer, or a checkpoint that follows one."""
+    return type(callback).__name__ == "Timer" or getattr(callback, "_train_time_interval", None) is not None

@@ -140,9 +140,10 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
+        assert self.process_group_backend is not None
         return SynchronousAveraging(
             control=ProcessGroupChannel("gloo", self._timeout),
-            data=ProcessGroupChannel(self._get_process_group_backend(), self._timeout),
+            data=ProcessGroupChannel(self.process_group_backend, self._timeout),
             tau=self.tau,
             rates=self.rates,
             position=position,

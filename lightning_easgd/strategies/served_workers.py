@@ -6,6 +6,7 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lightning_easgd._compat import reads_the_clock
 from lightning_easgd.averagers import (
     Averaging,
     ContinueOnLoss,
@@ -60,8 +61,7 @@ class ServedWorkers(CenterWorkers):
         super().setup(trainer)
         if trainer.state.fn == "fit" and self.is_served:
             for callback in trainer.callbacks:
-                timed = getattr(callback, "_train_time_interval", None) is not None
-                if type(callback).__name__ == "Timer" or timed:
+                if reads_the_clock(callback):
                     rank_zero_warn(
                         f"{type(self).__name__}: {type(callback).__name__} asks all ranks for the time after every"
                         " batch, so that they run in step; leave out max_time and train_time_interval."

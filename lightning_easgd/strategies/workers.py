@@ -71,7 +71,7 @@ class LocalWorkers(_Base):
 
     def _configure_launcher(self) -> None:
         for device in self.parallel_devices or ():
-            if torch.device(device).type == "mps":
+            if str(device).partition(":")[0] == "mps":  # a third party's accelerator may have any objects for devices
                 raise ValueError(
                     f"{type(self).__name__}(parallel_devices=[{device}]): torch.distributed has no backend for MPS;"
                     " use Trainer(accelerator='cpu')."
