@@ -33,6 +33,8 @@ class CenterWorkers(LocalWorkers):
     _callback_class: ClassVar[type["CenterHooks"]]
     _stop_exception: ClassVar[type[BaseException]]
 
+    tau: int
+
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         if evaluate not in ("center", "worker"):
@@ -215,6 +217,7 @@ class CenterWorkers(LocalWorkers):
         super().on_train_end()
         if not self._training:
             return
+        self._warn_without_exchange()
         self._meet(Meeting.TRAINING_END)
         self._show_center()
         self._training = False
@@ -253,6 +256,15 @@ class CenterWorkers(LocalWorkers):
             super().teardown()
 
     # The parts of the above
+
+    def _warn_without_exchange(self) -> None:
+        steps = max((averager.clock for averager in self._averagers), default=0)
+        if steps and not self._statistics.exchanges and not self._trainer.fast_dev_run:
+            rank_zero_warn(
+                f"{type(self).__name__}(tau={self.tau}): this fit ended after {steps} optimizer steps, before the first"
+                " exchange, so that the center, which the module holds now, is still where training began; make more"
+                f" than {self.tau} steps, or lower tau."
+            )
 
     def _leave(self) -> None:
         if self._shown is None:
