@@ -123,7 +123,8 @@ def test_sigterm_on_any_rank_ends_all_cleanly_at_the_same_step(rank, batch, step
     "built_in",
     [False, pytest.param(True, marks=pytest.mark.skipif(NO_SAVE_ON_EXCEPTION, reason="not in this Lightning"))],
 )
-@pytest.mark.filterwarnings("ignore:.*(fit.ckpt_path=None|no last checkpoint)")  # OnExceptionCheckpoint looks for an earlier one
+# OnExceptionCheckpoint makes fit look for an earlier one.
+@pytest.mark.filterwarnings("ignore:.*(fit.ckpt_path=None|no last checkpoint)")
 def test_an_error_checkpoint_is_written_without_the_others(tmp_path, built_in):
     saver = ModelCheckpoint(tmp_path, save_on_exception=True) if built_in else OnExceptionCheckpoint(tmp_path)
 
