@@ -6,14 +6,20 @@ STAMP := $(VENV)/.installed
 # Workers are processes: more threads in each only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help train test lint clean
+# The oldest Lightning that pyproject.toml admits; it needs older versions of some that constraints.txt pins.
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
+OLDEST_LIGHTNING := 2.5.0
+
+.PHONY: help train test test-oldest lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
 	@echo 'make test    lint, types, all tests'
+	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
 	@echo 'make lint    lint and types only'
-	@echo 'make clean   remove what was built (.venv too); runs in outputs/ stay'
+	@echo 'make clean   remove what was built (.venv* too); runs in outputs/ stay'
 
 # The stamp is newer than what it was installed from, so a second run starts at once.
 $(STAMP): pyproject.toml constraints.txt
@@ -34,6 +40,16 @@ lint: $(STAMP)
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
+$(OLDEST_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -vE '^(lightning|pytorch-lightning|fsspec|packaging|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
+		lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) --editable '.[dev]'
+	@touch $@
+
+test-oldest: $(OLDEST_STAMP)
+	$(OLDEST)/bin/python -m pytest $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lightning_easgd conf tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -18,7 +18,7 @@ from reference import synchronous_trace
 from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM
 from test_faults import Terminate, Uneven, fail
 from test_strategy import Adversarial, Watched, arrays, equal
-from toys import Quadratic, Regression, fitted
+from toys import BROADCASTS, Quadratic, Regression, fitted
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import serving
@@ -144,9 +144,10 @@ def seconds(pause, free=True):
 def test_a_slow_rank_does_not_slow_the_other():
     together = run_ranks(seconds, 2, 0.003)[0]
     beside_slow = run_ranks(seconds, 2, 0.02)[0]
-    locked = run_ranks(seconds, 2, 0.02, False)[0]
     assert beside_slow < 1.25 * together
-    assert locked > 2 * together  # Lightning's broadcast before every batch
+    if BROADCASTS:
+        locked = run_ranks(seconds, 2, 0.02, False)[0]
+        assert locked > 2 * together
 
 
 @pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async", tau=2), DownpourStrategy(tau=2)])

@@ -1,5 +1,6 @@
 """Killed, failing, frozen, slow and early ranks: every process ends, and nobody hangs."""
 
+import inspect
 import os
 import signal
 import threading
@@ -8,7 +9,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from ranks import end_ranks, run_ranks
 from torch.utils.data import DataLoader, IterableDataset
 from toys import Quadratic, Regression, fitted
@@ -17,6 +18,7 @@ from lightning_easgd import EASGDStrategy
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT = timedelta(seconds=6)
+NO_SAVE_ON_EXCEPTION = "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters
 
 
 class At(Callback):
@@ -117,8 +119,14 @@ def test_sigterm_on_any_rank_ends_all_cleanly_at_the_same_step(rank, batch, step
     assert first[2] == second[2]  # the center
 
 
-def test_an_error_checkpoint_is_written_without_the_others(tmp_path):
-    saver = ModelCheckpoint(tmp_path, save_on_exception=True)
+@pytest.mark.parametrize(
+    "built_in",
+    [False, pytest.param(True, marks=pytest.mark.skipif(NO_SAVE_ON_EXCEPTION, reason="not in this Lightning"))],
+)
+# OnExceptionCheckpoint makes fit look for an earlier one.
+@pytest.mark.filterwarnings("ignore:.*(fit.ckpt_path=None|no last checkpoint)")
+def test_an_error_checkpoint_is_written_without_the_others(tmp_path, built_in):
+    saver = ModelCheckpoint(tmp_path, save_on_exception=True) if built_in else OnExceptionCheckpoint(tmp_path)
 
     def run():
         train([At(0, 9, fail), saver], enable_checkpointing=True)

@@ -4,8 +4,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+
+BROADCASTS = hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
+"""Whether this Lightning broadcasts before every batch, as it does since 2.5.2."""
 
 MINIMA = (1.0, -3.0, 2.0, 0.5)
 

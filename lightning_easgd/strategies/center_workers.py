@@ -42,6 +42,8 @@ class CenterWorkers(CenterReadings, LocalWorkers):
     _callback_class: ClassVar[type["CenterHooks"]]
     _stop_exception: ClassVar[type[BaseException]]
 
+    tau: int
+
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         if evaluate not in ("center", "worker"):
@@ -222,6 +224,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         """Let all ranks finish, and leave the center in the module, or what callbacks want there, the same on all."""
         super().on_train_end()
         if self._training:
+            self._warn_without_exchange()
             self._meet(Meeting.TRAINING_END)
             if not self._replaced:
                 self._show_center()
@@ -265,6 +268,15 @@ class CenterWorkers(CenterReadings, LocalWorkers):
             super().teardown()
 
     # The parts of the above
+
+    def _warn_without_exchange(self) -> None:
+        steps = max((averager.clock for averager in self._averagers), default=0)
+        if steps and not self._statistics.exchanges and not self._trainer.fast_dev_run:
+            rank_zero_warn(
+                f"{type(self).__name__}(tau={self.tau}): this fit ended after {steps} optimizer steps, before the first"
+                " exchange, so that the center, which the module holds now, is still where training began; make more"
+                f" than {self.tau} steps, or lower tau."
+            )
 
     def _leave(self) -> None:
         if self._shown is None:

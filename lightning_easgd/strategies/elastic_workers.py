@@ -161,7 +161,8 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
-        backend = "gloo" if self.center_device == "cpu" else self._get_process_group_backend()
+        backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
+        assert backend is not None
         return SynchronousAveraging(
             control=ProcessGroupChannel("gloo", self._timeout),
             data=ProcessGroupChannel(backend, self._timeout),

@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         @property
         def node_rank(self) -> int: ...
         def _configure_launcher(self) -> None: ...
-        def _get_process_group_backend(self) -> str: ...
+        @property
+        def process_group_backend(self) -> str | None: ...
 else:
     _Base = object
 
@@ -101,7 +102,7 @@ class WorkerProcesses(_Base):
     def _configure_launcher(self) -> None:
         check_tree(self)
         for device in self.parallel_devices or ():
-            if torch.device(device).type == "mps":
+            if str(device).partition(":")[0] == "mps":  # a third party's accelerator may have any objects for devices
                 raise ValueError(
                     f"{type(self).__name__}(parallel_devices=[{device}]): torch.distributed has no backend for MPS;"
                     " use Trainer(accelerator='cpu')."
