@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
+from lightning_easgd._compat import saves_in_epoch
 from lightning_easgd.downpour import polyak_rate, running_average_
 
 __all__ = ["IterateAverage"]
@@ -59,7 +60,7 @@ class IterateAverage(Callback):
                 f" {trainer.world_size} processes; use DownpourStrategy(average=...), or devices=1."
             )
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only and callback._every_n_train_steps:
+            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only and saves_in_epoch(callback):
                 raise TypeError(  # Lightning asks no callback about such a checkpoint
                     "IterateAverage with ModelCheckpoint(save_weights_only=True, every_n_train_steps=...): it would"
                     " save the iterate; save at validations, or with save_weights_only=False."

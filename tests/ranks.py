@@ -60,7 +60,7 @@ def end_ranks(
             for process in processes:
                 process.join(max(0.1, deadline - time.monotonic()))
             hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            assert not hanging, f"ranks {hanging} hang: still running after {timeout} s"
+            assert not hanging, f"ranks {hanging} hang: still running after {timeout} s\n{_errors(folder)}"
         finally:
             for process in processes:
                 process.kill()
@@ -73,6 +73,12 @@ def end_ranks(
                 outcome.value, outcome.error = pickle.loads(result.read_bytes())
             outcomes.append(outcome)
         return outcomes
+
+
+def _errors(folder: str) -> str:
+    """What the ranks that have ended raised."""
+    results = [pickle.loads(path.read_bytes()) for path in Path(folder).iterdir() if not path.suffix]
+    return "\n".join(error for _, error in results if error)
 
 
 def free_port() -> int:

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint",
     "ignore:Checkpoint directory",
     "ignore:Be aware that when using `ckpt_path`",
+    r"ignore:.*called without a model",  # with OnExceptionCheckpoint, which resumes by itself
+    r'ignore:.*ckpt_path="last". is set',
 )
 
 
@@ -153,7 +155,7 @@ def test_another_number_of_workers_starts_at_the_center_and_says_so(
     center = torch.load(file, weights_only=True)["state_dict"]
     expected = numbers(center[name] for name, _ in Regression().named_parameters())
     resumed = run_ranks(lambda: started(file, 3, strategy(tau=3)), 3)
-    assert [start for start, _, _ in resumed] == [start for _, start, _ in resumed] == [expected] * 3
+    assert [start for start, _, _ in resumed] == [expected] * 3  # an asynchronous center may have moved on already
     assert "saved by 2 workers, and now there are 3" in resumed[0][2]
 
 
