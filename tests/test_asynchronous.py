@@ -61,6 +61,36 @@ def test_golden_traces_in_round_robin_order(strategy, rows):
     assert np.column_stack([first[:, 0], second[:, 0], second[:, 1]]) == pytest.approx(np.array(rows), abs=2e-6)
 
 
+class Gradients(Quadratic):
+    """Records where each gradient is taken; by hand, it is taken before the strategy knows of the step."""
+
+    def __init__(self, by_hand):
+        super().__init__(steps=7, record=False)
+        self.automatic_optimization = not by_hand
+        self.points = []
+
+    def training_step(self, batch, index):
+        self.points.append(self.x.item())
+        loss = super().training_step(batch, index)
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+
+@pytest.mark.parametrize("average", [None, "polyak"])
+def test_downpour_takes_gradients_at_the_new_point_also_in_manual_optimization(average):
+    def train(by_hand):
+        module = Gradients(by_hand)
+        return fitted(module, DownpourStrategy(order="round_robin", tau=2, average=average), 2).points
+
+    automatic, by_hand = run_ranks(train, 2, False), run_ranks(train, 2, True)
+    assert by_hand == automatic
+    assert automatic[1][2] != pytest.approx(automatic[1][1] - 0.1 * (automatic[1][1] + 3))  # the center came between
+
+
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, None), (0.3, 0.7), (0.0, None)])
 @pytest.mark.parametrize("tau", [1, 3])
 def test_one_worker_is_the_recursion(tau, alpha, beta):

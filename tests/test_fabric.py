@@ -308,6 +308,30 @@ def test_processes_end_without_finalize(mode):
     run_ranks(run, 2, timeout=40)
 
 
+def test_downpour_takes_gradients_at_the_new_point_without_a_closure_too():
+    def points(closure):
+        fabric = launched(DownpourStrategy(order="round_robin", tau=2))
+        point = Point(fabric.global_rank)
+        model, optimizer = fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1))
+        seen = []
+
+        def gradient():
+            seen.append(point.x.item())
+            optimizer.zero_grad()
+            fabric.backward(model())
+
+        for _ in range(7):
+            if closure:
+                optimizer.step(gradient)
+            else:
+                gradient()
+                optimizer.step()
+        fabric.strategy.finalize()
+        return seen
+
+    assert run_ranks(points, 2, False) == run_ranks(points, 2, True)
+
+
 def test_refusals():
     with pytest.raises(ValueError, match=r"evaluate='worker'\): Fabric has no validation"):
         EASGDStrategy(evaluate="worker")
@@ -317,9 +341,7 @@ def test_refusals():
     def run():
         fabric = launched(DownpourStrategy(), 1)
         point = Point()
-        _, optimizer = fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1))
-        with pytest.raises(TypeError, match=r"optimizer\.step\(closure\)"):
-            optimizer.step()
+        fabric.setup(point, torch.optim.SGD(point.parameters(), lr=0.1))
         with pytest.raises(ValueError, match="this module has no center"), fabric.strategy.center_weights(network(0)):
             pass
 

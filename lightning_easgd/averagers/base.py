@@ -37,6 +37,9 @@ class Averager(ABC):
     def finish(self) -> None:
         """After an optimizer step: finish what the worker needs of the exchange, and count the step."""
 
+    def look_ahead(self) -> None:  # noqa: B027 - an elastic exchange may begin when the gradient has been taken
+        """After :meth:`finish`, where the next gradient is taken before :meth:`begin`: do what must precede it."""
+
     @abstractmethod
     def complete(self) -> None:
         """Wait for the exchange under way, if any, and apply it."""

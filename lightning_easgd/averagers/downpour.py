@@ -20,7 +20,8 @@ class DownpourAverager(ServedAverager):
 
     whenever τ divides the worker's own clock, where :math:`v^i` is what the optimizer has added to :math:`x^i` since.
     The next gradient is taken at the new :math:`x^i`, so that the worker waits for the center in :meth:`begin`:
-    unlike an elastic exchange this one cannot be hidden behind the gradient.
+    unlike an elastic exchange this one cannot be hidden behind the gradient. Where the gradient is taken before
+    :meth:`begin` is called, :meth:`look_ahead` makes the exchange right after the step before.
 
     Args:
         optimizer: As for :class:`ServedAverager`.
@@ -32,12 +33,14 @@ class DownpourAverager(ServedAverager):
     def __init__(self, optimizer: Optimizer, part: CenterPart, *, layout: FlatTensors, **keywords: Any) -> None:
         super().__init__(optimizer, part, layout=layout, **keywords)
         self._taken_over = layout.flat.clone()
+        self._exchanged_at = 0
 
     @override
     @torch.no_grad()
     def begin(self) -> None:
-        if not self._is_due():
+        if not self._is_due() or self._exchanged_at == self.clock:
             return
+        self._exchanged_at = self.clock
         self._wire.load_(self.parameters)
         self._wire.flat.sub_(self._taken_over)
         self._distance = torch.linalg.vector_norm(self._wire.flat)
@@ -49,6 +52,10 @@ class DownpourAverager(ServedAverager):
         self.clock += 1
 
     @override
+    def look_ahead(self) -> None:
+        self.begin()
+
+    @override
     @torch.no_grad()
     def start_at_center(self) -> None:
         super().start_at_center()
@@ -57,12 +64,13 @@ class DownpourAverager(ServedAverager):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"taken_over": self._taken_over}
+        return super().state_dict() | {"taken_over": self._taken_over, "exchanged_at": self._exchanged_at}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._taken_over.copy_(state["taken_over"])
+        self._exchanged_at = state["exchanged_at"]
 
     @override
     def _apply(self) -> None:

@@ -171,6 +171,8 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         averager.begin()
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         averager.finish()
+        if not self._trainer.lightning_module.automatic_optimization:
+            averager.look_ahead()
         self._stop_if_agreed()
         return output
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
-__all__ = ["FabricCenterWorkers", "FabricClosureWorkers", "FabricWorkers"]
+__all__ = ["FabricCenterWorkers", "FabricWorkers"]
 
 
 class FabricWorkers(WorkerProcesses, _Base):
@@ -173,6 +173,8 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         averager.begin()
         output = super().optimizer_step(optimizer, **kwargs)
         averager.finish()
+        if "closure" not in kwargs:
+            averager.look_ahead()
         return output
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
@@ -283,23 +285,6 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             shown, self._shown = self._shown, None
             if shown is not None:
                 shown.show_worker()
-
-
-class FabricClosureWorkers(FabricCenterWorkers):
-    """Workers that exchange before the gradient is taken, and so have to know when that is."""
-
-    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
-        """Make one step of the worker; the closure takes the gradient, after the exchange.
-
-        Raises:
-            TypeError: If there is no closure.
-        """
-        if "closure" not in kwargs:
-            raise TypeError(
-                f"{type(self).__name__}: optimizer.step() without a closure; the worker takes over the center before"
-                " its gradient is taken, so give optimizer.step(closure) a function that computes loss and gradient."
-            )
-        return super().optimizer_step(optimizer, **kwargs)
 
 
 class _NoBackwardSync:

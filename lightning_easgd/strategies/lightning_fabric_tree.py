@@ -8,7 +8,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_easgd.registration import register
 from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
-from lightning_easgd.strategies.fabric_workers import FabricCenterWorkers, FabricClosureWorkers, FabricWorkers
+from lightning_easgd.strategies.fabric_workers import FabricCenterWorkers, FabricWorkers
 
 __all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
 
@@ -24,7 +24,7 @@ class EASGDStrategy(ElasticWorkers, FabricCenterWorkers, DDPStrategy):  # noqa: 
 
 
 @final
-class DownpourStrategy(DownpourWorkers, FabricClosureWorkers, DDPStrategy):  # noqa: D101
+class DownpourStrategy(DownpourWorkers, DDPStrategy):  # noqa: D101
     __doc__ = DownpourWorkers.__doc__
 
 
