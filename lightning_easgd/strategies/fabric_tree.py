@@ -24,7 +24,7 @@ class EASGDStrategy(ElasticWorkers, FabricCenterWorkers, DDPStrategy):  # noqa: 
 
 
 @final
-class DownpourStrategy(DownpourWorkers, DDPStrategy):  # noqa: D101
+class DownpourStrategy(DownpourWorkers, FabricCenterWorkers, DDPStrategy):  # noqa: D101
     __doc__ = DownpourWorkers.__doc__
 
 
