@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
+from lightning_easgd.callbacks import CURVE_FILE, LearningCurve
 from lightning_easgd.command_errors import UsageError
 from lightning_easgd.compare import plot_command, runs
 from lightning_easgd.compare.command import compare, planned
@@ -24,7 +25,6 @@ from lightning_easgd.compare.curves import Panel, mean_curves, panels
 from lightning_easgd.compare.grid import cells
 from lightning_easgd.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
 from lightning_easgd.compare.tables import write_tables
-from lightning_easgd.learning_curve import CURVE_FILE, LearningCurve
 from lightning_easgd.train import build_model, build_trainer
 
 pytestmark = pytest.mark.timeout(120)

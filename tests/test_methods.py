@@ -15,7 +15,7 @@ from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM, SYNCHRONOUS
 from toys import MINIMA, Quadratic, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
-from lightning_easgd.iterate_average import IterateAverage
+from lightning_easgd.callbacks import IterateAverage
 from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
 from lightning_easgd.train import build_strategy, build_trainer
 

@@ -17,9 +17,8 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from lightning_easgd.callbacks import TIME_FILE, write_csv
+from lightning_easgd.callbacks import CURVE_FILE, TIME_FILE, write_csv
 from lightning_easgd.compare.runs import CELL_FILE, RUNS
-from lightning_easgd.learning_curve import CURVE_FILE
 from lightning_easgd.report import read_rows
 
 __all__ = ["CELLS", "CURVES", "FAILURES", "SELECTION", "TIMES", "collect"]

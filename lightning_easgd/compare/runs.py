@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lightning_easgd.callbacks import CURVE_FILE
 from lightning_easgd.command_errors import UsageError
 from lightning_easgd.compare.grid import COMMAND, Cell
-from lightning_easgd.learning_curve import CURVE_FILE
 
 __all__ = ["CELL_FILE", "FAILED", "OUTPUT_FILE", "RUNS", "is_finished", "only_one", "run"]
 

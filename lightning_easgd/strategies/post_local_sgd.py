@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.averagers import Statistics
-from lightning_easgd.callbacks import ddp_bytes
+from lightning_easgd.callbacks.recording import ddp_bytes
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import check_period
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_easgd.callbacks import ElasticStrategy, ddp_bytes, gather, write_csv
+from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
 from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["CURVE_FILE", "LearningCurve"]

@@ -1,0 +1,129 @@
+"""The elastic distances and the communication of a run."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_easgd.callbacks.recording import (
+    ElasticStrategy,
+    ddp_bytes,
+    gather,
+    write_csv,
+)
+
+__all__ = ["COMMUNICATION_FILE", "ELASTIC_DIRECTORY", "ElasticMonitor"]
+
+COMMUNICATION_FILE = "communication.csv"
+ELASTIC_DIRECTORY = "elastic"
+
+
+class ElasticMonitor(Callback):
+    """Logs the elastic distance ‖x_i - x̃‖ of this worker, exchanges, bytes sent, seconds waited and staleness.
+
+    Staleness is the mean number of other workers' exchanges between two of this worker's; synchronous exchanges have
+    none.
+
+    Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
+    `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
+    training.
+
+    A record reads the distance from the device, which makes the host wait for all work in the device's queue. The
+    counts are running totals: a record now and then loses none of them.
+
+    Args:
+        every_n_exchanges: Record every so many exchanges.
+        directory: Where the files go; None writes none.
+    """
+
+    def __init__(self, every_n_exchanges: int = 10, directory: str | Path | None = None) -> None:
+        if every_n_exchanges < 1:
+            raise ValueError(
+                f"ElasticMonitor(every_n_exchanges={every_n_exchanges}): at most every exchange can be "
+                f"recorded; give 1 or more."
+            )
+        self.every_n_exchanges = every_n_exchanges
+        self.directory = directory
+        self._first_step = 0
+        self._recorded = 0
+        self._rows: list[list[Any]] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Makes all ranks write where rank 0 does: ranks that torchrun started may have other names for a run."""
+        self.directory = trainer.strategy.broadcast(self.directory)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Starts a new file, so that a second `fit` does not repeat the rows of the first."""
+        self._first_step = trainer.global_step  # not 0 in a run that resumes another
+        self._recorded = 0
+        self._rows = []
+        if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
+            header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited", "staleness"]
+            write_csv(self._path(trainer), header, [])
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Records the exchanges that this batch has completed."""
+        strategy = trainer.strategy
+        if not isinstance(strategy, ElasticStrategy):
+            return
+        seen = strategy.communication
+        if seen.exchanges - self._recorded < self.every_n_exchanges:
+            return
+        self._recorded = seen.exchanges
+        values = {
+            "elastic/distance": strategy.elastic_distance(),
+            "elastic/exchanges": seen.exchanges,
+            "elastic/bytes_sent": seen.bytes_sent,
+            "elastic/seconds_waited": seen.seconds_waited,
+            "elastic/staleness": seen.staleness / seen.exchanges,
+        }
+        self._rows.append([trainer.global_step, *values.values()])
+        for name, value in values.items():
+            if value is not None:
+                pl_module.log(
+                    name, float(value), rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1
+                )
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        """Writes the rows so far, so that a run that is killed leaves them."""
+        self._write(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes this rank's rows, and the totals of all ranks on rank 0."""
+        self._write(trainer)
+        if self.directory is None:
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, ElasticStrategy):
+            return
+        counts = strategy.communication
+        gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
+        steps = trainer.global_step - self._first_step
+        ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
+        totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
+        if trainer.is_global_zero:
+            write_csv(
+                Path(self.directory) / COMMUNICATION_FILE,
+                ["rank", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
+                ([rank, *map(int, row[:-1]), row[-1]] for rank, row in enumerate(totals)),
+            )
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        assert self.directory is not None
+        return Path(self.directory) / ELASTIC_DIRECTORY / f"rank_{trainer.global_rank}.csv"
+
+    def _write(self, trainer: L.Trainer) -> None:
+        if self.directory is None or not self._rows:
+            return
+        with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(self._rows)
+        self._rows = []

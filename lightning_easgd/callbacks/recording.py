@@ -1,0 +1,86 @@
+"""What the callbacks share: the part of a strategy that they read, and how they gather and write what they saw."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+import torch
+
+__all__ = ["Communication", "ElasticStrategy", "ddp_bytes", "gather", "own_weights", "write_csv"]
+
+
+class Communication(Protocol):
+    """What a strategy has communicated so far, on this rank."""
+
+    exchanges: int
+    bytes_sent: int
+    seconds_waited: float
+    staleness: int
+
+
+@runtime_checkable
+class ElasticStrategy(Protocol):
+    """The part of `EASGDStrategy` that the callbacks use."""
+
+    @property
+    def communication(self) -> Communication:
+        """Counts of this rank."""
+
+    def elastic_distance(self) -> float | None:
+        """Distance of this worker from the center at the last exchange."""
+
+    def center_weights(self) -> AbstractContextManager[Any]:
+        """The module holds the center inside."""
+
+    def worker_weights(self) -> AbstractContextManager[Any]:
+        """The module holds this worker's own weights inside."""
+
+
+def ddp_bytes(gradient_bytes: int, steps: int, world_size: int) -> int:
+    """Bytes that each rank sends when DDP all-reduces the gradients at every step.
+
+    A ring all-reduce of b bytes over p ranks makes each of them send 2b(p - 1)/p.
+
+    Args:
+        gradient_bytes: Size of all gradients.
+        steps: Optimizer steps.
+        world_size: Number of ranks.
+    """
+    return 2 * gradient_bytes * steps * (world_size - 1) // world_size
+
+
+def own_weights(strategy: object) -> AbstractContextManager[Any]:
+    """Context in which the module holds this rank's own weights."""
+    return strategy.worker_weights() if isinstance(strategy, ElasticStrategy) else nullcontext()
+
+
+def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
+    """Returns the numbers of every rank, in order; all ranks have to call it.
+
+    Args:
+        trainer: The trainer.
+        values: As many on every rank; they travel as float64.
+    """
+    # float64 holds counts of bytes exactly up to 2**53.
+    rows = torch.zeros(trainer.world_size, len(values), dtype=torch.float64, device=trainer.strategy.root_device)
+    rows[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
+    reduced: list[list[float]] = trainer.strategy.reduce(rows, reduce_op="sum").tolist()
+    return reduced
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file with a header, and the folders above it.
+
+    Args:
+        path: The file.
+        header: Names of the columns.
+        rows: The values.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
