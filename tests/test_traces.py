@@ -137,7 +137,7 @@ def test_one_worker_without_force_is_the_single_device_run_bitwise(strategy):
 def test_numbers_are_those_of_the_blocking_form(ranks, tau, monkeypatch):
     fast = run_ranks(weights_by_step, ranks, EASGDStrategy(tau=tau), ranks)
     monkeypatch.setattr(synchronous, "SynchronousAverager", BlockingAverager)
-    plain = run_ranks(weights_by_step, ranks, EASGDStrategy(tau=tau), ranks)
+    plain = run_ranks(weights_by_step, ranks, EASGDStrategy(tau=tau, worker_state="none"), ranks)
     assert len(fast[0]) == 12
     for a, b in zip(fast, plain, strict=True):
         for step_a, step_b in zip(a, b, strict=True):

@@ -103,7 +103,7 @@ def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
         (["stratgy.tau=3"], "easgd-train(stratgy=...): there is no key 'stratgy'; did you mean strategy?"),
         (["seeds=3"], "easgd-train(seeds=...): there is no key 'seeds'; did you mean seed?"),
         (["model.network.layers=3"], "easgd-train(model.network.layers=...): there is no key 'layers' in "
-         "'model.network'; choose one of: hidden, num_classes, width"),
+         "'model.network'; choose one of: hidden, image_shape, num_classes, width"),
         (["strategy=esgd"], "easgd-train(strategy=esgd): there is no such strategy; did you mean strategy=easgd?"),
         (["data=mnist"], "easgd-train(data=mnist): there is no such data; choose one of: digits"),
         (["strategy"], "easgd-train(strategy): this cannot be read as an override; write key=value"),
