@@ -1,11 +1,14 @@
 """Each mistake gives one sentence that names the argument and the remedy, before any process starts."""
 
+import os
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
 import torch
-from ranks import end_ranks
-from toys import Quadratic, fitted, quiet_trainer
+from lightning.pytorch.callbacks import ModelPruning
+from ranks import end_ranks, run_ranks
+from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 
@@ -177,6 +180,19 @@ def test_optimizers_that_shard_their_state():
 
     for outcome in end_ranks(train, 2):
         assert "EASGDStrategy: ZeroRedundancyOptimizer shards its state" in outcome.error
+
+
+def test_pruning_warns():
+    def train():
+        pruning = ModelPruning("l1_unstructured", amount=0.5)
+        if os.environ["RANK"] == "0":
+            warned = pytest.warns(UserWarning, match="EASGDStrategy with ModelPruning.*not sparse.*after fit")
+        else:
+            warned = nullcontext()
+        with warned:
+            fitted(Regression(), EASGDStrategy(tau=3), 2, callbacks=[pruning], max_epochs=2)
+
+    run_ranks(train, 2)
 
 
 def test_sync_batchnorm_warns():

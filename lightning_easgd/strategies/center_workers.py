@@ -129,6 +129,11 @@ class CenterWorkers(CenterReadings, LocalWorkers):
                 "Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward pass, so that the workers"
                 " run in lock-step; without it the center's statistics are the workers' mean."
             )
+        if any(cls.__name__ == "ModelPruning" for each in trainer.callbacks for cls in type(each).__mro__):
+            rank_zero_warn(
+                f"{type(self).__name__} with ModelPruning: each worker prunes by its own weights, so that the center,"
+                " their mean, is not sparse; prune the center after fit."
+            )
         self._averaging = self._make_averaging()
         self._statistics = self._averaging.statistics
         self._callback = self._callback_class(self)

@@ -31,7 +31,8 @@ class DownpourWorkers(ServedWorkers):
 
     on each worker's own clock, :math:`v^i` being what its optimizer has added to :math:`x^i` since the last exchange
     (Dean et al. 2012, as stated by Zhang, Choromanska, LeCun 2015). It is a baseline: it needs a far smaller learning
-    rate than EASGD and is unstable for large ``tau``.
+    rate than EASGD and is unstable for large ``tau``. What a worker has added since its last exchange is not in the
+    center, also at the end of training.
 
     ===============================  ==============================================================================
     DOWNPOUR                         the defaults
