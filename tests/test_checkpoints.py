@@ -194,6 +194,20 @@ def test_sidecars_go_with_their_checkpoints(tmp_path: Path) -> None:
     assert len(list((tmp_path / "step=16.ckpt.easgd").iterdir())) == 1
 
 
+def test_a_link_to_a_checkpoint_finds_its_sidecar(tmp_path: Path) -> None:
+    def train() -> None:
+        fit(
+            strategy=EASGDStrategy(tau=3, worker_state="sidecar"),
+            **saving(tmp_path, filename="{step}", save_top_k=1, every_n_train_steps=4, save_last="link"),
+        )
+
+    run_ranks(train, 2)
+    assert (tmp_path / "last.ckpt").is_symlink()
+    for start, center, warned in run_ranks(lambda: started(tmp_path / "last.ckpt"), 2):
+        assert start != center
+        assert "missing or torn" not in warned
+
+
 # Trouble
 
 

@@ -1,5 +1,6 @@
 """Where the workers' own states are kept: inside the checkpoint, in files beside it, or nowhere."""
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -124,7 +125,7 @@ def read_worker_state(
         return state
     if "generation" not in saved:
         return None
-    fs, folder = url_to_fs(_folder(path))
+    fs, folder = url_to_fs(_folder(_named(path)))
     name = _file(f"{folder}/{saved['generation']}", rank)
     try:
         with fs.open(name, "rb") as file:
@@ -140,6 +141,11 @@ def remove_sidecar(path: str) -> None:
     fs, folder = url_to_fs(_folder(path))
     with suppress(FileNotFoundError):
         fs.rm(folder, recursive=True)
+
+
+def _named(path: str) -> str:
+    """The checkpoint that a link names (``ModelCheckpoint(save_last="link")``): the workers' states are beside that."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _folder(path: str) -> str:
