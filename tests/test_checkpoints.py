@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from ranks import end_ranks, run_ranks
 from toys import Regression, quiet_trainer
 
@@ -240,6 +240,34 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_checkpoint(tmp_path: Path,
         if whole:
             assert run_ranks(resume, 2, str(whole[0])) == [16, 16]
     assert -signal.SIGKILL in outcomes
+
+
+def test_a_second_kill_before_the_checkpoint_is_replaced_leaves_it_whole(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+
+    def train(killed: bool, resume: Any = None) -> None:
+        last = saving(tmp_path, filename="last", every_n_train_steps=2, save_top_k=1, enable_version_counter=False)
+        if killed:  # the workers' states are beside the checkpoint, and it is never written
+
+            def kill(*_: Any, **__: Any) -> None:
+                if file.exists():
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            TorchCheckpointIO.save_checkpoint = kill  # type: ignore[method-assign]
+        epochs = 1 if resume is None else 2
+        fit(strategy=EASGDStrategy(tau=2, worker_state="sidecar"), max_epochs=epochs, resume=resume, **last)
+
+    def written() -> list[str]:
+        generation = torch.load(file, weights_only=True)["easgd"]["generation"]
+        return sorted(path.name for path in (tmp_path / "last.ckpt.easgd" / generation).iterdir())
+
+    run_ranks(train, 2, False)
+    for _ in range(3):
+        assert end_ranks(train, 2, True, file)[0].exitcode == -signal.SIGKILL
+        assert written() == ["rank_0.pt", "rank_1.pt"]
+    run_ranks(train, 2, False, file)
+    assert written() == ["rank_0.pt", "rank_1.pt"]
+    assert len(list((tmp_path / "last.ckpt.easgd").iterdir())) == 2
 
 
 def test_an_error_checkpoint_holds_the_center_and_waits_for_nobody(tmp_path: Path) -> None:

@@ -15,7 +15,15 @@ from typing_extensions import override
 
 from lightning_easgd.checkpointing.gathering import gather_states
 
-__all__ = ["EmbeddedStates", "NoStates", "SidecarStates", "WorkerStates", "read_worker_state", "remove_sidecar"]
+__all__ = [
+    "EmbeddedStates",
+    "NoStates",
+    "SidecarStates",
+    "WorkerStates",
+    "read_worker_state",
+    "remove_sidecar",
+    "sidecar_folder",
+]
 
 
 class WorkerStates(ABC):
@@ -71,10 +79,19 @@ class SidecarStates(WorkerStates):
         rank: This worker's rank.
         broadcast: Gives rank 0's object to all ranks.
         all_true: Whether all ranks say so.
+        current: The generation that the checkpoint names, by the folder of its generations, as far as known. Kept up
+            to date. The newest need not be it: a run may have been killed before it wrote the checkpoint.
     """
 
-    def __init__(self, rank: int, broadcast: Callable[[Any], Any], all_true: Callable[[bool], bool]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        broadcast: Callable[[Any], Any],
+        all_true: Callable[[bool], bool],
+        current: dict[str, str],
+    ) -> None:
         self._rank = rank
+        self._current = current
         self._broadcast = broadcast
         self._all_true = all_true
 
@@ -93,13 +110,17 @@ class SidecarStates(WorkerStates):
                 " is not written either, the previous one is whole. All ranks need access to the place and room"
                 f" there; or use worker_state='embed' or 'none'. On this rank: {problem or 'no problem'}"
             ) from problem
+        self._current[url_to_fs(_folder(path))[1]] = generation
         return {"generation": generation}
 
     def _write(self, state: dict[str, Any], path: str, generation: str) -> None:
         fs, folder = url_to_fs(_folder(path))
         with suppress(FileNotFoundError):
-            generations = sorted(str(name) for name in fs.ls(folder, detail=False) if not name.endswith(generation))
-            for old in generations[:-1]:
+            generations = [str(name) for name in fs.ls(folder, detail=False) if not name.endswith(generation)]
+            current = self._current.get(folder, max(generations, default=""))
+            for old in generations:
+                if old.endswith(current):
+                    continue
                 with suppress(FileNotFoundError):
                     fs.rm(_file(old, self._rank))
                 with suppress(OSError):  # until the last rank has taken its file away
@@ -134,6 +155,11 @@ def read_worker_state(
         rank_zero_warn(f"The state of worker {rank} cannot be read from {name}: {type(error).__name__}: {error}")
         return None
     return state
+
+
+def sidecar_folder(path: str) -> str:
+    """The folder of the files beside a checkpoint, as its file system names it."""
+    return str(url_to_fs(_folder(_named(path)))[1])
 
 
 def remove_sidecar(path: str) -> None:
