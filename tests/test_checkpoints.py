@@ -285,6 +285,17 @@ def test_an_error_checkpoint_holds_the_center_and_waits_for_nobody(tmp_path: Pat
     assert "easgd" not in torch.load(tmp_path / "error.ckpt", weights_only=True)
 
 
+def test_an_error_in_a_hook_of_one_rank_ends_all_at_once(tmp_path: Path) -> None:
+    class Fails(Regression):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if self.trainer.global_rank == 1:
+                raise KeyError("wrong")
+
+    outcomes = end_ranks(lambda: fit(Fails(), **saving(tmp_path, filename="x")), 2, timeout=40)
+    assert [outcome.exitcode for outcome in outcomes] == [1, 1]
+    assert "KeyError" in outcomes[1].error
+
+
 def test_slurms_requeue_signal_saves_the_center_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requeued = tmp_path / "scontrol"
     requeued.write_text(f"#!/bin/sh\necho $@ > {tmp_path}/called\n")
