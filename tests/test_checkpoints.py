@@ -139,6 +139,25 @@ def test_a_checkpoint_saved_after_fit_goes_on_too(tmp_path: Path) -> None:
         assert start == own
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_checkpoint_saved_after_fit_has_the_center_beside_what_callbacks_left(tmp_path: Path, mode: str) -> None:
+    class Average(L.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.center = numbers(trainer.strategy.center.values())
+            with torch.no_grad():
+                module.net[0].weight.fill_(7)
+
+    def train() -> tuple[Any, Any]:
+        average, again = Average(), Starts()
+        fit(strategy=EASGDStrategy(tau=12, mode=mode), callbacks=[average]).save_checkpoint(tmp_path / "x.ckpt")
+        fit(again, tmp_path / "x.ckpt", strategy=EASGDStrategy(tau=12, mode=mode), max_epochs=3)
+        return average.center, numbers(again.start_center)
+
+    for center, start in run_ranks(train, 2):  # the resumed run, from step 16 to 24, makes no exchange
+        assert start == center
+    assert 7.0 in torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
+
+
 # Other workers
 
 

@@ -147,7 +147,11 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         super().on_train_end()
         if was_training and self.worker_state != "none":
             with self.worker_weights():
-                self._final = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
+                state = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
+            if not state["center"]:  # callbacks such as EMA may yet leave something else in the module
+                values = [[value.flatten() for value in averager.center_values()] for averager in self._averagers]
+                state["center"] = {"stores": [[torch.cat(each).cpu() for each in values]]}
+            self._final = state
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:
