@@ -158,6 +158,32 @@ def test_a_checkpoint_saved_after_fit_has_the_center_beside_what_callbacks_left(
     assert 7.0 in torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
 
 
+def test_a_fit_knows_nothing_of_the_fit_before(tmp_path: Path) -> None:
+    class Saves(L.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:  # as the LR finder does
+            if trainer.max_epochs == 4:
+                trainer.save_checkpoint(tmp_path / "4.ckpt")
+
+    class Fails(Regression):
+        def on_train_start(self) -> None:
+            raise KeyError("wrong")
+
+    def train() -> tuple[Any, Any]:
+        trainer = fit(callbacks=[Saves()])
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        trainer.fit_loop.max_epochs = 3
+        with pytest.raises(KeyError):
+            trainer.fit(Fails(), ckpt_path=tmp_path / "x.ckpt")
+        trainer.fit_loop.max_epochs = 4
+        module = Starts()
+        trainer.fit(module)
+        return numbers(module.start), numbers(module.start_center)
+
+    for start, center in run_ranks(train, 2):
+        assert start == center
+    assert "easgd" not in torch.load(tmp_path / "4.ckpt", weights_only=True)
+
+
 # Other workers
 
 

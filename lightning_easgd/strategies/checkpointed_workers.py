@@ -34,6 +34,13 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         self._begins_epoch = False  # the epoch that goes on, rather than to go on within it
         self._read_from: tuple[str, bool | None] = ("", None)
 
+    def setup(self, trainer: Any) -> None:
+        """Set up the workers; a fit knows nothing of the one before it, which may have ended anywhere."""
+        super().setup(trainer)
+        if trainer.state.fn == "fit":
+            self._resumed, self._resumed_center = None, {}
+            self._random = self._final = None
+
     # Saving
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
