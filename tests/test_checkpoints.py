@@ -184,6 +184,16 @@ def test_a_fit_knows_nothing_of_the_fit_before(tmp_path: Path) -> None:
     assert "easgd" not in torch.load(tmp_path / "4.ckpt", weights_only=True)
 
 
+def test_a_resumed_run_may_have_one_more_scheduler(tmp_path: Path) -> None:
+    class Scheduled(Starts):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    run_ranks(lambda: fit(**saving(tmp_path, filename="x")) and None, 2)
+    assert run_ranks(lambda: fit(Scheduled(), tmp_path / "x.ckpt", max_epochs=3).global_step, 2) == [24, 24]
+
+
 # Other workers
 
 

@@ -124,7 +124,8 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 tensor.copy_(state["tensors"][name])
         for averager, own in zip(self._averagers, state["averagers"], strict=True):
             averager.load_state_dict(own)
-        for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=True):
+        # As Lightning does it, a scheduler that has come since begins anew.
+        for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=False):
             config.scheduler.load_state_dict(own)
         if state["precision"]:
             self.precision_plugin.load_state_dict(state["precision"])
