@@ -115,7 +115,7 @@ def train(
     trainer = quiet_trainer(
         strategy=make_strategy(),
         devices=2,
-        callbacks=[saver],
+        callbacks=[*arguments.get("callbacks", []), saver],
         **{
             "max_epochs": 3,
             "limit_val_batches": 0,
@@ -170,6 +170,15 @@ def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: d
 def test_random_numbers_of_the_loader_go_on_exactly(tmp_path: Path) -> None:
     every_two = {"saving": {"every_n_train_steps": 2}}  # whether fetching draws is not known after one step
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two, partial(Noisy, EagerLoader))
+
+
+def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:
+    class Draws(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.randn(3)
+
+    every_two = {"saving": {"every_n_train_steps": 2}, "callbacks": [Draws()]}
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two)
 
 
 def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:

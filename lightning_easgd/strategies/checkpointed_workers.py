@@ -1,13 +1,13 @@
 """Workers whose own states are kept with a checkpoint, so that a resumed run goes on exactly: free of a class tree."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator
+from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator, watch_fetching
 from lightning_easgd.checkpointing import FetchObserver, random_state, remove_sidecar, set_random_state
 from lightning_easgd.strategies.center_workers import CenterWorkers
 from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
@@ -30,6 +30,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         self._resumed_center: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
         self._fetching = FetchObserver()
+        self._end_watching: Callable[[], None] | None = None
         self._final: dict[str, Any] | None = None  # of a fit that has ended
         self._begins_epoch = False  # the epoch that goes on, rather than to go on within it
         self._read_from: tuple[str, bool | None] = ("", None)
@@ -40,6 +41,17 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         if trainer.state.fn == "fit":
             self._resumed, self._resumed_center = None, {}
             self._random = self._final = None
+            device, observer = self.root_device, self._fetching
+            self._end_watching = watch_fetching(
+                trainer, lambda: observer.fetch_begins(device), lambda: observer.fetch_ended(device)
+            )
+
+    def teardown(self) -> None:
+        """Undo :meth:`setup`."""
+        if self._end_watching is not None:
+            self._end_watching()
+            self._end_watching = None
+        super().teardown()
 
     # Saving
 
@@ -137,15 +149,9 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def on_batch_fetched(self) -> None:
         """A batch has been fetched."""
-        self._fetching.batch_starts(self.root_device)
         if self._random is not None:
             set_random_state(self._random, self.root_device)
             self._random = None
-
-    def on_train_batch_end(self) -> None:
-        """A batch has been trained on."""
-        super().on_train_batch_end()
-        self._fetching.batch_ended(self.root_device)
 
     # A checkpoint of a fit that has ended
 
