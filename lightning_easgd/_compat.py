@@ -17,6 +17,7 @@ __all__ = [
     "request_stop",
     "saves_after_batch",
     "saves_in_epoch",
+    "watch_fetching",
 ]
 
 
@@ -111,6 +112,38 @@ def begins_epoch(trainer: Any) -> bool:
 def renew_training_iterator(trainer: Any) -> None:
     """Make the iterator over the training data anew, as Lightning does at the start of every epoch but the first."""
     iter(trainer.fit_loop._data_fetcher)
+
+
+def watch_fetching(trainer: Any, begins: Callable[[], None], ended: Callable[[], None]) -> Callable[[], None]:
+    """Have functions called around every fetch of a training batch of a fit, but for the first of each epoch.
+
+    That one is different: samplers draw their seeds then. The methods are those that Lightning's profiler listens to.
+
+    Returns:
+        A function that undoes it.
+    """
+    loop = trainer.fit_loop.epoch_loop
+
+    def is_later() -> bool:
+        fetcher = trainer.fit_loop._data_fetcher
+        return bool(fetcher.fetched and not fetcher.done)  # done: there was nothing left
+
+    def start() -> None:
+        type(loop)._on_before_fetch(loop)
+        if is_later():
+            begins()
+
+    def stop() -> None:
+        if is_later():
+            ended()
+        type(loop)._on_after_fetch(loop)
+
+    loop._on_before_fetch, loop._on_after_fetch = start, stop
+
+    def undo() -> None:
+        del loop._on_before_fetch, loop._on_after_fetch
+
+    return undo
 
 
 def fetches_next(trainer: Any) -> bool:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from ranks import end_ranks, run_ranks
 from toys import Regression, quiet_trainer
 
@@ -139,6 +139,61 @@ def test_a_checkpoint_saved_after_fit_goes_on_too(tmp_path: Path) -> None:
         assert start == own
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_checkpoint_saved_after_fit_has_the_center_beside_what_callbacks_left(tmp_path: Path, mode: str) -> None:
+    class Average(L.Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            self.center = numbers(trainer.strategy.center.values())
+            with torch.no_grad():
+                module.net[0].weight.fill_(7)
+
+    def train() -> tuple[Any, Any]:
+        average, again = Average(), Starts()
+        fit(strategy=EASGDStrategy(tau=12, mode=mode), callbacks=[average]).save_checkpoint(tmp_path / "x.ckpt")
+        fit(again, tmp_path / "x.ckpt", strategy=EASGDStrategy(tau=12, mode=mode), max_epochs=3)
+        return average.center, numbers(again.start_center)
+
+    for center, start in run_ranks(train, 2):  # the resumed run, from step 16 to 24, makes no exchange
+        assert start == center
+    assert 7.0 in torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]["net.0.weight"]
+
+
+def test_a_fit_knows_nothing_of_the_fit_before(tmp_path: Path) -> None:
+    class Saves(L.Callback):
+        def on_fit_start(self, trainer: Any, module: Any) -> None:  # as the LR finder does
+            if trainer.max_epochs == 4:
+                trainer.save_checkpoint(tmp_path / "4.ckpt")
+
+    class Fails(Regression):
+        def on_train_start(self) -> None:
+            raise KeyError("wrong")
+
+    def train() -> tuple[Any, Any]:
+        trainer = fit(callbacks=[Saves()])
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        trainer.fit_loop.max_epochs = 3
+        with pytest.raises(KeyError):
+            trainer.fit(Fails(), ckpt_path=tmp_path / "x.ckpt")
+        trainer.fit_loop.max_epochs = 4
+        module = Starts()
+        trainer.fit(module)
+        return numbers(module.start), numbers(module.start_center)
+
+    for start, center in run_ranks(train, 2):
+        assert start == center
+    assert "easgd" not in torch.load(tmp_path / "4.ckpt", weights_only=True)
+
+
+def test_a_resumed_run_may_have_one_more_scheduler(tmp_path: Path) -> None:
+    class Scheduled(Starts):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    run_ranks(lambda: fit(**saving(tmp_path, filename="x")) and None, 2)
+    assert run_ranks(lambda: fit(Scheduled(), tmp_path / "x.ckpt", max_epochs=3).global_step, 2) == [24, 24]
+
+
 # Other workers
 
 
@@ -194,6 +249,20 @@ def test_sidecars_go_with_their_checkpoints(tmp_path: Path) -> None:
     assert len(list((tmp_path / "step=16.ckpt.easgd").iterdir())) == 1
 
 
+def test_a_link_to_a_checkpoint_finds_its_sidecar(tmp_path: Path) -> None:
+    def train() -> None:
+        fit(
+            strategy=EASGDStrategy(tau=3, worker_state="sidecar"),
+            **saving(tmp_path, filename="{step}", save_top_k=1, every_n_train_steps=4, save_last="link"),
+        )
+
+    run_ranks(train, 2)
+    assert (tmp_path / "last.ckpt").is_symlink()
+    for start, center, warned in run_ranks(lambda: started(tmp_path / "last.ckpt"), 2):
+        assert start != center
+        assert "missing or torn" not in warned
+
+
 # Trouble
 
 
@@ -228,6 +297,34 @@ def test_a_kill_between_any_two_writes_leaves_a_whole_checkpoint(tmp_path: Path,
     assert -signal.SIGKILL in outcomes
 
 
+def test_a_second_kill_before_the_checkpoint_is_replaced_leaves_it_whole(tmp_path: Path) -> None:
+    file = tmp_path / "last.ckpt"
+
+    def train(killed: bool, resume: Any = None) -> None:
+        last = saving(tmp_path, filename="last", every_n_train_steps=2, save_top_k=1, enable_version_counter=False)
+        if killed:  # the workers' states are beside the checkpoint, and it is never written
+
+            def kill(*_: Any, **__: Any) -> None:
+                if file.exists():
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            TorchCheckpointIO.save_checkpoint = kill  # type: ignore[method-assign]
+        epochs = 1 if resume is None else 2
+        fit(strategy=EASGDStrategy(tau=2, worker_state="sidecar"), max_epochs=epochs, resume=resume, **last)
+
+    def written() -> list[str]:
+        generation = torch.load(file, weights_only=True)["easgd"]["generation"]
+        return sorted(path.name for path in (tmp_path / "last.ckpt.easgd" / generation).iterdir())
+
+    run_ranks(train, 2, False)
+    for _ in range(3):
+        assert end_ranks(train, 2, True, file)[0].exitcode == -signal.SIGKILL
+        assert written() == ["rank_0.pt", "rank_1.pt"]
+    run_ranks(train, 2, False, file)
+    assert written() == ["rank_0.pt", "rank_1.pt"]
+    assert len(list((tmp_path / "last.ckpt.easgd").iterdir())) == 2
+
+
 def test_an_error_checkpoint_holds_the_center_and_waits_for_nobody(tmp_path: Path) -> None:
     class Fails(Regression):
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
@@ -241,6 +338,17 @@ def test_an_error_checkpoint_holds_the_center_and_waits_for_nobody(tmp_path: Pat
     outcomes = end_ranks(train, 2)
     assert [outcome.exitcode for outcome in outcomes] == [1, 1]
     assert "easgd" not in torch.load(tmp_path / "error.ckpt", weights_only=True)
+
+
+def test_an_error_in_a_hook_of_one_rank_ends_all_at_once(tmp_path: Path) -> None:
+    class Fails(Regression):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            if self.trainer.global_rank == 1:
+                raise KeyError("wrong")
+
+    outcomes = end_ranks(lambda: fit(Fails(), **saving(tmp_path, filename="x")), 2, timeout=40)
+    assert [outcome.exitcode for outcome in outcomes] == [1, 1]
+    assert "KeyError" in outcomes[1].error
 
 
 def test_slurms_requeue_signal_saves_the_center_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from toys import quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"
@@ -113,7 +115,7 @@ def train(
     trainer = quiet_trainer(
         strategy=make_strategy(),
         devices=2,
-        callbacks=[saver],
+        callbacks=[*arguments.get("callbacks", []), saver],
         **{
             "max_epochs": 3,
             "limit_val_batches": 0,
@@ -170,6 +172,15 @@ def test_random_numbers_of_the_loader_go_on_exactly(tmp_path: Path) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two, partial(Noisy, EagerLoader))
 
 
+def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:
+    class Draws(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            torch.randn(3)
+
+    every_two = {"saving": {"every_n_train_steps": 2}, "callbacks": [Draws()]}
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two)
+
+
 def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, worker_state="sidecar"), {})
 
@@ -186,3 +197,35 @@ def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:
 )
 def test_async_in_a_fixed_order_goes_on_exactly(tmp_path: Path, make_strategy: Any) -> None:
     every_rank_goes_on_exactly(tmp_path, make_strategy, {"trainer": {"max_epochs": 2}})
+
+
+def test_fabric_goes_on_exactly_from_what_was_loaded_before_setup(tmp_path: Path) -> None:
+    def steps(fabric: Fabric, model: Any, optimizer: Any, first: int, last: int) -> list[list[Tensor]]:
+        values = []
+        for step in range(first, last):
+            optimizer.zero_grad()
+            fabric.backward(model(DATA[step * 8 : step * 8 + 8] + 0.1 * fabric.global_rank).square().mean())
+            optimizer.step()
+            values.append([value.detach().clone() for value in (*model.parameters(), *model.buffers())])
+        return values
+
+    def run() -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        results = []
+        for resumed in (False, True):
+            fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=3))
+            fabric.launch()
+            torch.manual_seed(1)
+            module = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+            state = {"model": module, "optimizer": torch.optim.Adam(module.parameters(), 0.01)}
+            if resumed:
+                fabric.load(tmp_path / "x.ckpt", state)
+            model, optimizer = fabric.setup(state["model"], state["optimizer"])
+            if not resumed:
+                steps(fabric, model, optimizer, 0, 3)
+                fabric.save(tmp_path / "x.ckpt", {"model": model, "optimizer": optimizer})
+            results.append(steps(fabric, model, optimizer, 3, 8))
+            fabric.strategy.finalize()
+        return results[0], results[1]
+
+    for whole, again in run_ranks(run, 2):
+        assert all(torch.equal(a, b) for step in zip(whole, again, strict=True) for a, b in zip(*step, strict=True))

@@ -13,6 +13,7 @@ from lightning_easgd.checkpointing.worker_states import (
     WorkerStates,
     read_worker_state,
     remove_sidecar,
+    sidecar_folder,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "read_worker_state",
     "remove_sidecar",
     "set_random_state",
+    "sidecar_folder",
 ]

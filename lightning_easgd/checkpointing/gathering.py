@@ -26,6 +26,7 @@ def gather_states(state: Any, timeout: timedelta) -> list[Any] | None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [state]
+    dist.barrier()  # a lost worker is noticed at once; a new group would wait for it until the timeout
     group = dist.new_group(backend="gloo", timeout=timeout)  # CPU tensors, whatever the backend of the run
     try:
         if dist.get_rank() == 0:

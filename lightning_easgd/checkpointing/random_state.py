@@ -54,13 +54,13 @@ class FetchObserver:
         self._before: dict[str, Any] | None = None
         self._known = False
 
-    def batch_ended(self, device: torch.device) -> None:
-        """Called after each batch."""
+    def fetch_begins(self, device: torch.device) -> None:
+        """Called before each fetch."""
         if not self._known:
             self._before = random_state(device)
 
-    def batch_starts(self, device: torch.device) -> None:
-        """Called before each batch."""
+    def fetch_ended(self, device: torch.device) -> None:
+        """Called after each fetch."""
         if self._before is not None:
             self.draws = repr(_listed(self._before)) != repr(_listed(random_state(device)))
             self._known = True

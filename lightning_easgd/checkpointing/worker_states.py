@@ -1,5 +1,6 @@
 """Where the workers' own states are kept: inside the checkpoint, in files beside it, or nowhere."""
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,7 +15,15 @@ from typing_extensions import override
 
 from lightning_easgd.checkpointing.gathering import gather_states
 
-__all__ = ["EmbeddedStates", "NoStates", "SidecarStates", "WorkerStates", "read_worker_state", "remove_sidecar"]
+__all__ = [
+    "EmbeddedStates",
+    "NoStates",
+    "SidecarStates",
+    "WorkerStates",
+    "read_worker_state",
+    "remove_sidecar",
+    "sidecar_folder",
+]
 
 
 class WorkerStates(ABC):
@@ -70,10 +79,19 @@ class SidecarStates(WorkerStates):
         rank: This worker's rank.
         broadcast: Gives rank 0's object to all ranks.
         all_true: Whether all ranks say so.
+        current: The generation that the checkpoint names, by the folder of its generations, as far as known. Kept up
+            to date. The newest need not be it: a run may have been killed before it wrote the checkpoint.
     """
 
-    def __init__(self, rank: int, broadcast: Callable[[Any], Any], all_true: Callable[[bool], bool]) -> None:
+    def __init__(
+        self,
+        rank: int,
+        broadcast: Callable[[Any], Any],
+        all_true: Callable[[bool], bool],
+        current: dict[str, str],
+    ) -> None:
         self._rank = rank
+        self._current = current
         self._broadcast = broadcast
         self._all_true = all_true
 
@@ -92,13 +110,17 @@ class SidecarStates(WorkerStates):
                 " is not written either, the previous one is whole. All ranks need access to the place and room"
                 f" there; or use worker_state='embed' or 'none'. On this rank: {problem or 'no problem'}"
             ) from problem
+        self._current[url_to_fs(_folder(path))[1]] = generation
         return {"generation": generation}
 
     def _write(self, state: dict[str, Any], path: str, generation: str) -> None:
         fs, folder = url_to_fs(_folder(path))
         with suppress(FileNotFoundError):
-            generations = sorted(str(name) for name in fs.ls(folder, detail=False) if not name.endswith(generation))
-            for old in generations[:-1]:
+            generations = [str(name) for name in fs.ls(folder, detail=False) if not name.endswith(generation)]
+            current = self._current.get(folder, max(generations, default=""))
+            for old in generations:
+                if old.endswith(current):
+                    continue
                 with suppress(FileNotFoundError):
                     fs.rm(_file(old, self._rank))
                 with suppress(OSError):  # until the last rank has taken its file away
@@ -124,7 +146,7 @@ def read_worker_state(
         return state
     if "generation" not in saved:
         return None
-    fs, folder = url_to_fs(_folder(path))
+    fs, folder = url_to_fs(_folder(_named(path)))
     name = _file(f"{folder}/{saved['generation']}", rank)
     try:
         with fs.open(name, "rb") as file:
@@ -135,11 +157,21 @@ def read_worker_state(
     return state
 
 
+def sidecar_folder(path: str) -> str:
+    """The folder of the files beside a checkpoint, as its file system names it."""
+    return str(url_to_fs(_folder(_named(path)))[1])
+
+
 def remove_sidecar(path: str) -> None:
     """Remove the files beside a checkpoint, if there are any."""
     fs, folder = url_to_fs(_folder(path))
     with suppress(FileNotFoundError):
         fs.rm(folder, recursive=True)
+
+
+def _named(path: str) -> str:
+    """The checkpoint that a link names (``ModelCheckpoint(save_last="link")``): the workers' states are beside that."""
+    return os.path.realpath(path) if os.path.islink(path) else path
 
 
 def _folder(path: str) -> str:

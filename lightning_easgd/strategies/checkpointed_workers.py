@@ -1,13 +1,13 @@
 """Workers whose own states are kept with a checkpoint, so that a resumed run goes on exactly: free of a class tree."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator
+from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator, watch_fetching
 from lightning_easgd.checkpointing import FetchObserver, random_state, remove_sidecar, set_random_state
 from lightning_easgd.strategies.center_workers import CenterWorkers
 from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
@@ -30,9 +30,28 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         self._resumed_center: dict[str, Any] = {}
         self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
         self._fetching = FetchObserver()
+        self._end_watching: Callable[[], None] | None = None
         self._final: dict[str, Any] | None = None  # of a fit that has ended
         self._begins_epoch = False  # the epoch that goes on, rather than to go on within it
         self._read_from: tuple[str, bool | None] = ("", None)
+
+    def setup(self, trainer: Any) -> None:
+        """Set up the workers; a fit knows nothing of the one before it, which may have ended anywhere."""
+        super().setup(trainer)
+        if trainer.state.fn == "fit":
+            self._resumed, self._resumed_center = None, {}
+            self._random = self._final = None
+            device, observer = self.root_device, self._fetching
+            self._end_watching = watch_fetching(
+                trainer, lambda: observer.fetch_begins(device), lambda: observer.fetch_ended(device)
+            )
+
+    def teardown(self) -> None:
+        """Undo :meth:`setup`."""
+        if self._end_watching is not None:
+            self._end_watching()
+            self._end_watching = None
+        super().teardown()
 
     # Saving
 
@@ -117,7 +136,8 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 tensor.copy_(state["tensors"][name])
         for averager, own in zip(self._averagers, state["averagers"], strict=True):
             averager.load_state_dict(own)
-        for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=True):
+        # As Lightning does it, a scheduler that has come since begins anew.
+        for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=False):
             config.scheduler.load_state_dict(own)
         if state["precision"]:
             self.precision_plugin.load_state_dict(state["precision"])
@@ -129,15 +149,9 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def on_batch_fetched(self) -> None:
         """A batch has been fetched."""
-        self._fetching.batch_starts(self.root_device)
         if self._random is not None:
             set_random_state(self._random, self.root_device)
             self._random = None
-
-    def on_train_batch_end(self) -> None:
-        """A batch has been trained on."""
-        super().on_train_batch_end()
-        self._fetching.batch_ended(self.root_device)
 
     # A checkpoint of a fit that has ended
 
@@ -147,7 +161,11 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         super().on_train_end()
         if was_training and self.worker_state != "none":
             with self.worker_weights():
-                self._final = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
+                state = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
+            if not state["center"]:  # callbacks such as EMA may yet leave something else in the module
+                values = [[value.flatten() for value in averager.center_values()] for averager in self._averagers]
+                state["center"] = {"stores": [[torch.cat(each).cpu() for each in values]]}
+            self._final = state
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

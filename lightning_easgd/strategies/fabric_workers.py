@@ -152,7 +152,12 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             )
         self.prepare_optimizer(optimizer)
         self._optimizers.append(optimizer)
-        return super().setup_optimizer(optimizer)
+        optimizer = super().setup_optimizer(optimizer)
+        _, own = self._resumed
+        if own is not None and len(self._optimizers) == len(own["optimizer_states"]):
+            # All have been loaded before they were set up; the first gradient is to be taken at the worker.
+            self._started()
+        return optimizer
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Make one step of the worker, with an exchange around it if this optimizer's clock says so.

@@ -8,7 +8,14 @@ import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_easgd.checkpointing import EmbeddedStates, NoStates, SidecarStates, WorkerStates, read_worker_state
+from lightning_easgd.checkpointing import (
+    EmbeddedStates,
+    NoStates,
+    SidecarStates,
+    WorkerStates,
+    read_worker_state,
+    sidecar_folder,
+)
 
 __all__ = ["KEY", "KeptStates", "WorkerState", "named_tensors"]
 
@@ -51,6 +58,7 @@ class KeptStates(_Base):
                 " 'sidecar' (one file of each worker beside it, for large models) or 'none'."
             )
         self.worker_state = worker_state
+        self._generations: dict[str, str] = {}  # that the checkpoints name, by the folder beside each
 
     def _keep(self, center: Mapping[str, Any], state: Mapping[str, Any], path: str) -> dict[str, Any]:
         """Keep the workers' states; returns what rank 0 puts into the checkpoint under :data:`KEY`."""
@@ -68,7 +76,7 @@ class KeptStates(_Base):
             return NoStates()
         if self.worker_state == "embed":
             return EmbeddedStates(self._timeout)
-        return SidecarStates(self.global_rank, self.broadcast, self.reduce_boolean_decision)
+        return SidecarStates(self.global_rank, self.broadcast, self.reduce_boolean_decision, self._generations)
 
     def _find(
         self, saved: Mapping[str, Any] | None, path: str, weights_only: bool | None = None
@@ -89,6 +97,8 @@ class KeptStates(_Base):
                 f" {self.world_size}."
             )
             return center, None
+        if "generation" in saved:
+            self._generations[sidecar_folder(path)] = saved["generation"]
         state = read_worker_state(dict(saved), path, self.global_rank, weights_only)
         if self.reduce_boolean_decision(state is not None):
             return center, state
