@@ -142,6 +142,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         if state["precision"]:
             self.precision_plugin.load_state_dict(state["precision"])
         set_random_state(state["random"], self.root_device)
+        self._fetching.draws = state["fetching_draws"]  # until it is seen again
         if self._begins_epoch:
             renew_training_iterator(self._trainer)  # its order is drawn from the generators
         elif fetches_next(self._trainer) and not state["fetching_draws"]:
