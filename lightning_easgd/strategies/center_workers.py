@@ -129,7 +129,8 @@ class CenterWorkers(CenterReadings, LocalWorkers):
                 "Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward pass, so that the workers"
                 " run in lock-step; without it the center's statistics are the workers' mean."
             )
-        if any(cls.__name__ == "ModelPruning" for each in trainer.callbacks for cls in type(each).__mro__):
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        if any(cls.__name__ == "ModelPruning" for each in callbacks for cls in type(each).__mro__):
             rank_zero_warn(
                 f"{type(self).__name__} with ModelPruning: each worker prunes by its own weights, so that the center,"
                 " their mean, is not sparse; prune the center after fit."
@@ -137,7 +138,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         self._averaging = self._make_averaging()
         self._statistics = self._averaging.statistics
         self._callback = self._callback_class(self)
-        trainer.callbacks.insert(0, self._callback)  # type: ignore[attr-defined]
+        callbacks.insert(0, self._callback)
 
     def on_train_start(self) -> None:
         """Let the center begin where the workers are, and the clocks at 0."""
