@@ -388,3 +388,29 @@ def test_slurms_requeue_signal_saves_the_center_at_once(tmp_path: Path, monkeypa
 def test_an_unknown_place_is_refused() -> None:
     with pytest.raises(ValueError, match=r"worker_state='file'.*'embed'.*'sidecar'.*'none'"):
         EASGDStrategy(worker_state="file")
+
+
+def test_parameters_that_the_saved_worker_did_not_have_start_at_the_center_and_are_named(tmp_path: Path) -> None:
+    class Renames(Starts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.other = None, self.net
+
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            return (self.other(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name.replace("net.", "other."): state[name] for name in state}
+
+    def resume() -> tuple[Any, Any, str]:
+        module = Renames()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(module, tmp_path / "x.ckpt", max_epochs=3)
+        return numbers(module.start), numbers(module.start_center), " ".join(str(each.message) for each in caught)
+
+    run_ranks(lambda: fit(**saving(tmp_path, filename="x")) and None, 2)
+    resumed = run_ranks(resume, 2)
+    assert all(start == center for start, center, _ in resumed)
+    assert "other.0.weight" in resumed[0][2]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator, watch_fetching
@@ -131,9 +132,14 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
     @torch.no_grad()
     def _go_on(self, state: Mapping[str, Any]) -> None:
         assert self.lightning_module is not None
-        for name, tensor in named_tensors(self.lightning_module).items():
-            if name in state["tensors"]:
-                tensor.copy_(state["tensors"][name])
+        tensors = named_tensors(self.lightning_module)
+        for name in tensors.keys() & state["tensors"].keys():
+            tensors[name].copy_(state["tensors"][name])
+        if new := sorted(tensors.keys() - state["tensors"].keys()):
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(new)} had other names, or did not exist, where the checkpoint was"
+                " saved, and start at the center."
+            )
         for averager, own in zip(self._averagers, state["averagers"], strict=True):
             averager.load_state_dict(own)
         # As Lightning does it, a scheduler that has come since begins anew.
