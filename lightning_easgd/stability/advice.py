@@ -174,14 +174,18 @@ def round_robin_is_stable(setting: Setting) -> bool | None:
     """Whether the setting is stable for all curvatures up to its own when the workers act in turn.
 
     Returns:
-        None where it was not computed: with more than 64 workers, unless τ = 1 and δ = 0, and for β ≠ pα.
+        None where it was not computed: for β ≠ pα, and with more than 64 workers unless τ = 1 and δ = 0.
     """
     alpha, _ = setting.rates
     if not setting.is_symmetric:
         return None
+    if alpha < 0:  # unstable at small curvatures
+        return False
     if setting.tau == 1 and setting.momentum == 0:
-        return setting.scaled_lr <= 2 and 0 <= alpha <= float(round_robin.largest_moving_rate(setting.scaled_lr))
-    if setting.workers > _MOST_TURNS:
+        within = setting.scaled_lr <= 2 and alpha <= float(round_robin.largest_moving_rate(setting.scaled_lr))
+        if within or setting.workers > _MOST_TURNS:
+            return within
+    elif setting.workers > _MOST_TURNS:
         return None
     radii = [
         round_robin.radius(setting.workers, scaled_lr, alpha, momentum=setting.momentum, tau=setting.tau)
