@@ -1,17 +1,27 @@
 """The stability analysis: every formula against an exact recursion or a simulation that shares nothing with it."""
 
 import itertools
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from application import ROOT
 
 from lightning_easgd import rates
-from lightning_easgd.stability import admm, center_error, double_well, multiplicative, round_robin, synchronous
+from lightning_easgd.stability import (
+    admm,
+    center_error,
+    double_well,
+    downpour,
+    multiplicative,
+    round_robin,
+    synchronous,
+)
 from lightning_easgd.stability.advice import Setting, moving_rates_by_rule, round_robin_is_stable
 from lightning_easgd.stability.command import run
-from lightning_easgd.stability.spectra import first_unstable
+from lightning_easgd.stability.spectra import first_unstable, steady_covariance
 
 
 def as_matrix(step, size):
@@ -127,7 +137,9 @@ def test_round_robin_map_is_that_of_the_recursion(p, delta, tau):
     assert round_robin.radius(p, 0.3, 0.2, momentum=delta, tau=tau) == pytest.approx(modulus(recursion), abs=1e-6)
 
 
-@pytest.mark.parametrize(("p", "even"), [(1, 0.0), (3, 0.0), (9, 0.0), (2, 0.061), (4, 0.0132), (8, 0.0033), (20, 5.4e-4)])
+@pytest.mark.parametrize(
+    ("p", "even"), [(1, 0.0), (3, 0.0), (9, 0.0), (2, 0.061), (4, 0.0132), (8, 0.0033), (20, 5.4e-4)]
+)
 def test_round_robin_region_is_exact_for_odd_p_and_almost_for_even(p, even):
     beyond = 0.0
     for s in np.linspace(0.05, 1.95, 20):
@@ -196,6 +208,56 @@ def test_admm_looks_convergent_and_then_diverges():
     for _ in range(20):
         state = admm_round(state, 3, 0.001, 2.5)
     assert state[-1] == pytest.approx(centers[60], rel=1e-12)
+
+
+# DOWNPOUR, and the asynchronous center's variance
+
+
+def simulated_center(kind, p, s, tau, rounds, runs=4000):
+    """The center of many noisy runs after some rounds, the workers in turn; σ = h = 1."""
+    generator = np.random.default_rng(0)
+    x, v, center = np.zeros((p, runs)), np.zeros((p, runs)), np.zeros(runs)
+    for _, i in itertools.product(range(rounds), range(p)):
+        pull = 0.0
+        if kind == "easgd":
+            pull = 0.9 / p * (x[i] - center)
+            center = center + pull
+        else:
+            center = center + v[i]
+            x[i], v[i] = center, 0
+        for t in range(tau):
+            step = -s * (x[i] - generator.standard_normal(runs))
+            x[i] += step - (pull if t == 0 else 0.0)
+            v[i] += step
+    return center
+
+
+@pytest.mark.parametrize(
+    ("kind", "p", "s", "tau"), [("downpour", 4, 0.1, 1), ("downpour", 3, 0.1, 3), ("easgd", 4, 0.2, 3)]
+)
+def test_variance_of_the_center_of_workers_in_turn(kind, p, s, tau):
+    centers = simulated_center(kind, p, s, tau, rounds=40 if kind == "downpour" else 60)
+    if kind == "downpour":
+        expected = downpour.steady_variance(p, s, tau)
+    else:
+        expected = round_robin.steady_variance(p, s, 0.9 / p, tau=tau)
+    assert np.mean(centers**2) == pytest.approx(expected, rel=0.1)  # standard error 2.2 %
+
+
+@pytest.mark.parametrize("tau", [1, 4, 16, 64])
+def test_downpour_fails_with_many_workers_or_a_long_period_and_easgd_does_not(tau):
+    figures = {1: 0.0058, 4: 0.0088, 16: np.inf, 64: np.inf}  # of free-running workers; ours are in turn
+    assert downpour.steady_variance(16, 0.01, tau) == pytest.approx(figures[tau], rel=0.01 if tau == 1 else 0.1)
+    assert (downpour.radius(16, 0.01, tau) < 1) == np.isfinite(figures[tau])
+    elastic = round_robin.steady_variance(16, 0.01, 0.9 / 16, tau=tau)
+    assert 2e-4 < elastic < 3e-4
+
+
+def test_steady_covariance_solves_its_equation():
+    step, noise = np.array([[0.9, 0.3], [-0.2, 0.8]]), np.array([[2.0, 0.5], [0.5, 1.0]])
+    found = steady_covariance(step, noise)
+    np.testing.assert_allclose(found, step @ found @ step.T + noise, rtol=1e-12)
+    assert np.isinf(steady_covariance(1.2 * step, noise)).all()
 
 
 # Bias and variance
@@ -415,6 +477,8 @@ def test_check_answers_for_the_issues_setting(capsys):
         assert rule in text
     assert run([*words, "lr=0.2"]) == 1
     assert "synchronous           UNSTABLE" in capsys.readouterr().out
+    assert run([*words, "lr=100", "tau=300"]) == 1  # overflows
+    assert "UNSTABLE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -428,6 +492,7 @@ def test_check_answers_for_the_issues_setting(capsys):
         (["check", "lr", "curvature=1", "workers=4"], "write key=value"),
         (["check", "lr=0.1", "curvature=1", "workers=0"], "workers=0"),
         (["check", "lr=0.1", "curvature=1", "workers=4", "momentum=1"], "momentum=1.0"),
+        (["check", "lr=0.1", "curvature=1", "workers=4", "steps=1000000"], "at most 100000"),
         (["check", "lr=0.1", "curvature=1", "workers=4", "alpha=2"], "alpha=2.0"),
         (["check", "lr=0.1", "curvature=1", "workers=4", "noise=-1"], "noise=-1.0"),
     ],
@@ -436,6 +501,16 @@ def test_command_names_what_is_wrong(words, message):
     answer = run(words)
     assert isinstance(answer, str)
     assert message in answer
+
+
+def test_results_show_the_commands_and_their_output(capsys):
+    folder = ROOT / "examples" / "results" / "stability"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    draw, check = re.findall(r"```console\neasgd-stability (.*)\n```", text)
+    assert draw == f"draw directory={folder.relative_to(ROOT)}"
+    assert {path.name for path in folder.glob("*.png")} == set(re.findall(r"\((\w+\.png)\)", text))
+    assert run(check.split()) == 0
+    assert f"```output\n{capsys.readouterr().out}```" in text
 
 
 def test_command_draws_all_figures(tmp_path, capsys):

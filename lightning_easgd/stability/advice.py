@@ -14,6 +14,7 @@ __all__ = ["Setting", "moving_rates_by_rule", "round_robin_is_stable", "variance
 
 _PAPER_BETA = 0.9
 _CURVATURES = 64
+_MOST_STEPS = 100_000
 _MOST_TURNS = 64
 """A round-robin map of p workers takes time p³; from here on only the closed form is used."""
 
@@ -53,6 +54,8 @@ class Setting:
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"Setting({name}={value}): it has to be positive and finite.")
+        if self.steps > _MOST_STEPS:
+            raise ValueError(f"Setting(steps={self.steps}): the recursion is made step by step, at most {_MOST_STEPS}.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"Setting(momentum={self.momentum}): Nesterov momentum lies in [0, 1); 0 is plain EASGD.")
         if not 0 <= self.noise < math.inf:
@@ -140,7 +143,8 @@ class Setting:
         """:meth:`center_errors` of the setting's own rates."""
         alpha, beta = self.rates
         with np.errstate(over="ignore", invalid="ignore"):
-            return float(self.center_errors(np.array([alpha]), np.array([beta]))[0])
+            error = float(self.center_errors(np.array([alpha]), np.array([beta]))[0])
+        return math.inf if math.isnan(error) else error  # the difference of what has overflowed
 
 
 def moving_rates_by_rule(setting: Setting) -> dict[str, float]:

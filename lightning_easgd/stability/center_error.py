@@ -1,6 +1,6 @@
 r"""Bias and variance of the center of synchronous EASGD on a noisy quadratic, and of its average over time.
 
-Model (paper, section 5.1 and lemma of its supplement): one dimension, gradients :math:`g = h x - b - \xi` with
+Model (paper, supplement): one dimension, gradients :math:`g = h x - b - \xi` with
 independent noise of variance :math:`\sigma^2`, minimum :math:`x^* = b / h`, β = pα, τ = 1, δ = 0. With
 
 .. math::

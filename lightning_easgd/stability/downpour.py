@@ -1,7 +1,7 @@
 r"""DOWNPOUR on a noisy quadratic, the workers in turn: where it is stable, and how much its center varies.
 
 A turn on :math:`f(x) = \tfrac h2 x^2`: the worker adds its sum of updates to the center, takes the center over, and
-makes τ steps of SGD (paper, section 6.1 and its supplement):
+makes τ steps of SGD (paper, supplement):
 
 .. math::
     \tilde x \leftarrow \tilde x + v^i, \qquad x^i \leftarrow \tilde x, \qquad

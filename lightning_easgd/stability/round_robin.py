@@ -11,9 +11,9 @@ the identity except in the rows and columns of that worker and the center,
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lightning_easgd.stability.spectra import Array, spectral_radius
+from lightning_easgd.stability.spectra import Array, spectral_radius, steady_covariance
 
-__all__ = ["center_trajectory", "composed_map", "largest_moving_rate", "radius", "turn_map"]
+__all__ = ["center_trajectory", "composed_map", "largest_moving_rate", "radius", "steady_variance", "turn_map"]
 
 
 def largest_moving_rate(scaled_lr: ArrayLike) -> Array:
@@ -74,6 +74,27 @@ def composed_map(workers: int, scaled_lr: float, alpha: float, *, momentum: floa
 def radius(workers: int, scaled_lr: float, alpha: float, *, momentum: float = 0.0, tau: int = 1) -> float:
     """The spectral radius of :func:`composed_map`; the time grows with the cube of ``workers``."""
     return float(spectral_radius(composed_map(workers, scaled_lr, alpha, momentum=momentum, tau=tau)))
+
+
+def steady_variance(workers: int, scaled_lr: float, alpha: float, *, momentum: float = 0.0, tau: int = 1) -> float:
+    """The variance of the center after many rounds, in units of σ²/h²; infinite where it is unstable.
+
+    Arguments as :func:`turn_map`'s.
+    """
+    size = 2 * workers + 1
+    noise = np.zeros((size, size))
+    for worker in range(workers):
+        turn = turn_map(worker, workers, scaled_lr, alpha, momentum=momentum, tau=tau)
+        noise = turn @ noise @ turn.T
+        # The noise of a step enters x and v, and is carried on by the steps that follow before the next turn.
+        local = turn_map(worker, workers, scaled_lr, 0.0, momentum=momentum)
+        entering = np.zeros(size)
+        entering[2 * worker : 2 * worker + 2] = scaled_lr
+        for _ in range(tau):
+            noise += np.outer(entering, entering)
+            entering = local @ entering
+    step = composed_map(workers, scaled_lr, alpha, momentum=momentum, tau=tau)
+    return float(steady_covariance(step, noise)[-1, -1])
 
 
 def center_trajectory(workers: int, scaled_lr: float, alpha: float, *, start: float, turns: int) -> Array:

@@ -1,11 +1,11 @@
-"""The spectral radius of a linear map, and where it passes one."""
+"""The spectral radius of a linear map, where it passes one, and the covariance that noise builds up."""
 
 from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "first_unstable", "is_contraction", "spectral_radius"]
+__all__ = ["Array", "first_unstable", "is_contraction", "spectral_radius", "steady_covariance"]
 
 Array = NDArray[np.float64]
 
@@ -20,10 +20,11 @@ def spectral_radius(maps: Array) -> Array:
         maps: Square matrices, of shape (..., n, n).
 
     Returns:
-        Radii, of shape (...).
+        Radii, of shape (...); infinite for a map with entries that have overflowed.
     """
-    radii: Array = np.abs(np.linalg.eigvals(maps)).max(axis=-1)
-    return radii
+    finite = np.asarray(np.isfinite(maps).all(axis=(-2, -1)))
+    radii = np.abs(np.linalg.eigvals(np.where(finite[..., None, None], maps, 0.0))).max(axis=-1)
+    return np.where(finite, radii, np.inf)
 
 
 def is_contraction(radii: Array) -> NDArray[np.bool_]:
@@ -57,3 +58,22 @@ def first_unstable(radii: Callable[[Array], Array], end: float, points: int = 40
         else:
             high = middle
     return low
+
+
+def steady_covariance(step: Array, noise: Array) -> Array:
+    r"""The covariance :math:`C = M C M^T + Q` of a state that is mapped and disturbed again and again.
+
+    Args:
+        step: M, of shape (n, n).
+        noise: Q, the covariance of what is added after each map, of shape (n, n).
+
+    Returns:
+        C, of shape (n, n); infinite unless the spectral radius of M is below one.
+    """
+    if spectral_radius(step) >= 1:
+        return np.full_like(noise, np.inf)
+    covariance, power = noise, step
+    # After k rounds the sum has 2ᵏ terms: C = Q + MQMᵀ, then that + M²(·)M²ᵀ, …
+    while np.abs(power).max() > 1e-12:
+        covariance, power = covariance + power @ covariance @ power.T, power @ power
+    return covariance
