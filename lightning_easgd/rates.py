@@ -7,6 +7,7 @@ from typing import final
 from torch.optim import Optimizer
 
 from lightning_easgd.elastic import moving_rate_from_center_rate, moving_rate_from_penalty
+from lightning_easgd.stability import synchronous
 
 __all__ = ["DEFAULT_BETA", "MovingRates", "check_number"]
 
@@ -111,10 +112,8 @@ class MovingRates:
     def instability(self, workers: int) -> str | None:
         r"""What is wrong with these rates at every learning rate, as one sentence, or None.
 
-        Without gradients the gap between the workers' mean and the center shrinks by 1 - α - β at each exchange, so
-        that α + β ≤ 2 is needed; for β = pα this is α ≤ 2/(p + 1), the limit ηh → 0 of the synchronous region
-        α ≤ (4 - 2ηh) / (2(p + 1) - pηh). A worker's distance from the workers' mean shrinks by 1 - α. Rates given by
-        ``rho`` depend on the learning rate and are not judged here.
+        The limits are those of :mod:`lightning_easgd.stability.synchronous` for ηh → 0: α + β ≤ 2, which for β = pα
+        is α ≤ 2/(p + 1). Rates given by ``rho`` depend on the learning rate and are not judged here.
         """
         if self.rho is not None:
             return None
@@ -124,11 +123,12 @@ class MovingRates:
                 f"EASGDStrategy(alpha={alpha:g}): a negative moving rate pushes the workers apart; only the curvature"
                 " of the loss can hold them. Use alpha >= 0 unless that is what you study."
             )
-        if alpha + beta > 2 * (1 + 1e-9):
+        if alpha > synchronous.largest_alpha(beta) + 1e-9:
             return (
                 f"EASGDStrategy(alpha={alpha:g}, beta={beta:g}) with {workers} workers is unstable: it needs"
-                f" alpha + beta <= 2, which for beta = p * alpha is alpha <= 2/(p+1) = {2 / (workers + 1):.4g}. Leave"
-                f" alpha unset for beta/p = {DEFAULT_BETA / workers:.4g}."
+                f" alpha + beta <= 2, which for beta = p * alpha is alpha <= 2/(p+1) ="
+                f" {synchronous.largest_moving_rate(workers):.4g}. Leave alpha unset for beta/p"
+                f" = {DEFAULT_BETA / workers:.4g}."
             )
         return None
 
