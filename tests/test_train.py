@@ -105,7 +105,8 @@ def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
         (["model.network.layers=3"], "easgd-train(model.network.layers=...): there is no key 'layers' in "
          "'model.network'; choose one of: hidden, image_shape, num_classes, width"),
         (["strategy=esgd"], "easgd-train(strategy=esgd): there is no such strategy; did you mean strategy=easgd?"),
-        (["data=mnist"], "easgd-train(data=mnist): there is no such data; choose one of: digits"),
+        (["data=birds"], "easgd-train(data=birds): there is no such data; choose one of: cifar10, cifar100, digits, "
+         "fashion_mnist, imagenet, mnist"),
         (["strategy"], "easgd-train(strategy): this cannot be read as an override; write key=value"),
     ],
 )  # fmt: skip
