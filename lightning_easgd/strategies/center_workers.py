@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -13,34 +12,27 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import (
-    communicates_at_epoch_end,
-    is_without_steps,
-    reads_common_clock,
-    request_stop,
-    saves_after_batch,
-    saves_in_epoch,
-)
+from lightning_easgd._compat import is_without_steps
 from lightning_easgd.averagers import Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
+from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
-from lightning_easgd.strategies.workers import LocalWorkers
+from lightning_easgd.strategies.meeting_workers import MeetingWorkers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["CenterHooks", "CenterWorkers"]
+__all__ = ["CenterWorkers"]
 
 
-class CenterWorkers(CenterReadings, LocalWorkers):
+class CenterWorkers(CenterReadings, MeetingWorkers):
     """Workers that are averaged with a center now and then; a subclass says how.
 
     The center is the model: validation, checkpoints and the module after ``fit`` hold it.
     """
 
-    _callback_class: ClassVar[type["CenterHooks"]]
-    _stop_exception: ClassVar[type[BaseException]]
+    _callback_class: ClassVar[type[CenterHooks]]
 
     tau: int
 
@@ -51,11 +43,8 @@ class CenterWorkers(CenterReadings, LocalWorkers):
                 f"{type(self).__name__}(evaluate={evaluate!r}): unknown weights; use 'center' or 'worker'."
             )
         self.evaluate = evaluate
-        self._averaging: Averaging | None = None  # from setup to teardown of a fit
         self._shown: ShownWeights | None = None  # from the start of training to teardown
-        self._training = False  # while exchanges may happen
         self._callback: Any = None
-        self._even_batches = True
         self._validating = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._center_buffers: list[Tensor] = []
@@ -154,9 +143,7 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         self._shown = ShownWeights(self.lightning_module, self._averagers)
         self._training = True
         self._validating = self._replaced = False
-        batches = self._trainer.num_training_batches
-        same = batches == self.broadcast(batches) and math.isfinite(batches)
-        self._even_batches = self.reduce_boolean_decision(same)
+        self._look_for_meetings()
 
     def optimizer_step(
         self,
@@ -204,29 +191,10 @@ class CenterWorkers(CenterReadings, LocalWorkers):
     def on_batch_fetched(self) -> None:
         """Take notice before a batch is trained on."""
 
-    def on_train_batch_end(self) -> None:
-        """Let ranks meet before a callback communicates inside the epoch: where one never comes, all end with an error.
-
-        Ranks with equally many batches read a common clock without it.
-        """
-        if not self._training:
-            return
-        step = self._trainer.global_step
-        if self._has_common_clock or any(saves_after_batch(callback, step) for callback in self._trainer.callbacks):
-            self._wait_for_all(Meeting.BATCH_END)
-
     def on_train_epoch_end(self) -> None:
-        """Let ranks that end an epoch at different times meet before Lightning communicates, else they may hang."""
+        """Let ranks that end an epoch at different times meet; see whether the next epoch trains the worker."""
         self._replaced = is_without_steps(self._trainer)
-        if not self._training or self._averaging is None:
-            return
-        communicates = communicates_at_epoch_end(self._trainer)
-        if self._averaging.waits_for_all:
-            wait = communicates or not self._even_batches
-        else:  # only to tell a rank that waits for all inside its epoch that this one is at the end
-            wait = communicates and (self._has_common_clock or any(map(saves_in_epoch, self._trainer.callbacks)))
-        if wait:
-            self._wait_for_all(Meeting.EPOCH_END)
+        super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
         """Let all ranks finish, and leave the center in the module, or what callbacks want there, the same on all."""
@@ -302,21 +270,6 @@ class CenterWorkers(CenterReadings, LocalWorkers):
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)
 
-    def _on_sigterm(self) -> None:
-        if self._averaging is not None:
-            self._averaging.request_stop()
-        else:
-            super()._on_sigterm()
-
-    def _stop_if_agreed(self) -> None:
-        assert self._averaging is not None
-        if self._averaging.stop_agreed:
-            request_stop(self._trainer)
-
-    @property
-    def _has_common_clock(self) -> bool:
-        return not self._even_batches and any(map(reads_common_clock, self._trainer.callbacks))
-
     def _named_center(self) -> dict[str, Tensor]:
         assert self.lightning_module is not None
         return named_center(self.lightning_module.named_parameters(), self._averagers)
@@ -333,15 +286,6 @@ class CenterWorkers(CenterReadings, LocalWorkers):
             if isinstance(value, Tensor) and value.data_ptr() in centers:
                 state[name] = centers[value.data_ptr()].to(value.dtype, copy=True).view_as(value)
         return copy.deepcopy(state)
-
-    def _wait_for_all(self, meeting: Meeting) -> None:
-        """Wait for all ranks, and apply every exchange."""
-        assert self._averaging is not None
-        try:
-            self._averaging.meet(meeting)
-        except WorkersStoppedError:
-            raise self._stop_exception from None
-        self._stop_if_agreed()
 
     def _meet(self, meeting: Meeting) -> None:
         """Wait for all ranks, and make what belongs to the center beside its parameters."""
@@ -389,30 +333,3 @@ class CenterWorkers(CenterReadings, LocalWorkers):
     def _show_center(self) -> None:
         assert self._shown is not None
         self._shown.show_center(self._center_buffers)
-
-
-class CenterHooks:
-    """Calls the strategy before all other callbacks; Lightning calls a strategy's own hooks after them."""
-
-    def __init__(self, strategy: CenterWorkers) -> None:
-        self._strategy = strategy
-
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Show the center before other callbacks look at the module."""
-        self._strategy.on_validation_start()
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Tell the strategy before other callbacks draw random numbers."""
-        self._strategy.on_batch_fetched()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Meet before other callbacks communicate."""
-        self._strategy.on_train_batch_end()
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Meet before other callbacks communicate."""
-        self._strategy.on_train_epoch_end()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002
-        """Leave the center in the module before other callbacks write or read it."""
-        self._strategy.on_train_end()

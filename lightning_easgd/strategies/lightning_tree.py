@@ -8,7 +8,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_easgd.registration import register
-from lightning_easgd.strategies.center_workers import CenterHooks
+from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
 from lightning_easgd.strategies.launching import RankLauncher

@@ -8,7 +8,7 @@ from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from lightning_easgd.registration import register
-from lightning_easgd.strategies.center_workers import CenterHooks
+from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.downpour_workers import DownpourWorkers
 from lightning_easgd.strategies.elastic_workers import ElasticWorkers
 from lightning_easgd.strategies.launching import RankLauncher
