@@ -58,7 +58,8 @@ class Codec(ABC):
 
         Args:
             values: Shape (numel,), float32 or float64, contiguous.
-            message: Shape (nbytes(numel),), uint8, on the device of ``values``, contiguous and aligned to 4 bytes.
+            message: Shape (nbytes(numel),), uint8, on the device of ``values``, contiguous, beginning at a multiple of
+                4 bytes.
         """
 
     @abstractmethod
@@ -94,7 +95,7 @@ class BFloat16Codec(Codec):
     float64 value is rounded to float32 first.
     """
 
-    block = 1
+    block = 2  # so that a part of a message begins at a multiple of 4 bytes
 
     @override
     def nbytes(self, numel: int) -> int:
