@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["Channel", "ExchangeError", "ProcessGroupChannel", "Transfer"]
+__all__ = ["Channel", "ExchangeError", "ProcessGroupChannel", "Transfer", "WorkTransfer"]
 
 
 class ExchangeError(RuntimeError):
@@ -69,7 +69,7 @@ class ProcessGroupChannel(Channel):
     def sum(self, buffer: Tensor) -> Transfer:
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
         assert work is not None
-        return _WorkTransfer(work, self._timeout)
+        return WorkTransfer(work, self._timeout)
 
     @override
     def close(self) -> None:
@@ -78,11 +78,19 @@ class ProcessGroupChannel(Channel):
 
 
 @final
-class _WorkTransfer(Transfer):
+class WorkTransfer(Transfer):
+    """A collective operation under way.
+
+    Args:
+        work: The operation.
+        timeout: Of its group, for the error's text.
+    """
+
     def __init__(self, work: dist.Work, timeout: timedelta) -> None:
         self._work = work
         self._timeout = timeout
 
+    @override
     def wait(self) -> None:
         started = time.monotonic()
         try:
