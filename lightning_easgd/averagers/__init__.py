@@ -5,9 +5,10 @@ from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
 from lightning_easgd.averagers.downpour import DownpourAverager
 from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.averagers.message_channel import MessageChannel, ProcessGroupMessageChannel
 from lightning_easgd.averagers.served import ServedAverager
 from lightning_easgd.averagers.serving import ContinueOnLoss, FailOnLoss, ServedAveraging, free_order, round_robin
-from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, shared_sums
+from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, compressed_sums, shared_sums
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "FailOnLoss",
     "MakeSum",
     "Meeting",
+    "MessageChannel",
     "ProcessGroupChannel",
+    "ProcessGroupMessageChannel",
     "ServedAverager",
     "ServedAveraging",
     "Statistics",
@@ -31,6 +34,7 @@ __all__ = [
     "Transfer",
     "WorkersStoppedError",
     "all_reduced_sums",
+    "compressed_sums",
     "elastic_rule",
     "free_order",
     "round_robin",

@@ -54,8 +54,9 @@ class Statistics:
 
     Attributes:
         exchanges: Exchanges begun.
-        bytes_sent: Bytes that this worker sent for them: by the count of a ring all-reduce 2 (p - 1) / p times the
-            size of what was reduced; with a served center the message and its answer.
+        bytes_sent: Bytes that this worker handed over for them: by the count of a ring all-reduce 2 (p - 1) / p times
+            the size of what was reduced; what others read from shared memory once; with a served center the message and
+            its answer.
         seconds_waited: Seconds in which this worker stood still for a transfer to arrive.
         staleness: With a served center, the exchanges of other workers that came between two of this worker's;
             divided by ``exchanges`` it is their mean number.

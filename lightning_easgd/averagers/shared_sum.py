@@ -306,14 +306,15 @@ class SharedSum(DifferenceSum):
                 # Looked at again, as a worker may leave when it has done its part.
                 if any(counter(self._vectors[rank]) < exchange for rank in lost):
                     raise ExchangeError(
-                        f"EASGDStrategy: an exchange failed after this worker had waited {now - started:.1f} s; ranks"
-                        f" {lost} died or raised an error. Look for the first error among the ranks."
+                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
+                        f" {now - started:.1f} s; ranks {lost} died or raised an error. Look for the first error among"
+                        " the ranks."
                     )
                 if now - started > self._timeout.total_seconds():
                     raise ExchangeError(
                         f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                        f" {now - started:.1f} s for ranks {behind}, which hang or are slow; a longer timeout helps"
-                        " only if they are slow."
+                        f" {now - started:.1f} s; ranks {behind} hang or are slow. Look for the first error among the"
+                        " ranks; a longer timeout helps only if they are slow."
                     )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

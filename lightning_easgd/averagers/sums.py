@@ -10,13 +10,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_easgd.averagers.all_reduced_sum import AllReducedSum
 from lightning_easgd.averagers.channel import Channel
+from lightning_easgd.averagers.compressed_sum import CompressedSum
 from lightning_easgd.averagers.difference_sum import DifferenceSum
+from lightning_easgd.averagers.message_channel import MessageChannel
 from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum
 from lightning_easgd.center import FlatTensors
+from lightning_easgd.compression import Codec
 from lightning_easgd.service.errors import CenterError
 from lightning_easgd.service.stores import own_client
 
-__all__ = ["MakeSum", "all_reduced_sums", "shared_sums"]
+__all__ = ["MakeSum", "all_reduced_sums", "compressed_sums", "shared_sums"]
 
 MakeSum = Callable[[FlatTensors], DifferenceSum]
 """From the center to what sums up the differences from it; all workers call it at the same point."""
@@ -32,6 +35,16 @@ def all_reduced_sums(make_channel: Callable[[], Channel], tau: int) -> MakeSum:
         tau: τ.
     """
     return lambda center: AllReducedSum(center, make_channel(), tau)
+
+
+def compressed_sums(make_channel: Callable[[], MessageChannel], make_codec: Callable[[], Codec]) -> MakeSum:
+    """Sums of encoded differences, each on a channel of its own.
+
+    Args:
+        make_channel: Makes a channel; all workers call it at the same point.
+        make_codec: Makes the codec of a sum.
+    """
+    return lambda center: CompressedSum(center, make_channel(), make_codec())
 
 
 def shared_sums(store: Store, control: Channel, timeout: timedelta, otherwise: MakeSum) -> MakeSum:

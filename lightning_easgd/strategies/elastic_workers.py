@@ -15,11 +15,14 @@ from lightning_easgd.averagers import (
     Channel,
     MakeSum,
     ProcessGroupChannel,
+    ProcessGroupMessageChannel,
     SynchronousAveraging,
     all_reduced_sums,
+    compressed_sums,
     elastic_rule,
     shared_sums,
 )
+from lightning_easgd.compression import WireDtype, make_codec
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.strategies.kept_states import WorkerState
@@ -65,6 +68,10 @@ class ElasticWorkers(ServedWorkers):
             own clock with a served center (Algorithms 1 and 2 of the paper); nobody waits for a slow worker.
         momentum: δ in (0, 1) makes this EAMSGD: the worker's ``torch.optim.SGD`` becomes Nesterov with this momentum
             (an SGD that has momentum keeps its own), and the point before the look-ahead is what is averaged.
+        wire_dtype: With mode="sync", what the differences are rounded to on their way through the process group:
+            "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a float32 scale for each 256 elements). What the
+            rounding drops is added to the next exchange, the worker's own pull is exact, and so is the center's
+            arithmetic. None sends them as they are.
         order: With mode="async", "free": every worker on its own clock; "round_robin": turns pass from rank to rank,
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
@@ -105,6 +112,7 @@ class ElasticWorkers(ServedWorkers):
         rho: float | None = None,
         mode: Literal["sync", "async"] = "sync",
         momentum: float | None = None,
+        wire_dtype: WireDtype | None = None,
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
         center_device: Literal["cpu"] | None = None,
@@ -132,6 +140,7 @@ class ElasticWorkers(ServedWorkers):
         )
         check_period(type(self).__name__, tau)
         _check_mode(mode, order, on_worker_loss)
+        _check_wire_dtype(wire_dtype, mode)
         _check_center_device(center_device, mode)
         check_number("EASGDStrategy", "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
@@ -142,6 +151,7 @@ class ElasticWorkers(ServedWorkers):
         self.rates = MovingRates(alpha=alpha, beta=beta, rho=rho)
         self.mode = mode
         self.momentum = momentum
+        self.wire_dtype = wire_dtype
         self.center_device = center_device
         self._has_chosen_backend = process_group_backend is not None
 
@@ -181,6 +191,9 @@ class ElasticWorkers(ServedWorkers):
     def _make_sums(self, control: Channel, timeout: timedelta) -> MakeSum:
         backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
         assert backend is not None
+        if self.wire_dtype is not None:
+            channels = partial(ProcessGroupMessageChannel, backend, timeout)
+            return compressed_sums(channels, partial(make_codec, self.wire_dtype))
         on_cpu = self.root_device.type == "cpu"
         # A bucket that is reduced on the host must not overtake the copies of others to the GPU.
         spread = self.tau if on_cpu or self.center_device is None else 1
@@ -201,6 +214,19 @@ def _check_mode(mode: object, order: str, on_worker_loss: str) -> None:
         raise ValueError(
             f"EASGDStrategy(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
             " mode='async'."
+        )
+
+
+def _check_wire_dtype(wire_dtype: object, mode: str) -> None:
+    if wire_dtype not in (None, "bfloat16", "int8"):
+        raise ValueError(
+            f"EASGDStrategy(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
+            " differences as they are."
+        )
+    if wire_dtype is not None and mode == "async":
+        raise ValueError(
+            f"EASGDStrategy(wire_dtype={wire_dtype!r}, mode='async'): a worker that does not know the served center as"
+            " it is now cannot round its difference from it; use mode='sync', or leave wire_dtype out."
         )
 
 
