@@ -262,7 +262,7 @@ class SharedSum(DifferenceSum):
     def finish(self) -> None:
         if self._is_under_way:
             if not self._vectors:
-                self.attach()
+                self._attach_at_last()
             self._wait(lambda vector: vector.written, self._exchange)
             self._add_up()
 
@@ -276,6 +276,15 @@ class SharedSum(DifferenceSum):
     @property
     def _is_under_way(self) -> bool:
         return self._own.read < self._exchange
+
+    def _attach_at_last(self) -> None:
+        try:
+            self.attach()
+        except SharedMemoryUnavailableError as error:
+            raise ExchangeError(
+                f"EASGDStrategy(timeout={self._timeout}): an exchange failed, as a worker is not there any more"
+                f" ({error}). Look for the first error among the ranks."
+            ) from error
 
     def _attach(self, rank: int) -> SharedVector:
         vector = SharedVector.attach(self._place.find(rank, self._timeout), self.wire.flat.dtype)
