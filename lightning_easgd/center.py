@@ -39,6 +39,7 @@ class FlatTensors:
         groups: The parameters, in the optimizer's groups. Only shapes and device are read.
         dtype: Dtype of the buffer.
         device: Where the buffer is; None for the parameters' device. Host memory beside a GPU is pinned.
+        memory: A tensor to use as the buffer, of that dtype and size, instead of a new one, which is all zeros.
 
     Attributes:
         flat: The buffer, shape (number of elements,).
@@ -46,16 +47,34 @@ class FlatTensors:
         segments: For each group the part of ``flat`` that holds it, shape (elements of the group,).
     """
 
-    def __init__(self, groups: Sequence[Sequence[Tensor]], dtype: torch.dtype, device: str | None = None) -> None:
+    def __init__(
+        self,
+        groups: Sequence[Sequence[Tensor]],
+        dtype: torch.dtype,
+        device: str | None = None,
+        memory: Tensor | None = None,
+    ) -> None:
         sizes = [[parameter.numel() for parameter in group] for group in groups]
-        place = next(chain.from_iterable(groups)).device
-        pinned = device == "cpu" and place.type == "cuda"
-        self.flat = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device or place, pin_memory=pinned)
+        if memory is None:
+            place = next(chain.from_iterable(groups)).device
+            pinned = device == "cpu" and place.type == "cuda"
+            memory = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device or place, pin_memory=pinned)
+        self.flat = memory
         self.segments = list(torch.split(self.flat, [sum(group) for group in sizes]))
         self.groups = [
             [part.view(parameter.shape) for part, parameter in zip(torch.split(segment, size), group, strict=True)]
             for segment, size, group in zip(self.segments, sizes, groups, strict=True)
         ]
+
+    def like(self, memory: Tensor | None = None) -> "FlatTensors":
+        """Another buffer of the same layout, dtype and device, pinned if this one is.
+
+        Args:
+            memory: As for the class.
+        """
+        if memory is None:
+            memory = torch.zeros_like(self.flat, pin_memory=self.flat.is_pinned())
+        return FlatTensors(self.groups, self.flat.dtype, memory=memory)
 
     @property
     def views(self) -> list[Tensor]:

@@ -10,6 +10,13 @@ from torch import Tensor
 from lightning_easgd.averagers import Channel, ExchangeLine, Transfer
 
 
+def line_on(control: Channel, data: Channel) -> ExchangeLine:
+    """A line, and beside it the channel of the exchanges' sums."""
+    line = ExchangeLine(control)
+    line.data = data
+    return line
+
+
 class Hub:
     """Joins the reductions of ``size`` workers: the k-th of each worker belong together."""
 
@@ -83,7 +90,7 @@ def run_threads(work: Callable[[int, ExchangeLine], Any], workers: int) -> list[
     def run(rank: int) -> None:
         torch.set_num_threads(1)
         try:
-            results[rank] = work(rank, ExchangeLine(control.channel(rank), data.channel(rank)))
+            results[rank] = work(rank, line_on(control.channel(rank), data.channel(rank)))
         except BaseException as error:
             errors.append(error)
 

@@ -44,7 +44,7 @@ def round_robin_trace(minima, steps: int, tau: int, alpha: float, lr: float = 0.
 class BlockingAverager:
     """Plain synchronous EASGD: the reduction is waited for at once, and the center moved before the step."""
 
-    def __init__(self, optimizer: Optimizer, line: ExchangeLine, *, tau, rates: MovingRates, **_) -> None:
+    def __init__(self, optimizer: Optimizer, line: ExchangeLine, make_sum, *, tau, rates: MovingRates, **_) -> None:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.centers = [parameter.detach().clone().float() for parameter in self.parameters]
         self.optimizer, self.tau, self.rates, self.clock = optimizer, tau, rates, 0
@@ -56,9 +56,10 @@ class BlockingAverager:
         workers = dist.get_world_size()
         alpha, beta = self.rates.resolve(workers, self.optimizer.param_groups[0]["lr"])
         differences = [p.detach() - center for p, center in zip(self.parameters, self.centers, strict=True)]
-        # One buffer: with three ranks or more the order of a ring's additions depends on the place in the buffer.
-        total = torch.cat([difference.flatten() for difference in differences])
-        dist.all_reduce(total)
+        mine = torch.cat([difference.flatten() for difference in differences])
+        every = [torch.empty_like(mine) for _ in range(workers)]
+        dist.all_gather(every, mine)
+        total = sum(every[1:], every[0])  # in the order of the ranks
         torch.nn.utils.vector_to_parameters(
             torch.nn.utils.parameters_to_vector(self.centers).add(total, alpha=beta / workers), self.centers
         )
@@ -86,3 +87,6 @@ class BlockingAverager:
 
     def center_values(self) -> list[torch.Tensor]:
         return self.centers
+
+    def close(self) -> None:
+        pass

@@ -11,7 +11,7 @@ from torch import nn
 from toys import MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.averagers import ExchangeLine, SynchronousAverager
+from lightning_easgd.averagers import ExchangeLine, SynchronousAverager, all_reduced_sums
 from lightning_easgd.rates import MovingRates
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,7 +79,12 @@ def test_a_pull_below_the_workers_resolution_leaves_it_where_it_is():
         parameter = nn.Parameter(torch.ones(1, dtype=dtype))
         optimizer = torch.optim.SGD([parameter], lr=0.0)
         averager = SynchronousAverager(
-            optimizer, ExchangeLine(Line(), Line()), number=0, tau=1, rates=MovingRates(alpha=alpha, beta=1e-9)
+            optimizer,
+            ExchangeLine(Line()),
+            all_reduced_sums(Line, tau=1),
+            number=0,
+            tau=1,
+            rates=MovingRates(alpha=alpha, beta=1e-9),
         )
         with torch.no_grad():
             parameter.add_(units * 2**-7)

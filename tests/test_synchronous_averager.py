@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from channels import LoneChannel, run_threads
+from channels import LoneChannel, line_on, run_threads
 from reference import synchronous_trace
 from toys import MINIMA
 
-from lightning_easgd.averagers import ExchangeError, ExchangeLine, Meeting, SynchronousAverager
+from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAverager, all_reduced_sums
 from lightning_easgd.momentum import LookAheadPosition, make_nesterov
 from lightning_easgd.rates import MovingRates
 
@@ -21,12 +21,16 @@ def quadratic_step(averager, x, optimizer, minimum):
 
 def averager_of(parameters, line, *, lr=0.1, tau=2, number=0, **rates):
     optimizer = torch.optim.SGD(parameters, lr=lr)
-    return SynchronousAverager(optimizer, line, number=number, tau=tau, rates=MovingRates(**rates)), optimizer
+    return on_line(optimizer, line, number=number, tau=tau, rates=MovingRates(**rates)), optimizer
+
+
+def on_line(optimizer, line, *, tau, **keywords):
+    return SynchronousAverager(optimizer, line, all_reduced_sums(lambda: line.data, tau), tau=tau, **keywords)
 
 
 def test_a_reduction_is_waited_for_only_when_the_next_exchange_is_due():
     events = []
-    line = ExchangeLine(LoneChannel([]), LoneChannel(events))
+    line = line_on(LoneChannel([]), LoneChannel(events))
     x = torch.ones(3, requires_grad=True)
     averager, optimizer = averager_of([x], line, tau=3)
     events.clear()
@@ -44,7 +48,7 @@ def test_a_reduction_is_waited_for_only_when_the_next_exchange_is_due():
 
 def test_the_pull_waits_for_nothing():
     events = []
-    line = ExchangeLine(LoneChannel([]), LoneChannel(events))
+    line = line_on(LoneChannel([]), LoneChannel(events))
     x = torch.ones(1, requires_grad=True)
     averager, optimizer = averager_of([x], line, tau=1, alpha=0.5, beta=1.0)
     quadratic_step(averager, x, optimizer, 0.0)
@@ -84,10 +88,10 @@ def test_center_starts_at_rank_zero_whatever_the_others_hold():
 
 
 def test_every_group_has_the_rate_of_its_learning_rate():
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     a, b = torch.ones(1, requires_grad=True), torch.ones(2, requires_grad=True)
     optimizer = torch.optim.SGD([{"params": [a], "lr": 0.1}, {"params": [b], "lr": 0.2}])
-    averager = SynchronousAverager(optimizer, line, number=0, tau=1, rates=MovingRates(rho=1.0))
+    averager = on_line(optimizer, line, number=0, tau=1, rates=MovingRates(rho=1.0))
     averager.begin()
     averager.finish()
     with torch.no_grad():
@@ -100,11 +104,11 @@ def test_every_group_has_the_rate_of_its_learning_rate():
 
 
 def test_look_ahead_uses_the_learning_rate_of_the_step_that_wrote_the_buffer():
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     y = torch.ones(1, requires_grad=True)
     optimizer = torch.optim.SGD([y], lr=0.1)
     make_nesterov(optimizer, 0.9)
-    averager = SynchronousAverager(
+    averager = on_line(
         optimizer, line, number=0, tau=1, rates=MovingRates(alpha=0.5, beta=1.0), position=LookAheadPosition
     )
     quadratic_step(averager, y, optimizer, 0.0)
@@ -116,7 +120,7 @@ def test_look_ahead_uses_the_learning_rate_of_the_step_that_wrote_the_buffer():
 
 
 def test_parameters_added_later_join_with_their_value_of_then():
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     a, b = torch.ones(1, requires_grad=True), torch.full((2,), 7.0, requires_grad=True)
     averager, optimizer = averager_of([a], line, tau=2, alpha=0.5, beta=1.0)
     for _ in range(3):
@@ -140,7 +144,7 @@ def test_parameters_added_later_join_with_their_value_of_then():
     [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
 )
 def test_center_is_at_least_float32_and_the_worker_comes_back_bit_for_bit(dtype, wider):
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     x = torch.randn(50, dtype=dtype, requires_grad=True)
     averager, optimizer = averager_of([x], line, tau=1, alpha=0.3)
     for _ in range(3):
@@ -155,7 +159,7 @@ def test_center_is_at_least_float32_and_the_worker_comes_back_bit_for_bit(dtype,
 
 
 def test_complex_parameters_are_refused():
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     with pytest.raises(TypeError, match=r"EASGDStrategy.*complex64.*shape \(2,\)"):
         averager_of([torch.ones(2, dtype=torch.complex64, requires_grad=True)], line)
 
@@ -231,7 +235,7 @@ def test_statistics_count_a_ring_all_reduce():
 
 
 def test_elastic_distance_is_that_of_the_last_exchange():
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     x = torch.zeros(2, requires_grad=True)
     averager, _ = averager_of([x], line, tau=1)
     averager.begin(), averager.finish()

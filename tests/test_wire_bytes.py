@@ -95,19 +95,23 @@ def sent(make_strategy) -> list[int]:
 GRADIENTS = 4 * PARAMETERS
 
 
+def through_group():
+    return EASGDStrategy(tau=TAU, process_group_backend="gloo")
+
+
 def test_ddp_sends_what_is_counted_for_it():
     for count in sent(DDPStrategy):
         assert count == pytest.approx(ddp_bytes(GRADIENTS, STEPS, RANKS), rel=0.01)
 
 
 def test_easgd_sends_a_tenth_of_ddp():
-    for count, ddp in zip(sent(lambda: EASGDStrategy(tau=TAU)), sent(DDPStrategy), strict=True):
+    for count, ddp in zip(sent(through_group), sent(DDPStrategy), strict=True):
         assert ddp / count == pytest.approx(TAU, rel=0.01)
 
 
 def test_easgd_sends_what_it_says():
     def train():
-        strategy, module = EASGDStrategy(tau=TAU), Said()
+        strategy, module = through_group(), Said()
         quiet_trainer(strategy=strategy, devices=RANKS).fit(module)
         return module.counts, module.said
 
@@ -130,6 +134,11 @@ class Said(Wide):
 def test_post_local_sgd_sends_a_tenth_of_ddp():
     for count in sent(lambda: PostLocalSGDStrategy(tau=TAU)):
         assert count == pytest.approx(ddp_bytes(GRADIENTS, STEPS // TAU, RANKS), rel=0.01)
+
+
+def test_workers_that_share_memory_send_announcements_only():
+    for count in sent(lambda: EASGDStrategy(tau=TAU)):
+        assert 0 < count < 0.001 * GRADIENTS
 
 
 def test_workers_that_do_not_communicate_send_nothing():

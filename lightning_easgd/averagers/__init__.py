@@ -7,6 +7,7 @@ from lightning_easgd.averagers.downpour import DownpourAverager
 from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.served import ServedAverager
 from lightning_easgd.averagers.serving import ContinueOnLoss, FailOnLoss, ServedAveraging, free_order, round_robin
+from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, shared_sums
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ExchangeError",
     "ExchangeLine",
     "FailOnLoss",
+    "MakeSum",
     "Meeting",
     "ProcessGroupChannel",
     "ServedAverager",
@@ -28,7 +30,9 @@ __all__ = [
     "SynchronousAveraging",
     "Transfer",
     "WorkersStoppedError",
+    "all_reduced_sums",
     "elastic_rule",
     "free_order",
     "round_robin",
+    "shared_sums",
 ]

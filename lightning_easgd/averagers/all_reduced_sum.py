@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -30,20 +31,20 @@ class AllReducedSum(DifferenceSum):
 
     Args:
         center: As for :class:`DifferenceSum`.
-        wire: As for :class:`DifferenceSum`.
         channel: A channel for this sum alone: different sums start their buckets in different orders on each worker.
         tau: τ, over how many optimizer steps the buckets are spread.
     """
 
-    def __init__(self, center: FlatTensors, wire: FlatTensors, channel: Channel, tau: int) -> None:
+    def __init__(self, center: FlatTensors, channel: Channel, tau: int) -> None:
+        wire = center.like()
         super().__init__(center, wire)
         self._channel = channel
         self._tau = tau
         self._buckets = _cut(center, wire, count=max(1, min(tau, wire.flat.nbytes // BUCKET_BYTES)))
         first = self._buckets[0]
-        self._kept = first.wire.clone()
+        self._kept = torch.empty_like(first.wire, pin_memory=wire.flat.is_pinned())
         self._given = [list(group) for group in wire.groups]
-        views = iter(self._kept.split([wire.views[number].numel() for number in first.parameters]))
+        views = iter(torch.split(self._kept, [wire.views[number].numel() for number in first.parameters]))
         place = [(group, index) for group, members in enumerate(wire.groups) for index in range(len(members))]
         for number in first.parameters:
             group, index = place[number]
@@ -51,6 +52,10 @@ class AllReducedSum(DifferenceSum):
         self._shares: Sequence[float] = []
         self._transfers: list[Transfer] = []
         self._steps: int | None = None  # since the exchange under way began
+
+    @override
+    def renewed(self, center: FlatTensors) -> "AllReducedSum":
+        return AllReducedSum(center, self._channel, self._tau)
 
     @property
     @override
@@ -116,13 +121,13 @@ def _cut(center: FlatTensors, wire: FlatTensors, count: int) -> list[_Bucket]:
     cuts = sorted({0, len(ends) - 1, *(min(range(len(ends)), key=lambda at: abs(ends[at] - e)) for e in even)})
     groups = [0, *accumulate(segment.numel() for segment in wire.segments)]
     buckets = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in pairwise(cuts):
         start, stop = ends[first], ends[last]
         pieces = []
-        for group, (low, high) in enumerate(zip(groups[:-1], groups[1:], strict=True)):
-            low, high = max(low, start), min(high, stop)
-            if low < high:
-                pieces.append((group, center.flat[low:high], wire.flat[low:high]))
+        for group, (low, high) in enumerate(pairwise(groups)):
+            part = slice(max(low, start), min(high, stop))
+            if part.start < part.stop:
+                pieces.append((group, center.flat[part], wire.flat[part]))
         buckets.append(_Bucket(range(first, last), wire.flat[start:stop], pieces))
     buckets.sort(key=lambda bucket: bucket.wire.numel())
     return [buckets[0], *reversed(buckets[1:])]

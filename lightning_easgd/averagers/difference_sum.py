@@ -25,7 +25,7 @@ class DifferenceSum(ABC):
 
     Args:
         center: :math:`\tilde x`, which only this object changes while an exchange is under way.
-        wire: A buffer with the center's layout and dtype.
+        wire: A buffer with the center's layout.
 
     Attributes:
         center: As given.
@@ -36,6 +36,13 @@ class DifferenceSum(ABC):
         self.center = center
         self.wire = wire
         self._norms: list[Tensor] | None = None
+
+    @abstractmethod
+    def renewed(self, center: FlatTensors) -> "DifferenceSum":
+        """The sum that takes this one's place when the center has got another layout; with no exchange under way.
+
+        Each worker makes it when it gets there, without waiting for one that has not. This one is closed.
+        """
 
     @property
     def given(self) -> list[list[Tensor]]:

@@ -129,14 +129,12 @@ class ExchangeLine:
 
     Attributes:
         control: The channel of the headers; it reduces CPU tensors.
-        data: The channel of the exchanges themselves.
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
     """
 
     control: Channel
-    data: Channel
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
@@ -187,13 +185,14 @@ class ExchangeLine:
             averagers[header.exchange].join()
         raise WorkersStoppedError
 
-    def count(self, nbytes: int) -> None:
-        """Add one exchange of this many bytes to the statistics."""
-        self.statistics.exchanges += 1
-        self.statistics.bytes_sent += round(2 * (self.data.size - 1) / self.data.size * nbytes)
+    def count(self, nbytes: int, header: Header | None) -> None:
+        """Add one exchange to the statistics.
 
-    def close(self) -> None:
-        """Give back both channels."""
-        self.control.close()
-        if self.data is not self.control:
-            self.data.close()
+        Args:
+            nbytes: What this worker sends of its difference.
+            header: The announcement, sent by a ring all-reduce; None if there was none.
+        """
+        self.statistics.exchanges += 1
+        self.statistics.bytes_sent += nbytes
+        if header is not None:
+            self.statistics.bytes_sent += round(2 * (self.control.size - 1) / self.control.size * header.nbytes)

@@ -2,7 +2,6 @@ r"""Synchronous EASGD: the center is replicated on all workers and moved by an a
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -11,10 +10,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.averagers.base import Averager, Averaging
-from lightning_easgd.averagers.channel import Channel, Transfer
+from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
+from lightning_easgd.averagers.sums import MakeSum
 from lightning_easgd.center import FlatTensors, center_dtype
-from lightning_easgd.elastic import elastic_pull_, elastic_push_
+from lightning_easgd.elastic import elastic_pull_
 from lightning_easgd.momentum import ParameterPosition, Position
 from lightning_easgd.rates import MovingRates
 
@@ -30,21 +30,22 @@ class SynchronousAverager(Averager):
         \tilde x_{t+1} &= \tilde x_t + \tfrac{\beta}{p} \sum_i (x^i_t - \tilde x_t)
 
     (Zhang, Choromanska, LeCun 2015, eqs 3-6, in Jacobi form: both lines use the values of before the step). Around
-    each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their reduction,
-    and :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
-    waits for nothing; the reduction has τ steps to arrive and is waited for by the next exchange, or by a reader of
-    the center. No staleness comes of it: the numbers are those of a blocking all-reduce.
+    each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their sum, and
+    :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
+    waits for nothing; the sum has τ steps to arrive and is waited for by the next exchange, or by a reader of the
+    center. No staleness comes of it: the numbers are those of a blocking sum.
 
     The step t = 0 makes no exchange: worker and center are equal there.
 
     Args:
         optimizer: The worker's optimizer; its parameters are what is averaged, also those added to it later.
         line: The exchanges' common order.
+        make_sum: Makes what sums up the differences.
         number: This averager's place in the list given to :meth:`ExchangeLine.meet`.
         tau: τ, the communication period in optimizer steps.
         rates: α and β.
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
-        center_device: Where center, wire and difference are; None for where the parameters are.
+        center_device: Where the center and the differences are; None for where the parameters are.
 
     Attributes:
         clock: t, the optimizer's steps so far.
@@ -55,6 +56,7 @@ class SynchronousAverager(Averager):
         self,
         optimizer: Optimizer,
         line: ExchangeLine,
+        make_sum: MakeSum,
         *,
         number: int,
         tau: int,
@@ -69,15 +71,14 @@ class SynchronousAverager(Averager):
         self._tau = tau
         self._rates = rates
         self._position = position(optimizer)
-        self._in_flight: _Exchange | None = None
-        self._pull_due: list[float] | None = None
-        self._exchanged = False
+        self._header: Header | None = None  # of the exchange under way, unless this worker only joined it
+        self._in_flight = False
+        self._pull_due: tuple[list[list[Tensor]], list[float]] | None = None  # differences and α of each group
+        self._exchanged: list[float] = []  # by what each group's last difference was multiplied
         self.clock = 0
         self._lay_out({})
-        # All workers start from one common point; rank 0's, should they differ.
-        if line.data.rank != 0:
-            self.center.flat.zero_()
-        line.data.sum(self.center.flat).wait()
+        self._start_from_rank_zero()
+        self._sum = make_sum(self.center)
 
     @property
     @override
@@ -99,21 +100,23 @@ class SynchronousAverager(Averager):
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
-        rates = self._rates.of_groups(self._optimizer, self._line.data.size)
-        agreement = self._wire.flat.numel(), [] if self._rates.follows_lr else rates
-        self._start(rates, self._line.announce(self._number, agreement))
+        rates = self._rates.of_groups(self._optimizer, self._line.control.size)
+        agreement = self.center.flat.numel(), [] if self._rates.follows_lr else rates
+        self._header = self._line.announce(self._number, agreement)
+        self._start(rates)
 
     @torch.no_grad()
     def finish(self) -> None:
         """After an optimizer step: pull the worker by the exchange that :meth:`begin` began, and count the step."""
         self._pull()
+        self._sum.advance()
         self._position.after_step()
         self.clock += 1
 
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        self._start(self._rates.of_groups(self._optimizer, self._line.data.size), header=None)
+        self._start(self._rates.of_groups(self._optimizer, self._line.control.size))
         self._pull()
         self.complete()
 
@@ -124,17 +127,18 @@ class SynchronousAverager(Averager):
         Raises:
             ExchangeError: If a worker is lost, or the workers' exchanges do not match.
         """
-        exchange = self._in_flight
-        if exchange is None:
+        if not self._in_flight:
             return
+        if self._pull_due is not None:  # the center is read within a step: keep what the sum may overwrite
+            differences, alphas = self._pull_due
+            self._pull_due = [[each.clone() for each in group] for group in differences], alphas
         started = time.monotonic()
-        if exchange.header is not None:
-            self._line.accept(exchange.header)
-        exchange.transfer.wait()
-        self._in_flight = None
+        if self._header is not None:
+            self._line.accept(self._header)
+            self._header = None
+        self._sum.finish()
+        self._in_flight = False
         self._line.statistics.seconds_waited += time.monotonic() - started
-        for center, total, share in zip(self.center.segments, self._wire.segments, exchange.shares, strict=True):
-            elastic_push_([center], [total], share)
 
     @override
     def settle(self) -> None:
@@ -146,16 +150,20 @@ class SynchronousAverager(Averager):
 
     @override
     def elastic_distance(self) -> float | None:
-        return float(torch.linalg.vector_norm(self._difference.flat)) if self._exchanged else None
+        if not self._exchanged:
+            return None
+        norms = [norm / (factor or 1.0) for norm, factor in zip(self._sum.norms(), self._exchanged, strict=True)]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self.clock, "position": self._position.state_dict()}
+        return {"clock": self.clock, "position": self._position.state_dict(), "sum": self._sum.state_dict()}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = state["clock"]
         self._position.load_state_dict(state["position"])
+        self._sum.load_state_dict(state.get("sum", {}))  # a checkpoint of version 0.1.0 has none
 
     @torch.no_grad()
     @override
@@ -167,7 +175,8 @@ class SynchronousAverager(Averager):
     def show_center(self) -> None:
         # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
         # when an error cut an exchange short.
-        self._kept = self._wire if self._in_flight is None else self._like_wire()
+        self._sum.norms()  # of the difference that is overwritten
+        self._kept = self._sum.wire if self._sum.has_room and not self._in_flight else self.center.like()
         self._kept.load_(self.parameters)
         self.center.store(self.parameters)
 
@@ -176,33 +185,41 @@ class SynchronousAverager(Averager):
     def show_worker(self) -> None:
         self._kept.store(self.parameters)
 
-    def _start(self, rates: list[tuple[float, float]], header: Header | None) -> None:
-        self._position.write(self._wire)
-        self._wire.flat.sub_(self.center.flat)
-        self._difference.flat.copy_(self._wire.flat)
-        self._exchanged = True
-        self._pull_due = [alpha for alpha, _ in rates]
-        self._line.count(self._wire.flat.nbytes + (header.nbytes if header else 0))
+    def close(self) -> None:
+        """Give back what the sum holds."""
+        self._sum.close()
+
+    def _start(self, rates: list[tuple[float, float]]) -> None:
+        started = time.monotonic()
+        self._sum.make_room()
+        self._line.statistics.seconds_waited += time.monotonic() - started
+        wire = self._sum.wire
+        self._position.write(wire)
+        wire.flat.sub_(self.center.flat)
         if self._rates.follows_lr:  # workers may have different α: each one's own counts, on both sides
-            for segment, (alpha, _) in zip(self._wire.segments, rates, strict=True):
+            for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
                 segment.mul_(alpha)
+            self._exchanged = [alpha for alpha, _ in rates]
+            alphas = [1.0] * len(rates)
             shares = [1.0] * len(rates)
         else:
-            shares = [beta / self._line.data.size for _, beta in rates]
-        self._in_flight = _Exchange(shares, header, self._line.data.sum(self._wire.flat))
+            self._exchanged = [1.0] * len(rates)
+            alphas = [alpha for alpha, _ in rates]
+            shares = [beta / self._line.control.size for _, beta in rates]
+        self._in_flight = True
+        self._line.count(self._sum.nbytes, self._header)
+        self._sum.start(shares)
+        self._pull_due = self._sum.given, alphas
 
     def _pull(self) -> None:
         if self._pull_due is None:
             return
-        for parameters, differences, alpha in zip(self._groups, self._difference.groups, self._pull_due, strict=True):
+        for parameters, differences, alpha in zip(self._groups, *self._pull_due, strict=True):
             # The copies to a GPU need not be waited for: the next writer of the differences comes after a read of the
             # parameters, which waits for what is queued on their device.
             near = [d.to(p.device, non_blocking=True) for p, d in zip(parameters, differences, strict=True)]
             elastic_pull_(parameters, near, alpha)
         self._pull_due = None
-
-    def _like_wire(self) -> FlatTensors:
-        return FlatTensors(self._groups, self._wire.flat.dtype, self._center_device)
 
     def _parameters_added(self) -> bool:
         groups = self._optimizer.param_groups
@@ -214,25 +231,23 @@ class SynchronousAverager(Averager):
         """Take in parameters added to the optimizer; their common value until now is their center's start."""
         self.complete()
         self._lay_out(dict(zip(self.parameters, self.center.views, strict=True)))
+        self._sum = self._sum.renewed(self.center)
+        self._exchanged = []
 
     def _lay_out(self, centers: dict[Tensor, Tensor]) -> None:
         self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        dtype = center_dtype(self.parameters)
-        self.center = FlatTensors(self._groups, dtype, self._center_device)
-        self._wire = FlatTensors(self._groups, dtype, self._center_device)
-        self._difference = FlatTensors(self._groups, dtype, self._center_device)
+        self.center = FlatTensors(self._groups, center_dtype(self.parameters), self._center_device)
         with torch.no_grad():
             self.center.load_([centers.get(parameter, parameter) for parameter in self.parameters])
 
-
-@final
-@dataclass(frozen=True)
-class _Exchange:
-    """An exchange whose reduction has not been waited for, and how far each group of the center moves by its sum."""
-
-    shares: list[float]
-    header: Header | None
-    transfer: Transfer
+    def _start_from_rank_zero(self) -> None:
+        """Make rank 0's center that of all workers, should they differ."""
+        control = self._line.control
+        values = self.center.flat.to("cpu", copy=True) if control.rank == 0 else torch.zeros_like(
+            self.center.flat, device="cpu"
+        )  # fmt: skip
+        control.sum(values).wait()
+        self.center.flat.copy_(values)
 
 
 @final
@@ -241,17 +256,17 @@ class SynchronousAveraging(Averaging):
 
     Args:
         control: The channel of the headers.
-        data: The channel of the exchanges.
+        make_sum: Makes what sums up the differences.
         tau: τ, the communication period of each optimizer, in its own steps.
         rates: α and β.
         position: What the workers exchange.
-        center_device: Where center, wire and difference are; None for where the parameters are.
+        center_device: Where the center and the differences are; None for where the parameters are.
     """
 
     def __init__(
         self,
         control: Channel,
-        data: Channel,
+        make_sum: MakeSum,
         *,
         tau: int,
         rates: MovingRates,
@@ -260,11 +275,13 @@ class SynchronousAveraging(Averaging):
     ) -> None:
         self._center_device = center_device
         self.control = control
-        self._line = ExchangeLine(control, data)
+        self._line = ExchangeLine(control)
+        self._make_sum = make_sum
         self.statistics = self._line.statistics
         self._tau = tau
         self._rates = rates
         self._position = position
+        self._synchronous: dict[Optimizer, SynchronousAverager] = {}
 
     @property
     @override
@@ -277,6 +294,7 @@ class SynchronousAveraging(Averaging):
             optimizer: SynchronousAverager(
                 optimizer,
                 self._line,
+                self._make_sum,
                 number=number,
                 tau=self._tau,
                 rates=self._rates,
@@ -313,4 +331,6 @@ class SynchronousAveraging(Averaging):
 
     @override
     def close(self) -> None:
-        self._line.close()
+        for averager in self._synchronous.values():
+            averager.close()
+        self.control.close()

@@ -6,14 +6,19 @@ from typing import Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import (
     AsynchronousAverager,
     Averaging,
+    Channel,
+    MakeSum,
     ProcessGroupChannel,
     SynchronousAveraging,
+    all_reduced_sums,
     elastic_rule,
+    shared_sums,
 )
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
@@ -64,14 +69,15 @@ class ElasticWorkers(ServedWorkers):
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
             names it, "continue" lets the others go on, where the launcher does.
-        center_device: With mode="sync", where the center and the two buffers of an exchange are: None (where the
-            parameters are), or "cpu", which frees three float32 copies of the parameters on a GPU; x then travels to
+        center_device: With mode="sync", where the center and the wire of an exchange are: None (where the
+            parameters are), or "cpu", which frees two float32 copies of the parameters on a GPU; x then travels to
             pinned host memory and its difference back, and the workers' sum is made by gloo. The numbers are the same.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
         worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
             from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
             written by all ranks at once, for large models) or "none" (a resumed run starts at the center).
-        process_group_backend: As for ``DDPStrategy``.
+        process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on the CPUs of one host
+            exchange through memory that they share; a name, such as "gloo", lets them exchange through the group.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
         **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
@@ -137,6 +143,7 @@ class ElasticWorkers(ServedWorkers):
         self.mode = mode
         self.momentum = momentum
         self.center_device = center_device
+        self._has_chosen_backend = process_group_backend is not None
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
@@ -161,16 +168,26 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
-        backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
-        assert backend is not None
+        control = ProcessGroupChannel("gloo", self._timeout)
         return SynchronousAveraging(
-            control=ProcessGroupChannel("gloo", self._timeout),
-            data=ProcessGroupChannel(backend, self._timeout),
+            control,
+            self._make_sums(control, self._timeout),
             tau=self.tau,
             rates=self.rates,
             position=position,
             center_device=self.center_device,
         )
+
+    def _make_sums(self, control: Channel, timeout: timedelta) -> MakeSum:
+        backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
+        assert backend is not None
+        on_cpu = self.root_device.type == "cpu"
+        # A bucket that is reduced on the host must not overtake the copies of others to the GPU.
+        spread = self.tau if on_cpu or self.center_device is None else 1
+        all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
+        if self.num_nodes == 1 and on_cpu and not self._has_chosen_backend:
+            return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
+        return all_reduced
 
 
 def _check_mode(mode: object, order: str, on_worker_loss: str) -> None:

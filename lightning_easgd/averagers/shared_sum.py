@@ -1,0 +1,332 @@
+"""The sum over the workers of one host: each reads the others' differences where they lie."""
+
+import mmap
+import os
+import secrets
+import struct
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+from typing_extensions import override
+
+from lightning_easgd.averagers.channel import ExchangeError
+from lightning_easgd.averagers.difference_sum import DifferenceSum
+from lightning_easgd.center import FlatTensors
+from lightning_easgd.elastic import elastic_push_
+from lightning_easgd.service.errors import SharedMemoryUnavailableError
+from lightning_easgd.service.forking import ForkAware
+from lightning_easgd.service.memory import allocate_shared
+
+__all__ = ["MeetingPlace", "SharedSum", "SharedVector"]
+
+# In a vector's memory: its identity, its size in bytes, two counters of exchanges, and after _DATA the elements.
+_IDENTITY, _SIZE, _WRITTEN, _READ, _DATA = 0, 16, 24, 32, 4096
+_COUNTER = struct.Struct("=q")
+_BLOCK = 2**18  # elements that are summed up at once: their sum stays in the cache until the center has it
+_FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # seconds
+_BETWEEN_LOOKS = 0.05  # seconds from one look at whether the others live to the next
+
+
+@final
+class SharedVector(ForkAware):
+    """A flat vector in memory that other processes of the host can map, and two counters that its owner publishes.
+
+    The memory is anonymous: it is gone with the last process that maps it, however that ends.
+
+    Args:
+        descriptor: Descriptor of the memory; the object takes it over.
+        dtype: Dtype of the elements.
+        path: Where the memory was found, None for its owner.
+
+    Attributes:
+        elements: The vector, shape (elements,).
+    """
+
+    def __init__(self, descriptor: int, dtype: torch.dtype, path: str | None = None) -> None:
+        super().__init__()
+        self._descriptor: int | None = descriptor
+        self._path = path
+        self._memory = mmap.mmap(descriptor, 0)
+        (size,) = _COUNTER.unpack_from(self._memory, _SIZE)
+        count = size // dtype.itemsize
+        self.elements = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=_DATA) if count else (
+            torch.empty(0, dtype=dtype)
+        )  # fmt: skip
+
+    @classmethod
+    def create(cls, numel: int, dtype: torch.dtype) -> "SharedVector":
+        """Allocate a vector of zeros.
+
+        Raises:
+            SharedMemoryUnavailableError: If this platform cannot share memory.
+            CenterError: If there is not enough memory.
+        """
+        size = numel * dtype.itemsize
+        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference")
+        os.pwrite(descriptor, secrets.token_bytes(_SIZE) + _COUNTER.pack(size), _IDENTITY)
+        return cls(descriptor, dtype)
+
+    @classmethod
+    def attach(cls, address: str, dtype: torch.dtype) -> "SharedVector":
+        """Map the vector of another process of this host, which must live.
+
+        Raises:
+            SharedMemoryUnavailableError: If it cannot be reached.
+        """
+        path, _, identity = address.rpartition("#")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise SharedMemoryUnavailableError(f"{path}: {error.strerror}") from error
+        if os.pread(descriptor, _SIZE, _IDENTITY).hex() != identity:
+            os.close(descriptor)
+            raise SharedMemoryUnavailableError(f"{path}: another process's memory is there")
+        return cls(descriptor, dtype, path)
+
+    @property
+    def address(self) -> str:
+        """Where other processes find it; valid while this one, its owner, keeps it open."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}#{self._memory[:_SIZE].hex()}"
+
+    @property
+    def owner_lives(self) -> bool:
+        """Whether the process that created it still has it open."""
+        return self._path is None or os.path.exists(self._path)
+
+    def publish_written(self, exchanges: int) -> None:
+        """Say that the difference of this exchange is there."""
+        self._publish(_WRITTEN, exchanges)
+
+    def publish_read(self, exchanges: int) -> None:
+        """Say that the owner has read everybody's difference of this exchange."""
+        self._publish(_READ, exchanges)
+
+    @property
+    def written(self) -> int:
+        """The last exchange whose difference is there."""
+        return int(_COUNTER.unpack_from(self._memory, _WRITTEN)[0])
+
+    @property
+    def read(self) -> int:
+        """The last exchange that the owner has read everybody's difference of."""
+        return int(_COUNTER.unpack_from(self._memory, _READ)[0])
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.abandon()
+        self.elements = torch.empty(0)
+        with suppress(BufferError):  # somebody still has a view: the mapping goes with that
+            self._memory.close()
+
+    @override
+    def abandon(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _publish(self, place: int, exchanges: int) -> None:
+        # A system call, which no processor moves before the reads and writes of the elements that come first.
+        assert self._descriptor is not None
+        os.pwrite(self._descriptor, _COUNTER.pack(exchanges), place)
+
+
+@final
+class MeetingPlace:
+    """Where workers leave word of where their memory is: keys of the store that all ranks share.
+
+    Args:
+        store: For the use of this thread, and for this alone.
+        rank: This worker's rank.
+        size: The number of workers.
+        number: How many places in this store there have been before.
+    """
+
+    def __init__(self, store: Store, *, rank: int, size: int, number: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._number = number
+
+    def next(self) -> "MeetingPlace":
+        """The place that takes this one's place."""
+        return MeetingPlace(self._store, rank=self.rank, size=self.size, number=self._number + 1)
+
+    def enter(self, address: str) -> None:
+        """Leave word."""
+        self._store.set(self._key(self.rank), address)
+
+    def find(self, rank: int, timeout: timedelta) -> str:
+        """The word of a worker.
+
+        Raises:
+            ExchangeError: If it does not come.
+        """
+        deadline = time.monotonic() + timeout.total_seconds()
+        while not self._store.check([self._key(rank)]):
+            if time.monotonic() > deadline:
+                raise ExchangeError(
+                    f"EASGDStrategy(timeout={timeout}): rank {rank} has not come to an exchange; it hangs or is slow."
+                )
+            time.sleep(_LONGEST_PAUSE)
+        return str(self._store.get(self._key(rank)).decode())
+
+    def _key(self, rank: int) -> str:
+        return f"{self._number}/{rank}"
+
+
+@final
+class SharedSum(DifferenceSum):
+    r"""A sum in shared memory: nothing is sent, and nobody serves.
+
+    A worker's wire lies in memory that the others map. When the last difference of an exchange is there each worker
+    adds up all of them, in the order of the ranks, block by block in its cache, and moves its center. It writes its
+    next difference when all others have read the last one. Two workers may still be a whole period apart: the one
+    behind finds the others' differences there, and reads them at once.
+
+    Args:
+        center: On the host.
+        place: Where the workers find each other's memory.
+        timeout: How long to wait for another worker.
+
+    Raises:
+        SharedMemoryUnavailableError: If this platform cannot share memory.
+        CenterError: If there is not enough memory.
+    """
+
+    def __init__(self, center: FlatTensors, place: "MeetingPlace", timeout: timedelta) -> None:
+        self._own = SharedVector.create(center.flat.numel(), center.flat.dtype)
+        super().__init__(center, center.like(self._own.elements))
+        self._place = place
+        self._timeout = timeout
+        self._vectors: list[SharedVector] = []  # of all ranks
+        self._blocks: list[list[tuple[Tensor, list[Tensor]]]] = []  # for each group: center and differences
+        self._sum = torch.empty(min(_BLOCK, center.flat.numel()), dtype=center.flat.dtype)
+        self._shares: Sequence[float] = []
+        self._exchange = 0
+        place.enter(self._own.address)
+
+    @override
+    def renewed(self, center: FlatTensors) -> "SharedSum":
+        self.make_room()
+        self.close()
+        return SharedSum(center, self._place.next(), self._timeout)
+
+    def attach(self) -> None:
+        """Map the other workers' memory, waiting for theirs to be there.
+
+        Raises:
+            SharedMemoryUnavailableError: If one cannot be reached.
+            ExchangeError: If its layout is another, or a worker does not come.
+        """
+        vectors = []
+        for rank in range(self._place.size):
+            vector = self._own if rank == self._place.rank else self._attach(rank)
+            vectors.append(vector)
+        self._vectors = vectors
+        self._blocks = _blocks(self.center, self.wire, [vector.elements for vector in vectors])
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self.wire.flat.nbytes
+
+    @override
+    def make_room(self) -> None:
+        self._wait(lambda vector: vector.read, self._exchange)
+
+    @property
+    @override
+    def has_room(self) -> bool:
+        return all(vector.read >= self._exchange for vector in self._vectors)
+
+    @override
+    def start(self, shares: Sequence[float]) -> None:
+        self._norms = None
+        self._shares = shares
+        self._exchange += 1
+        self._own.publish_written(self._exchange)
+        self.advance()  # the last to come reads at once, so that the others may write again
+
+    @override
+    def advance(self) -> None:
+        if self._is_under_way and self._vectors and all(each.written >= self._exchange for each in self._vectors):
+            self._add_up()
+
+    @override
+    def finish(self) -> None:
+        if self._is_under_way:
+            if not self._vectors:
+                self.attach()
+            self._wait(lambda vector: vector.written, self._exchange)
+            self._add_up()
+
+    @override
+    def close(self) -> None:
+        self._blocks.clear()
+        for vector in {id(vector): vector for vector in (*self._vectors, self._own)}.values():
+            vector.close()
+        self._vectors = []
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self._own.read < self._exchange
+
+    def _attach(self, rank: int) -> SharedVector:
+        vector = SharedVector.attach(self._place.find(rank, self._timeout), self.wire.flat.dtype)
+        if vector.elements.numel() != self.wire.flat.numel():
+            raise ExchangeError(
+                f"EASGDStrategy: rank {rank} averages {vector.elements.numel()} parameters and rank {self._place.rank}"
+                f" {self.wire.flat.numel()}; build the same model and optimizer on every rank."
+            )
+        return vector
+
+    def _add_up(self) -> None:
+        for share, blocks in zip(self._shares, self._blocks, strict=True):
+            for center, (first, *others) in blocks:
+                total = first
+                for other in others:
+                    total = torch.add(total, other, out=self._sum[: center.numel()])
+                elastic_push_([center], [total], share)
+        self._own.publish_read(self._exchange)
+
+    def _wait(self, counter: Callable[[SharedVector], int], exchange: int) -> None:
+        started = time.monotonic()
+        look, pause = started + _BETWEEN_LOOKS, _FIRST_PAUSE
+        while behind := [rank for rank, vector in enumerate(self._vectors) if counter(vector) < exchange]:
+            now = time.monotonic()
+            if now > look:
+                look = now + _BETWEEN_LOOKS
+                lost = [rank for rank in behind if not self._vectors[rank].owner_lives]
+                # Looked at again, as a worker may leave when it has done its part.
+                if any(counter(self._vectors[rank]) < exchange for rank in lost):
+                    raise ExchangeError(
+                        f"EASGDStrategy: an exchange failed after this worker had waited {now - started:.1f} s; ranks"
+                        f" {lost} died or raised an error. Look for the first error among the ranks."
+                    )
+                if now - started > self._timeout.total_seconds():
+                    raise ExchangeError(
+                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
+                        f" {now - started:.1f} s for ranks {behind}, which hang or are slow; a longer timeout helps"
+                        " only if they are slow."
+                    )
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _blocks(
+    center: FlatTensors, wire: FlatTensors, vectors: Sequence[Tensor]
+) -> list[list[tuple[Tensor, list[Tensor]]]]:
+    """For each group the blocks of the center, each with those of all vectors."""
+    sizes = [segment.numel() for segment in wire.segments]
+    parts = [
+        [torch.split(segment, _BLOCK) for segment in torch.split(vector, sizes)] for vector in (center.flat, *vectors)
+    ]
+    return [
+        [(blocks[0], list(blocks[1:])) for blocks in zip(*group, strict=True)] for group in zip(*parts, strict=True)
+    ]

@@ -1,0 +1,319 @@
+"""The sums that move the center of synchronous EASGD: buckets, shared memory, and lost workers."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from channels import LoneChannel, run_threads
+from ranks import end_ranks, run_ranks
+from torch.distributed.distributed_c10d import _get_default_store
+from toys import Quadratic, Regression, fitted
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.averagers import ExchangeError, ProcessGroupChannel, all_reduced_sums, shared_sums
+from lightning_easgd.averagers.all_reduced_sum import BUCKET_BYTES, AllReducedSum
+from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum
+from lightning_easgd.center import FlatTensors
+from lightning_easgd.service import CenterError
+
+pytestmark = pytest.mark.timeout(120)
+SECONDS = timedelta(seconds=20)
+FLOATS = BUCKET_BYTES // 4
+
+
+def center_of(*shapes, value=0.0, dtype=torch.float32):
+    """A center of one group for each list of shapes."""
+    groups = [[torch.full(shape, value, dtype=dtype) for shape in group] for group in shapes]
+    center = FlatTensors(groups, dtype)
+    center.flat.fill_(value)
+    return center
+
+
+class TestBuckets:
+    def test_they_are_spread_over_the_period(self):
+        events = []
+        center = center_of([(FLOATS,)] * 4)
+        total = AllReducedSum(center, LoneChannel(events), tau=8)
+        total.wire.flat.fill_(1.0)
+        total.start([0.5])
+        for step in range(1, 9):
+            events.append(step)
+            total.advance()
+        assert events == ["start", 1, 2, "start", 3, 4, "start", 5, 6, "start", 7, 8]
+        total.finish()
+        assert events[-4:] == ["wait"] * 4
+        assert (center.flat == 0.5).all()
+
+    @pytest.mark.parametrize("tau", [1, 3])
+    def test_there_are_no_more_than_steps(self, tau):
+        events = []
+        total = AllReducedSum(center_of([(FLOATS,)] * 8), LoneChannel(events), tau)
+        total.start([1.0])
+        for _ in range(tau - 1):
+            total.advance()
+        assert events == ["start"] * tau
+        total.finish()
+        assert events[tau:] == ["wait"] * tau
+
+    def test_small_vectors_are_not_cut(self):
+        events = []
+        total = AllReducedSum(center_of([(FLOATS // 2,), (FLOATS // 2,)]), LoneChannel(events), tau=10)
+        total.start([1.0])
+        total.finish()
+        assert events == ["start", "wait"]
+
+    def test_what_was_given_outlives_the_first_reduction(self):
+        """A reduction overwrites the wire from the moment at which it starts."""
+
+        class Scribbling(LoneChannel):
+            def sum(self, buffer):
+                buffer.fill_(float("nan"))
+                return super().sum(buffer)
+
+        total = AllReducedSum(center_of([(3, FLOATS), (7,)], [(FLOATS,), (5, 5)]), Scribbling([]), tau=4)
+        values = torch.randn_like(total.wire.flat)
+        total.wire.flat.copy_(values)
+        total.start([1.0, 1.0])
+        assert torch.equal(torch.cat([view.flatten() for group in total.given for view in group]), values)
+        assert float(torch.stack(total.norms()).norm()) == pytest.approx(float(values.norm()), rel=1e-5)
+
+    def test_memory_beyond_the_center_is_the_wire_and_a_share_of_it(self):
+        total = AllReducedSum(center_of([(FLOATS,)] * 20), LoneChannel([]), tau=10)
+        held = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in storages(total)}.values())
+        assert held == pytest.approx(1.1 * total.wire.flat.nbytes, rel=0.01)
+
+    def test_groups_have_shares_of_their_own_wherever_the_cuts_are(self):
+        center = center_of([(FLOATS + 3,), (FLOATS,)], [(11,), (2 * FLOATS,)], [(5,)])
+        total = AllReducedSum(center, LoneChannel([]), tau=3)
+        total.wire.flat.fill_(1.0)
+        total.start([1.0, 2.0, 3.0])
+        total.finish()
+        assert [segment.unique().tolist() for segment in center.segments] == [[1.0], [2.0], [3.0]]
+
+
+def storages(total):
+    return [total.wire.flat, *(view for group in total.given for view in group)]
+
+
+def in_threads(work, workers):
+    """Workers that share memory inside of one process."""
+    store = dist.HashStore()
+
+    def run(rank, line):
+        center = center_of([(3,), (1000, 700)], [(2, 2)], value=1.0)
+        place = MeetingPlace(dist.PrefixStore("sums", store), rank=rank, size=workers)
+        total = SharedSum(center, place, SECONDS)
+        total.attach()
+        barrier.wait()
+        return work(rank, total)
+
+    barrier = threading.Barrier(workers)
+    return run_threads(run, workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_shared_sums_are_those_in_the_order_of_the_ranks(workers):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, workers, 3 + 700_000 + 4, generator=generator)
+
+    def work(rank, total):
+        for exchange in range(4):
+            total.make_room()
+            total.wire.flat.copy_(values[exchange, rank])
+            total.start([0.25, 0.5])
+            for _ in range((7 * rank + exchange) % 3):
+                total.advance()
+                time.sleep(0.002)
+            assert torch.equal(total.wire.flat, values[exchange, rank])
+            total.finish()
+        return total.center.flat.clone()
+
+    expected = torch.ones(values.shape[-1])
+    shares = torch.cat([torch.full((700_003,), 0.25), torch.full((4,), 0.5)])
+    for exchange in values:
+        expected += shares * sum(exchange[1:], exchange[0])
+    for center in in_threads(work, workers):
+        assert torch.equal(center, expected)
+
+
+def test_a_worker_may_be_a_whole_period_ahead():
+    """The first goes on until it must write anew; the last to come waits for nobody."""
+    here = threading.Event()
+
+    def work(rank, total):
+        total.wire.flat.fill_(rank + 1.0)
+        if rank:
+            assert here.wait(10)
+        total.start([1.0, 1.0])
+        total.advance()
+        before = float(total.center.flat[0])
+        if rank == 0:
+            here.set()
+        total.finish()
+        return before, float(total.center.flat[0])
+
+    assert in_threads(work, 2) == [(1.0, 4.0), (4.0, 4.0)]
+
+
+def test_a_difference_is_not_overwritten_before_all_have_read_it():
+    read = threading.Event()
+
+    def work(rank, total):
+        total.start([1.0, 1.0])
+        if rank == 1:
+            assert read.wait(10)
+            total.finish()
+            return None
+        total.finish()
+        room = [total.has_room]
+        read.set()
+        total.make_room()
+        return [*room, total.has_room]
+
+    def start_without_reading(self, shares):  # as if the others' differences came later
+        self._shares, self._exchange = shares, self._exchange + 1
+        self._own.publish_written(self._exchange)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedSum, "start", start_without_reading)
+        assert in_threads(work, 2)[0] == [False, True]
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_the_center_may_be_read_in_the_middle_of_a_step(backend):
+    """The gradient is that of before the pull, and the pull that of the exchange, whatever the sum overwrites."""
+
+    class Reads(Quadratic):
+        def training_step(self, batch, index):
+            _ = self.trainer.strategy.center
+            return super().training_step(batch, index)
+
+    def trace(cls):
+        return fitted(cls(), EASGDStrategy(tau=2, process_group_backend=backend), 2).trace
+
+    assert run_ranks(trace, 2, Reads) == run_ranks(trace, 2, Quadratic)
+
+
+def final_weights(**strategy):
+    torch.manual_seed(3)
+    module = fitted(Regression(batches=9), EASGDStrategy(tau=2, **strategy), dist_size(), limit_val_batches=0)
+    return [parameter.tolist() for parameter in module.parameters()], module.trainer.strategy.communication.bytes_sent
+
+
+def dist_size():
+    return int(os.environ["WORLD_SIZE"])
+
+
+def test_shared_memory_and_the_process_group_have_the_same_numbers():
+    (shared, bytes_shared), *_ = run_ranks(final_weights, 2)
+    (group, bytes_group), *_ = run_ranks(lambda: final_weights(process_group_backend="gloo"), 2)
+    assert shared == group
+    assert bytes_shared == bytes_group
+
+
+def test_where_memory_cannot_be_shared_the_process_group_is_used(monkeypatch):
+    def refuse(*_):
+        raise CenterError("no memory.")
+
+    def train(refusing):
+        if int(os.environ["RANK"]) in refusing:
+            monkeypatch.setattr(SharedSum, "__init__", refuse)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            weights = final_weights()
+        return weights, [str(each.message) for each in caught if "cannot share memory" in str(each.message)]
+
+    expected = [weights for weights, _ in run_ranks(train, 2, ())]
+    for refusing in ((0,), (1,), (0, 1)):
+        results = run_ranks(train, 2, refusing)
+        assert [weights for weights, _ in results] == expected
+        assert [len(texts) for _, texts in results] == [int(rank in refusing) for rank in (0, 1)]
+
+
+def exchanging(interrupt):
+    """Be a worker that exchanges without end; rank 1 is interrupted at its third exchange."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    control = ProcessGroupChannel("gloo", timedelta(seconds=30))
+    limit = timedelta(seconds=1)
+    make = shared_sums(_get_default_store(), control, limit, otherwise=all_reduced_sums(lambda: control, 1))
+    total = make(center_of([(1000,)]))
+    assert isinstance(total, SharedSum)
+    for exchange in range(10):
+        if dist.get_rank() == 1 and exchange == 3:
+            interrupt()
+        total.make_room()
+        total.wire.flat.fill_(1.0)
+        total.start([1.0])
+        started = time.monotonic()
+        try:
+            total.finish()
+        except ExchangeError as error:
+            return str(error), time.monotonic() - started
+    return None
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "text", "limit"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"ranks [1] died", 1.0),
+        (lambda: os._exit(1), r"ranks [1] died", 1.0),
+        (lambda: time.sleep(4), r"ranks [1], which hang", 3.0),
+    ],
+)
+def test_a_lost_worker_ends_an_exchange(interrupt, text, limit):
+    error, waited = end_ranks(exchanging, 2, interrupt, timeout=60)[0].value
+    assert text in error
+    assert waited < limit
+
+
+def test_nothing_is_left_behind():
+    def train():
+        final_weights()  # opens what stays open in this process
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            final_weights()
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        shared = [line for line in maps if "lightning_easgd-difference" in line]
+        return len(os.listdir("/proc/self/fd")) - before, shared
+
+    assert run_ranks(train, 1) == [(0, [])]
+
+
+def test_parameters_added_in_mid_training_get_a_sum_of_their_own():
+    class Grows(Regression):
+        def on_train_batch_start(self, batch, index):
+            if index in (3, 4, 9):
+                self.register_parameter(f"new{index}", torch.nn.Parameter(torch.ones(index)))
+                self.trainer.optimizers[0].add_param_group({"params": [getattr(self, f"new{index}")]})
+
+        def training_step(self, batch, index):
+            extra = sum((self.global_rank + 1) * p.sum() for n, p in self.named_parameters() if n.startswith("new"))
+            return super().training_step(batch, index) + extra
+
+    def train(**strategy):
+        module = fitted(Grows(batches=14), EASGDStrategy(tau=2, **strategy), 3, limit_val_batches=0)
+        return [parameter.tolist() for parameter in module.parameters()]
+
+    shared, group = run_ranks(train, 3), run_ranks(lambda: train(process_group_backend="gloo"), 3)
+    assert len(shared[0]) == 9
+    assert shared[0] == shared[1] == shared[2]
+    for ours, theirs in zip(shared[0], group[0], strict=True):
+        assert torch.tensor(ours) == pytest.approx(torch.tensor(theirs), abs=1e-5)
+
+
+def test_workers_with_other_layouts_are_told():
+    store = dist.HashStore()
+
+    def work(rank, line):
+        total = SharedSum(center_of([(3 + rank,)]), MeetingPlace(store, rank=rank, size=2), SECONDS)
+        total.attach()
+
+    with pytest.raises(ExchangeError, match=r"averages [34] parameters"):
+        run_threads(work, 2)
