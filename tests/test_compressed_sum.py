@@ -5,19 +5,25 @@ import signal
 import threading
 import time
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import end_ranks, run_ranks
+from test_resume import every_rank_goes_on_exactly
 from test_wire_bytes import sent_by_this_process
+from toys import quiet_trainer
 
+from lightning_easgd import EASGDStrategy
 from lightning_easgd.averagers.all_reduced_sum import AllReducedSum
 from lightning_easgd.averagers.channel import ExchangeError, ProcessGroupChannel
 from lightning_easgd.averagers.compressed_sum import CompressedSum
 from lightning_easgd.averagers.message_channel import MessageChannel, MessageTransfer, ProcessGroupMessageChannel
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.compression import make_codec
+from lightning_easgd.data import DigitsDataModule
+from lightning_easgd.models import Classifier, DigitsNet
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -366,3 +372,33 @@ def test_a_lost_worker_ends_an_exchange():
     number, error = end_ranks(on_processes, 2, "int8", work)[0].value
     assert number == 2
     assert "another worker died" in error
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_goes_on_exactly_from_every_checkpoint(tmp_path):
+    """With what its workers have not yet sent."""
+    strategy = partial(EASGDStrategy, tau=2, momentum=0.9, wire_dtype="int8")
+    every_rank_goes_on_exactly(tmp_path, strategy, {"trainer": {"max_epochs": 1}})
+
+
+def digits_accuracy(seed, epochs=3, workers=2, tau=10, lr=0.05, **strategy):
+    """The share of right answers at the center after training, and the center."""
+    torch.manual_seed(seed)
+    module = Classifier(DigitsNet(), partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True))
+    strategy = EASGDStrategy(tau=tau, momentum=0.9, process_group_backend="gloo", **strategy)
+    trainer = quiet_trainer(strategy=strategy, devices=workers, max_epochs=epochs, use_distributed_sampler=False)
+    trainer.fit(module, DigitsDataModule(seed=seed))
+    center = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    return trainer.validate(module, DigitsDataModule(seed=seed), verbose=False)[0]["val/accuracy"], center
+
+
+def test_digits_are_learned_as_well():
+    def train():
+        return [digits_accuracy(0, wire_dtype=wire_dtype) for wire_dtype in (None, "int8")]
+
+    results = run_ranks(train, 2)
+    for (exact, exact_center), (compressed, center) in results:
+        assert compressed >= exact - 0.03
+        assert not center.equal(exact_center)
+        assert center.equal(results[0][1][1])
