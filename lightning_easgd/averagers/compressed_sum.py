@@ -51,7 +51,7 @@ class CompressedSum(DifferenceSum):
         self._codec = codec
         self._residual = center.like()
         numel, size = center.flat.numel(), channel.size
-        shard = -(-numel // (size * codec.block)) * codec.block
+        shard = max(1, -(-numel // (size * codec.block))) * codec.block
         bounds = [min(rank * shard, numel) for rank in range(size + 1)]
         self._shards = [slice(start, stop) for start, stop in pairwise(bounds)]
         sizes = [codec.nbytes(part.stop - part.start) for part in self._shards]
