@@ -99,8 +99,8 @@ class SynchronousAverager(Averager):
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
-        rates = self._rates.of_groups(self._optimizer, self._line.data.size)
-        agreement = self._wire.flat.numel(), [] if self._rates.follows_lr else rates
+        rates = self._rates.of_groups(self._optimizer, self._line.data.size, self.clock)
+        agreement = self._wire.flat.numel(), self._rates.common(rates)
         self._start(rates, self._line.announce(self._number, agreement))
 
     @torch.no_grad()
@@ -113,7 +113,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        self._start(self._rates.of_groups(self._optimizer, self._line.data.size), header=None)
+        self._start(self._rates.of_groups(self._optimizer, self._line.data.size, self.clock), header=None)
         self._pull()
         self.complete()
 
@@ -183,7 +183,7 @@ class SynchronousAverager(Averager):
         self._exchanged = True
         self._pull_due = [alpha for alpha, _ in rates]
         self._line.count(self._wire.flat.nbytes + (header.nbytes if header else 0))
-        if self._rates.follows_lr:  # workers may have different α: each one's own counts, on both sides
+        if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
             for segment, (alpha, _) in zip(self._wire.segments, rates, strict=True):
                 segment.mul_(alpha)
             shares = [1.0] * len(rates)
