@@ -11,6 +11,7 @@ import torch
 from application import composed
 from channels import LoneChannel, run_threads
 from ranks import run_ranks
+from test_asynchronous import Rows
 from test_synchronous_averager import averager_of, quadratic_step
 from toys import MINIMA, Quadratic, fitted
 
@@ -225,14 +226,38 @@ def test_two_processes():
     assert rows == pytest.approx(scheduled_trace(2, 9, 2, alpha, 1.0), abs=1e-6)
 
 
-@pytest.mark.parametrize("beta", [None, 0.7])
-@pytest.mark.parametrize("alpha", [ExponentialSchedule(0.05, 0.4, 7), LinearSchedule(0.0, 0.4, 7)], ids=repr)
-def test_an_asynchronous_worker_has_its_own_clock(alpha, beta):
-    def train():
-        return fitted(Quadratic(steps=9), EASGDStrategy(mode="async", tau=2, alpha=alpha, beta=beta), 1).trace
+def scheduled_turns(workers: int, steps: int, tau: int, alpha: Schedule, beta: float | None, lr: float = 0.1):
+    """Rows (x_1, …, x_p, x̃) of asynchronous EASGD whose workers exchange in turn, each with its clock's rates."""
+    minima = np.array(MINIMA[:workers])
+    x, center, rows = np.ones(workers), 1.0, []
+    for t in range(steps):
+        pulls = np.zeros(workers)
+        for i in range(workers if t % tau == 0 else 0):
+            difference = x[i] - center
+            pulls[i] = alpha(t) * difference
+            center += (alpha(t) if beta is None else beta / workers) * difference
+        x = x - lr * (x - minima) - pulls
+        rows.append((*x, center))
+    return np.array(rows)
 
-    (rows,) = run_ranks(train, 1)
-    assert np.array(rows) == pytest.approx(scheduled_trace(1, 9, 2, alpha, beta), abs=1e-6)
+
+@pytest.mark.parametrize(
+    ("alpha", "beta"),
+    [
+        (ExponentialSchedule(0.05, 0.4, 7), None),
+        (LinearSchedule(0.0, 0.4, 7), None),
+        (CosineSchedule(0.4, 0.1, 7), 0.7),
+    ],
+    ids=["symmetric", "from zero", "asymmetric"],
+)
+def test_asynchronous_workers(alpha, beta):
+    def train():
+        strategy = EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=alpha, beta=beta)
+        return fitted(Rows(steps=9), strategy, 2).trace
+
+    first, second = np.array(run_ranks(train, 2))
+    rows = np.column_stack([first[:, 0], second[:, 0], first[:, 1]])
+    assert rows == pytest.approx(scheduled_turns(2, 9, 2, alpha, beta), abs=1e-6)
 
 
 def test_the_command_line_of_hydra(tmp_path):
