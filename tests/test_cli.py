@@ -12,6 +12,7 @@ from toys import Quadratic
 
 import lightning_easgd
 import lightning_easgd.pl
+from lightning_easgd.schedules import ExponentialSchedule
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -75,6 +76,13 @@ def test_yaml(tmp_path, parsed):
     changed = parsed("--config", str(file), "--trainer.strategy.init_args.tau", "3").trainer.strategy
     assert changed.tau == 3
     assert changed.momentum == 0.95
+
+
+def test_a_schedule_is_a_class_of_its_own(parsed):
+    chosen = ["--trainer.strategy.rho", "lightning_easgd.schedules.ExponentialSchedule"]
+    values = [f"--trainer.strategy.rho.{name}={value}" for name, value in (("start", 0.1), ("end", 2), ("steps", 50))]
+    strategy = parsed("--trainer.strategy", "lightning_easgd.EASGDStrategy", *chosen, *values).trainer.strategy
+    assert strategy.rates.rho == ExponentialSchedule(0.1, 2.0, 50)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("easgd", "sync"), ("easgd_async_fork", "async")])

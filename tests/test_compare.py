@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from application import CONF, command, composed, options
 from hydra.core.hydra_config import HydraConfig
@@ -17,11 +18,12 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
-from lightning_easgd.callbacks import CURVE_FILE, LearningCurve
+from lightning_easgd.callbacks import CURVE_FILE, LearningCurve, LocalEnergyMonitor
 from lightning_easgd.command_errors import UsageError
 from lightning_easgd.compare import plot_command, runs
 from lightning_easgd.compare.command import compare, planned
 from lightning_easgd.compare.curves import Panel, mean_curves, panels
+from lightning_easgd.compare.energies import energy_curves
 from lightning_easgd.compare.grid import cells
 from lightning_easgd.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
 from lightning_easgd.compare.tables import write_tables
@@ -352,6 +354,61 @@ def test_curves_are_means_over_the_seeds(results):
     curve = next(curve for curve in mean_curves(results) if curve.label == "easgd")
     assert curve.costs["seconds"].tolist() == [2.5, 5.0]
     assert curve.error.tolist() == pytest.approx([0.6, 0.3])
+
+
+ENERGY = "step,weights,sigma,error,energy,deviation,draws,samples\n"
+
+
+@pytest.fixture
+def energies(results):
+    """Of easgd's chosen rate: two seeds, measured twice, with two workers; of msgd one seed only is measured."""
+    for seed in (0, 1):
+        rows = [(100, "center", s, 0.9, 9.0) for s in (0.1, 0.05)]  # in mid training: of no account
+        rows += [(200, "center", s, 0.3 + 0.1 * seed, 10 * s + seed) for s in (0.1, 0.05)]
+        rows += [(200, f"worker_{w}", s, 0.5, 20 * s + seed + w) for w in (0, 1) for s in (0.1, 0.05)]
+        text = "".join(f"{step},{weights},{s},{error},{energy},0,5,64\n" for step, weights, s, error, energy in rows)
+        (results / "runs" / f"easgd-lr0.1-seed{seed}" / "local_energy.csv").write_text(ENERGY + text)
+    (results / "runs" / "msgd-lr0.1-seed0" / "local_energy.csv").write_text(ENERGY + "100,center,0.1,0.2,0.1,0,5,64\n")
+    collect(results, ["msgd", "easgd", "ddp"], [0.3, 0.05], "msgd", {})
+    return results
+
+
+def test_energies_are_those_of_the_end_for_each_seed(energies):
+    center, workers = energy_curves(energies)
+    assert [(curve.label, curve.weights) for curve in (center, workers)] == [("easgd", "center"), ("easgd", "workers")]
+    assert center.sigmas.tolist() == [0.05, 0.1]
+    assert center.errors.tolist() == pytest.approx([0.3, 0.4])
+    assert center.energies == pytest.approx(np.array([[0.5, 1.0], [1.5, 2.0]]))
+    assert workers.energies == pytest.approx(np.array([[1.5, 2.5], [2.5, 3.5]]))
+    assert [values.tolist() for values in center.summary] == [[1.0, 1.5], [0.5, 1.0], [1.5, 2.0]]
+
+
+def test_energies_are_in_the_tables_and_drawn_again(energies, tmp_path, monkeypatch):
+    assert "| easgd | 4 | 2 | center | 35.00% | 100.00 ± 50.00 | 150.00 ± 50.00 |" in write_tables(energies)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in energies.glob("*.csv"):
+        shutil.copy(path, copy)
+    monkeypatch.setattr(sys, "argv", ["easgd-plot", str(copy)])
+    plot_command.main()
+    assert {path.name for path in copy.glob("*.png")} == FIGURES | {"local_energy.png"}
+
+
+def test_a_comparison_without_energies_has_none(results):
+    assert energy_curves(results) == []
+    assert "noise" not in write_tables(results)
+    assert not (results / "local_energy.csv").exists()
+
+
+def test_the_rate_of_replicated_sgd_has_grown_when_the_budget_ends(tmp_path):
+    config = comparison(tmp_path, "experiment=flatness_small", "grid.steps=70")
+    cell = next(cell for cell in planned(config, ["experiment=flatness_small"]) if cell.label == "replicated_sgd")
+    run = composed(tmp_path, *cell.overrides, "callbacks=compare")
+    strategy = build_trainer(run).strategy
+    assert strategy.rates.rho(70) == strategy.rates.rho.extremes[1]
+    alpha, beta = strategy.rates.resolve(cell.workers, run.optimizer.lr, clock=70)
+    assert (alpha, beta) == (pytest.approx(0.5), 1.0)
+    assert any(isinstance(callback, LocalEnergyMonitor) for callback in build_trainer(run).callbacks)
 
 
 def test_panels():

@@ -16,6 +16,7 @@ from toys import quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.schedules import ExponentialSchedule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"
@@ -183,6 +184,11 @@ def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path
 
 def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, worker_state="sidecar"), {})
+
+
+def test_a_schedule_goes_on_exactly(tmp_path: Path) -> None:
+    rising = partial(EASGDStrategy, tau=3, momentum=0.9, beta=1.0, rho=ExponentialSchedule(0.1, 9.0, 12))
+    every_rank_goes_on_exactly(tmp_path, rising, {"saving": {"every_n_train_steps": 4}})
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class AsynchronousAverager(ServedAverager):
         if not self._is_due():
             return
         workers = self._shared.workers()
-        rates = self._rates.of_groups(self._optimizer, workers)
+        rates = self._rates.of_groups(self._optimizer, workers, self.clock)
         self._position.write(self._wire)
         self._alphas = [alpha for alpha, _ in rates]
         self._send([beta / workers for _, beta in rates] if self._rates.is_asymmetric else self._alphas)

@@ -100,8 +100,8 @@ class SynchronousAverager(Averager):
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
-        rates = self._rates.of_groups(self._optimizer, self._line.control.size)
-        agreement = self.center.flat.numel(), [] if self._rates.follows_lr else rates
+        rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
+        agreement = self.center.flat.numel(), self._rates.common(rates)
         self._header = self._line.announce(self._number, agreement)
         self._start(rates)
 
@@ -116,7 +116,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        self._start(self._rates.of_groups(self._optimizer, self._line.control.size))
+        self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
         self._pull()
         self.complete()
 
@@ -196,7 +196,7 @@ class SynchronousAverager(Averager):
         wire = self._sum.wire
         self._position.write(wire)
         wire.flat.sub_(self.center.flat)
-        if self._rates.follows_lr:  # workers may have different α: each one's own counts, on both sides
+        if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
             for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
                 segment.mul_(alpha)
             self._exchanged = [alpha for alpha, _ in rates]

@@ -8,6 +8,7 @@ With strategies that have no center (DDP, one device, independent workers) they 
 from lightning_easgd.callbacks.elastic_monitor import COMMUNICATION_FILE, ELASTIC_DIRECTORY, ElasticMonitor
 from lightning_easgd.callbacks.iterate_average import IterateAverage
 from lightning_easgd.callbacks.learning_curve import CURVE_FILE, LearningCurve
+from lightning_easgd.callbacks.local_energy_monitor import LOCAL_ENERGY_FILE, LocalEnergyMonitor
 from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
 from lightning_easgd.callbacks.time_split import TIME_FILE, TimeSplit
 from lightning_easgd.callbacks.worker_evaluation import ACCURACY_FILE, WorkerEvaluation, accuracy
@@ -17,11 +18,13 @@ __all__ = [
     "COMMUNICATION_FILE",
     "CURVE_FILE",
     "ELASTIC_DIRECTORY",
+    "LOCAL_ENERGY_FILE",
     "TIME_FILE",
     "ElasticMonitor",
     "ElasticStrategy",
     "IterateAverage",
     "LearningCurve",
+    "LocalEnergyMonitor",
     "TimeSplit",
     "WorkerEvaluation",
     "accuracy",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_easgd.compare.curves import MeanCurve, Panel, mean_curves, panels
+from lightning_easgd.compare.energies import EnergyCurve, energy_curves
 from lightning_easgd.compare.records import TIMES
 from lightning_easgd.report import read_rows
 
@@ -20,6 +21,7 @@ _AXES = {
     "bytes_sent": ("error_by_bytes.png", "megabytes sent by a worker"),
 }
 _TIMES_FIGURE = "time_to_error.png"
+_ENERGIES_FIGURE = "local_energy.png"
 _MANY_COLORS = (
     "black", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray",
     "tab:olive", "tab:cyan", "navy", "gold", "lime", "darkred", "indigo", "sienna", "hotpink", "teal", "silver",
@@ -29,7 +31,7 @@ _IN_A_ROW = 4
 
 
 def draw(directory: Path) -> list[Path]:
-    """Draws test error against time, epochs and bytes, and the time to each target error.
+    """Draws test error against time, epochs and bytes, the time to each target error, and local energies.
 
     Args:
         directory: The comparison's directory.
@@ -46,7 +48,12 @@ def draw(directory: Path) -> list[Path]:
     colors = _colors([curve.label for curve in curves])
     files = [_draw_errors(directory, curves, cost, colors) for cost in _AXES]
     times = read_rows(directory / TIMES)
-    return [*files, _draw_times(directory, times, colors)] if times else files
+    if times:
+        files.append(_draw_times(directory, times, colors))
+    energies = energy_curves(directory)
+    if energies:
+        files.append(_draw_energies(directory, energies, colors))
+    return files
 
 
 def _draw_errors(directory: Path, curves: Sequence[MeanCurve], cost: str, colors: dict[str, str]) -> Path:
@@ -93,6 +100,27 @@ def _draw_times(directory: Path, times: Sequence[dict[str, str]], colors: dict[s
         else:
             axes.text(0.5, 0.5, "reached by no method", ha="center", transform=axes.transAxes)
     return _save(figure, directory / _TIMES_FIGURE)
+
+
+def _draw_energies(directory: Path, curves: Sequence[EnergyCurve], colors: dict[str, str]) -> Path:
+    """Increase of the training error over the noise, from none at σ = 0: mean of the seeds, and smallest to largest."""
+    every = list(panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves]))
+    figure, systems = _figure(len(every))
+    for axes, panel in zip(systems, every, strict=True):
+        for curve in curves:
+            if not panel.holds(curve.panel_tau, curve.panel_workers):
+                continue
+            sigmas, (mean, low, high) = [0.0, *curve.sigmas], curve.summary
+            color, of_workers = colors[curve.label], curve.weights == "workers"
+            label, style = (None, ":") if of_workers else (curve.label, "-")
+            axes.plot(sigmas, [0.0, *mean], label=label, color=color, linestyle=style)
+            if not of_workers:
+                axes.fill_between(sigmas, [0.0, *low], [0.0, *high], color=color, alpha=0.15, linewidth=0)
+        if any(curve.weights == "workers" for curve in curves):
+            axes.plot([], label="mean of the workers", color="gray", linestyle=":")
+        axes.set(title=panel.title, xlabel="σ, relative noise of the weights", ylabel="increase of the training error")
+        axes.legend(fontsize="small")
+    return _save(figure, directory / _ENERGIES_FIGURE)
 
 
 def _of(panel: Panel, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -5,6 +5,7 @@
 ``curves.csv``            every row of every run's learning curve
 ``selection.csv``         the learning rates of each method, and the one that is chosen
 ``times.csv``             what it took the chosen rate to reach each target error
+``local_energy.csv``      every row of every run's local energy, where it was measured
 ``failures.csv``          runs that have failed, and why
 ========================  =============================================================================================
 """
@@ -17,14 +18,14 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from lightning_easgd.callbacks import CURVE_FILE, TIME_FILE, write_csv
+from lightning_easgd.callbacks import CURVE_FILE, LOCAL_ENERGY_FILE, TIME_FILE, write_csv
 from lightning_easgd.compare.runs import CELL_FILE, RUNS
 from lightning_easgd.report import read_rows
 
-__all__ = ["CELLS", "CURVES", "FAILURES", "SELECTION", "TIMES", "collect"]
+__all__ = ["CELLS", "CURVES", "ENERGIES", "FAILURES", "SELECTION", "TIMES", "collect"]
 
-CELLS, CURVES, SELECTION, TIMES, FAILURES = (
-    f"{name}.csv" for name in ("cells", "curves", "selection", "times", "failures")
+CELLS, CURVES, SELECTION, TIMES, ENERGIES, FAILURES = (
+    f"{name}.csv" for name in ("cells", "curves", "selection", "times", "local_energy", "failures")
 )
 _SPLIT = ("compute", "data", "communication", "rest")
 _SETTING = ("label", "tau", "workers", "panel_tau", "panel_workers")
@@ -64,6 +65,9 @@ def collect(
     _write(directory / CURVES, [{"cell": name, **row} for name, rows in curves.items() for row in rows])
     _write(directory / SELECTION, selection)
     _write(directory / TIMES, _times(_chosen(cells, selection), curves, targets, baseline))
+    energies = [{"cell": run.name, **row} for run in runs for row in read_rows(run / LOCAL_ENERGY_FILE)]
+    if energies:
+        _write(directory / ENERGIES, energies)
     write_csv(directory / FAILURES, ["cell", "failure"], list(failures.items()))
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from lightning_easgd.compare.energies import energy_curves
 from lightning_easgd.compare.records import CELLS, FAILURES, SELECTION, TIMES
 from lightning_easgd.report import read_rows
 
@@ -17,7 +18,7 @@ Row = dict[str, str]
 
 
 def write_tables(directory: Path) -> str:
-    """Writes `tables.md`: final errors, costs to target errors, time split, learning rates, failures.
+    """Writes `tables.md`: final errors, costs to target errors, time split, local energies, learning rates, failures.
 
     Args:
         directory: The comparison's directory.
@@ -32,6 +33,7 @@ def write_tables(directory: Path) -> str:
             *_errors(chosen, cells),
             *_costs(read_rows(directory / TIMES)),
             *_split(chosen, cells),
+            *_energies(directory),
             *_rates(selection),
             *_failures(read_rows(directory / FAILURES)),
         ]
@@ -79,6 +81,24 @@ def _split(chosen: Sequence[Row], cells: Sequence[Row]) -> list[str]:
         rows.append([*_setting(row), *parts])
     header = [*_SETTING, "compute", "data", "communication"]
     return _table(f"Seconds per {_MINI_BATCHES} mini-batches of a worker", header, rows)
+
+
+def _energies(directory: Path) -> list[str]:
+    """One table for each grid of σ; a comparison has one unless its methods override it."""
+    curves = energy_curves(directory)
+    lines = []
+    for sigmas in dict.fromkeys(tuple(curve.sigmas.tolist()) for curve in curves):
+        same = [curve for curve in curves if tuple(curve.sigmas.tolist()) == sigmas]
+        rows = [
+            [curve.label, curve.tau, curve.workers, curve.weights, f"{curve.errors.mean():.2%}",
+             *(f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+               for mean, deviation in zip(curve.energies.mean(axis=0), curve.energies.std(axis=0), strict=True))]
+            for curve in same
+        ]  # fmt: skip
+        header = [*_SETTING, "weights", "training error", *(f"σ = {sigma:g}" for sigma in sigmas)]
+        title = "Increase of the training error under noise σ of the weights, in percentage points: mean and standard"
+        lines += _table(f"{title} deviation of the seeds", header, rows)
+    return lines
 
 
 def _rates(selection: Sequence[Row]) -> list[str]:

@@ -91,6 +91,10 @@ class DigitsDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
+    def train_evaluation_dataloader(self) -> DataLoader[Any]:
+        """Returns the training set in its own order."""
+        return self._evaluation("train")
+
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation set."""
         return self._evaluation("val")

@@ -123,8 +123,8 @@ class ImageNetDataModule(ImageDataModule):
 
     @override
     def evaluation_set(self, split: str) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        if split == "val" and self.val_fraction > 0:
-            return self._files("train", self.parts(self._listing("train")[1])["val"], self.eval_transform)
+        if split == "train" or (split == "val" and self.val_fraction > 0):
+            return self._files("train", self.parts(self._listing("train")[1])[split], self.eval_transform)
         return self._files("val", np.arange(len(self._listing("val")[0])), self.eval_transform)
 
     def _files(

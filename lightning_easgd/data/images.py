@@ -113,7 +113,7 @@ class ImageDataModule(L.LightningDataModule):
 
     @abstractmethod
     def evaluation_set(self, split: str) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        """The set "val" or "test", and what makes a batch of its samples."""
+        """The set "train", "val" or "test" without chance, and what makes a batch of its samples."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns this worker's training batches: images float32 (N, C, H, W), labels int64 (N,)."""
@@ -128,6 +128,10 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             collate_fn=collate,
         )
+
+    def train_evaluation_dataloader(self) -> DataLoader[Any]:
+        """Returns the training set in its own order, in batches as in training but without chance."""
+        return self._evaluation_loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Returns the validation set, in batches as in training but without chance."""

@@ -194,12 +194,12 @@ class InMemoryDataModule(ImageDataModule):
 
     @override
     def evaluation_set(self, split: str) -> tuple[Dataset[Any], Callable[[Any], Any]]:
-        if split == "test" or self.val_fraction == 0:
+        if split == "test" or (split == "val" and self.val_fraction == 0):
             images, labels = self._images("test")
             rows = np.arange(len(labels))
         else:
             images, labels = self._images("train")
-            rows = self.parts(labels)["val"]
+            rows = self.parts(labels)[split]
         return ImageBatches(images, labels, rows, self.eval_transform, self.normalise), keep_batch
 
     def _cropped_shape(self, argument: str, crop: BatchCrop) -> tuple[int, int, int]:

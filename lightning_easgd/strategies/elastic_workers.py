@@ -25,6 +25,7 @@ from lightning_easgd.averagers import (
 from lightning_easgd.compression import WireDtype, make_codec
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
+from lightning_easgd.schedules import Schedule
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
@@ -62,8 +63,10 @@ class ElasticWorkers(ServedWorkers):
         precision_plugin: As for ``DDPStrategy``.
         tau: Communication period τ ≥ 1, in steps of the worker's optimizer (not batches).
         beta: The center's moving rate β in (0, 2); 0.9 unless ``alpha`` or ``rho`` is given, then p·α.
-        alpha: The worker's moving rate α in (-1, 1]; β/p unless given. It does not change with the learning rate.
-        rho: Elastic penalty ρ > 0 in place of ``alpha``: α = lr·ρ follows the learning rate.
+        alpha: The worker's moving rate α in (-1, 1]; β/p unless given. It does not change with the learning rate. A
+            :class:`~lightning_easgd.schedules.Schedule` is a function of the optimizer's own clock t.
+        rho: Elastic penalty ρ > 0 in place of ``alpha``: α = lr·ρ follows the learning rate. It may be a schedule, too:
+            replicated SGD is ``beta=1`` and a ``rho`` that grows.
         mode: "sync": all workers exchange at the same clock, by an all-reduce. "async": each worker exchanges on its
             own clock with a served center (Algorithms 1 and 2 of the paper); nobody waits for a slow worker.
         momentum: δ in (0, 1) makes this EAMSGD: the worker's ``torch.optim.SGD`` becomes Nesterov with this momentum
@@ -91,8 +94,8 @@ class ElasticWorkers(ServedWorkers):
             ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
 
     Raises:
-        TypeError: If ``tau`` is not an int, an argument is unknown, changes how DDP reduces gradients, or
-            ``momentum`` is given and the optimizer is not SGD.
+        TypeError: If ``tau`` is not an int, a rate is neither number nor schedule, an argument is unknown, changes how
+            DDP reduces gradients, or ``momentum`` is given and the optimizer is not SGD.
         ValueError: If a value is out of its range, or ``alpha`` and ``rho`` are both given.
     """
 
@@ -108,8 +111,8 @@ class ElasticWorkers(ServedWorkers):
         *,
         tau: int = 10,
         beta: float | None = None,
-        alpha: float | None = None,
-        rho: float | None = None,
+        alpha: float | Schedule | None = None,
+        rho: float | Schedule | None = None,
         mode: Literal["sync", "async"] = "sync",
         momentum: float | None = None,
         wire_dtype: WireDtype | None = None,
