@@ -2,8 +2,8 @@
 
     python examples/benchmarks/run.py slow_link --mbit 100 1000 --delay-ms 0 10 --tau 10 64
 
-The nodes are network namespaces of this machine, on a switch whose cables carry the given rate in each direction and, if
-asked for, delay what they carry; root makes them, and they are gone afterwards. Beside the columns of step_cost:
+The nodes are network namespaces of this machine, on a switch whose cables carry the given rate in each direction and,
+if asked for, delay what they carry; root makes them, and they are gone afterwards. Beside step_cost's columns:
 
     rate_of_local  steps per second as a share of local training's, 1 / ratio
     link_load      share of the link that the method's bytes would take at the speed of local training: at most 1 where
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with slow_network(ranks, link) as places:
                 turns = collect_turns(
                     places,
-                    Turns(task, methods, options.rounds, options.steps, options.blocking_steps),
+                    Turns(task.model, methods, options.rounds, options.steps, options.blocking_steps),
                     title=f"{link.name}  {ranks} nodes  {parameters:>9} in {tensors:>3}",
                     timeout=options.timeout,
                 )

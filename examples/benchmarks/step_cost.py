@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = {"ranks": ranks, "batch_size": batch_size, "tensors": tensors, "parameters": parameters}
         turns = collect_turns(
             one_host(ranks),
-            Turns(Task(parameters, tensors, batch_size), methods, options.rounds, options.steps, options.steps),
+            Turns(Task(parameters, tensors, batch_size).model, methods, options.rounds, options.steps, options.steps),
             title=f"{ranks} ranks {batch_size:>4} {parameters:>10}",
             timeout=options.timeout,
         )

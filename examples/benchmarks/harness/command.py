@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from harness.methods import NAMES, Method, methods, why_missing
+from harness.methods import LOCAL, NAMES, Method, methods, why_missing
 from harness.ranks import Place, RanksError, run_ranks
 from harness.turns import Turn, Turns, take_turns
 
@@ -38,12 +38,12 @@ def add_method_options(arguments: argparse.ArgumentParser, *, taus: Sequence[int
 
 
 def chosen_methods(options: argparse.Namespace) -> list[Method]:
-    """The methods of the options that exist here; says which do not, and why."""
+    """The methods of the options that exist here, local training first; says which do not exist, and why."""
     for name in options.methods:
         reason = why_missing(name)
         if reason is not None:
             print(f"skipped: {name}: {reason}")
-    return methods(options.methods, options.tau)
+    return methods(dict.fromkeys([LOCAL, *options.methods]), options.tau)
 
 
 def collect_turns(places: Sequence[Place], turns: Turns, *, title: str, timeout: float) -> list[Turn]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 __all__ = ["PeakMemory", "bytes_sent"]
 
-# include/uapi/linux/tcp.h, struct tcp_info: tcpi_bytes_sent counts payload bytes with those sent again, tcpi_bytes_retrans
-# the latter alone: on a busy machine the kernel sends again what was only late.
+# include/uapi/linux/tcp.h, struct tcp_info: tcpi_bytes_sent counts payload bytes with those sent again, and
+# tcpi_bytes_retrans the latter alone: on a busy machine the kernel sends again what was only late.
 _SENT, _SENT_AGAIN = 200, 208
 
 

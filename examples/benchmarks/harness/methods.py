@@ -8,15 +8,15 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch.distributed as dist
-from harness.averaging_peers import AccelerateLocalSGD, FlatLocalSGD
-from harness.ranks import Place
-from harness.torchft_peers import TorchFTDiLoCo, TorchFTLocalSGD
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from harness.averaging_peers import AccelerateLocalSGD, FlatLocalSGD
+from harness.ranks import Place
+from harness.torchft_peers import TorchFTDiLoCo, TorchFTLocalSGD
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
 
@@ -49,7 +49,7 @@ class Method:
     name: str
     tau: int | None
     strategy: Callable[[], Strategy]
-    callbacks: Callable[[Place], list[Callback]] = lambda place: []  # noqa: E731
+    callbacks: Callable[[Place], list[Callback]] = lambda place: []
     every_step: bool = False
 
     @property
@@ -98,11 +98,11 @@ NAMES = ("local", "local again", *_WITH_PERIOD, "ddp", "ddp fp16")
 
 
 def methods(names: Iterable[str], taus: Iterable[int]) -> list[Method]:
-    """The named methods that exist here, those with a period once for each period; local training is the first."""
+    """The named methods that exist here, those with a period once for each period."""
     taus = list(taus)
-    chosen = [_WITHOUT_PERIOD[LOCAL]()]
+    chosen = []
     for name in names:
-        if name == LOCAL or why_missing(name) is not None:
+        if why_missing(name) is not None:
             continue
         chosen += [_WITHOUT_PERIOD[name]()] if name in _WITHOUT_PERIOD else [_WITH_PERIOD[name](tau) for tau in taus]
     return chosen

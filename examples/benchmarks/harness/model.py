@@ -27,7 +27,11 @@ class Task:
     parameters: int
     tensors: int = 8
     batch_size: int = 128
-    pause: Callable[[int, int], None] = lambda rank, step: None  # noqa: E731
+    pause: Callable[[int, int], None] = lambda rank, step: None
+
+    def model(self, steps: int) -> "Model":
+        """A new model that trains for so many steps."""
+        return Model(self, steps)
 
 
 def mlp(parameters: int, tensors: int) -> nn.Module:

@@ -2,8 +2,9 @@
 
     rank 0 (namespace) ── veth, tbf ── bridge (namespace) ── veth, tbf ── rank 1 (namespace) ...
 
-The token bucket filter (tbf) at both ends of a rank's cable limits what it sends and what it receives. Delay is made by
-netem where the kernel has it. Linux, and root: a user without it may not make namespaces.
+The token bucket filter (tbf) at both ends of a rank's cable limits what it sends and what it receives. Delay, if asked
+for, is made by netem where the kernel has it; else a process that keeps packets for a while takes the switch's place.
+Linux, and root: a user without it may not make namespaces.
 """
 
 import contextlib
@@ -14,9 +15,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from harness.delay import MTU, relay
 from harness.ranks import Place
 
 __all__ = ["Link", "NoNamespacesError", "slow_network"]
@@ -53,33 +55,71 @@ class Link:
 def slow_network(ranks: int, link: Link) -> Iterator[list[Place]]:
     """Context in which there are places for ranks, each a node of its own on a slow network.
 
-    Everything it makes is in namespaces whose names hold this process's number, and is gone afterwards, after an error and
-    SIGTERM too; what a killed process has left is removed by the next.
+    Everything it makes is in namespaces whose names hold this process's number, and is gone afterwards, after an error
+    and SIGTERM too; what a killed process has left is removed by the next.
 
     Raises:
         NoNamespacesError: If the machine or its kernel lacks something.
     """
     _check()
     prefix = f"{_PREFIX}{os.getpid()}-{next(_networks)}"
-    switch, nodes = f"{prefix}-switch", [f"{prefix}-{rank}" for rank in range(ranks)]
+    nodes = {_address(rank): f"{prefix}-{rank}" for rank in range(ranks)}
     with contextlib.ExitStack() as made:
         made.enter_context(_unwound_by_sigterm())
         _remove_leftovers()
-        for name in (switch, *nodes):
+        for name in (prefix, *nodes.values()):
             _run("ip", "netns", "add", name)
             made.callback(_remove, name)
-        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
-        _run("ip", "-n", switch, "link", "set", "bridge", "up")
-        for rank, name in enumerate(nodes):
-            port = f"p{rank}"
-            _run("ip", "link", "add", _INTERFACE, "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
-            _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
-            _run("ip", "-n", name, "addr", "add", f"{_address(rank)}/16", "dev", _INTERFACE)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-            _run("ip", "-n", name, "link", "set", _INTERFACE, "up")
-            _shape(switch, port, link.mbit)
-            _delay_and_shape(name, link)
-        yield [Place(rank, 0, 1, _address(rank), _INTERFACE, _entering(name)) for rank, name in enumerate(nodes)]
+        if link.delay_ms and not _has_netem(prefix):
+            _connect_by_relay(nodes, link, made)
+        else:
+            _connect_by_switch(prefix, nodes, link)
+        yield [
+            Place(rank, 0, 1, address, _INTERFACE, _entering(name))
+            for rank, (address, name) in enumerate(nodes.items())
+        ]
+
+
+def _connect_by_switch(switch: str, nodes: Mapping[str, str], link: Link) -> None:
+    _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+    _run("ip", "-n", switch, "link", "set", "bridge", "up")
+    for rank, (address, name) in enumerate(nodes.items()):
+        port = f"p{rank}"
+        _run("ip", "link", "add", _INTERFACE, "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+        _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+        _start_interface(name, address)
+        _shape(switch, port, link.mbit)
+        if link.delay_ms:
+            _run("tc", "-n", name, "qdisc", "add", "dev", _INTERFACE, "root", "handle", "1:",
+                 "netem", "delay", f"{link.delay_ms}ms", "limit", "100000")  # fmt: skip
+            _shape(name, _INTERFACE, link.mbit, "parent", "1:1")
+        else:
+            _shape(name, _INTERFACE, link.mbit)
+
+
+def _connect_by_relay(nodes: Mapping[str, str], link: Link, made: contextlib.ExitStack) -> None:
+    for address, name in nodes.items():
+        _run("ip", "-n", name, "tuntap", "add", "dev", _INTERFACE, "mode", "tun")
+        _run("ip", "-n", name, "link", "set", _INTERFACE, "mtu", str(MTU))
+        _start_interface(name, address)
+        _shape(name, _INTERFACE, link.mbit)
+    entering = {address: _entering(name) for address, name in nodes.items()}
+    try:
+        made.enter_context(relay(entering, _INTERFACE, link.mbit, link.delay_ms))
+    except OSError as error:
+        raise NoNamespacesError(str(error)) from error
+
+
+def _start_interface(namespace: str, address: str) -> None:
+    _run("ip", "-n", namespace, "addr", "add", f"{address}/16", "dev", _INTERFACE)
+    _run("ip", "-n", namespace, "link", "set", "lo", "up")
+    _run("ip", "-n", namespace, "link", "set", _INTERFACE, "up")
+
+
+def _has_netem(namespace: str) -> bool:
+    """Whether the kernel delays packets itself, tried on the loopback of a namespace of ours."""
+    command = ["tc", "-n", namespace, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms"]
+    return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
 
 
 def _check() -> None:
@@ -92,16 +132,6 @@ def _check() -> None:
 
 def _address(rank: int) -> str:
     return f"10.77.{rank // 250}.{rank % 250 + 1}"
-
-
-def _delay_and_shape(namespace: str, link: Link) -> None:
-    """A rank's end of its cable: what it sends is limited, and arrives later."""
-    if link.delay_ms:
-        _run("tc", "-n", namespace, "qdisc", "add", "dev", _INTERFACE, "root", "handle", "1:",
-             "netem", "delay", f"{link.delay_ms}ms", "limit", "100000")  # fmt: skip
-        _shape(namespace, _INTERFACE, link.mbit, "parent", "1:1")
-    else:
-        _shape(namespace, _INTERFACE, link.mbit)
 
 
 def _shape(namespace: str, interface: str, mbit: float, *parent: str) -> None:

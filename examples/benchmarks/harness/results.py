@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness.ratios import Row
 
 __all__ = ["print_table", "write_results"]
@@ -65,8 +66,16 @@ def _hardware() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": _field("/proc/meminfo", "MemTotal"),
         "system": f"{platform.system()} {platform.release()}",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": _gpu(),
     }
+
+
+def _gpu() -> str | None:
+    """Asked for without CUDA, which a process that still forks ranks must not start."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip() or None
 
 
 def _field(path: str, field: str) -> str | None:

@@ -2,18 +2,18 @@
 
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import torch
 import torch.distributed as dist
-from harness.counters import PeakMemory, bytes_sent
-from harness.methods import Method
-from harness.model import Model, Task
-from harness.ranks import Place, Send
 from lightning.pytorch.callbacks import Callback
 
+from harness.counters import PeakMemory, bytes_sent
+from harness.methods import Method
+from harness.ranks import Place, Send
 from lightning_easgd import EASGDStrategy
 
 __all__ = ["Turn", "Turns", "quiet_trainer", "take_turns"]
@@ -29,7 +29,7 @@ class Turn:
         seconds: Wall-clock per step.
         cpu_seconds: Processor time per step, all threads of the rank.
         bytes_per_step: Bytes sent per step over TCP; counted in the first round, else nan.
-        peak_bytes: Most memory beyond what the rank had before it built the model.
+        peak_bytes: Most memory beyond what the rank had before it built the model; on a GPU that of its tensors there.
     """
 
     method: str
@@ -45,18 +45,22 @@ class Turns:
     """Who takes turns.
 
     Attributes:
-        task: What they train.
+        model: Makes what they train, for a number of steps.
         methods: The methods.
         rounds: How often each of them gets a turn.
         steps: Counted steps of a turn, at least.
         blocking_steps: The same for methods whose ranks wait for each other at every step.
+        count_bytes: Whether to count what they send, in a fit of its own.
+        trainer: Arguments of the Trainer.
     """
 
-    task: Task
+    model: Callable[[int], L.LightningModule]
     methods: Sequence[Method]
     rounds: int
     steps: int
     blocking_steps: int
+    count_bytes: bool = True
+    trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
 def take_turns(rank: int, place: Place, send: Send, turns: Turns) -> None:
@@ -64,9 +68,9 @@ def take_turns(rank: int, place: Place, send: Send, turns: Turns) -> None:
     for number in range(turns.rounds):
         first = number % len(turns.methods)
         for method in (*turns.methods[first:], *turns.methods[:first]):
-            sent = _count_bytes(method, turns.task, place) if number == 0 else float("nan")
+            sent = _bytes_per_step(method, turns, place) if turns.count_bytes and number == 0 else float("nan")
             watch = _Stopwatch(*method.window(turns.blocking_steps if method.every_step else turns.steps))
-            _fit(method, turns.task, watch.skip + watch.count, place, watch)
+            _fit(method, turns, watch.skip + watch.count, place, watch)
             every: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(every, [watch.wall, watch.cpu, sent, watch.peak])
             if rank == 0:
@@ -88,16 +92,16 @@ def quiet_trainer(place: Place, **arguments: Any) -> L.Trainer:
     return L.Trainer(**(defaults | arguments))
 
 
-def _fit(method: Method, task: Task, steps: int, place: Place, watching: Callback) -> None:
+def _fit(method: Method, turns: Turns, steps: int, place: Place, watching: Callback) -> None:
     callbacks = [*method.callbacks(place), watching]  # the last sees what the others have sent
-    quiet_trainer(place, strategy=method.strategy(), callbacks=callbacks).fit(Model(task, steps))
+    quiet_trainer(place, strategy=method.strategy(), callbacks=callbacks, **turns.trainer).fit(turns.model(steps))
 
 
-def _count_bytes(method: Method, task: Task, place: Place) -> float:
+def _bytes_per_step(method: Method, turns: Turns, place: Place) -> float:
     """Bytes that this rank sends per step, counted over one period in a short fit of its own."""
     count = method.tau or 2
     counter = _ByteCounter(first=1 if method.tau else 3, count=count)
-    _fit(method, task, counter.first + count, place, counter)
+    _fit(method, turns, counter.first + count, place, counter)
     return counter.sent / count
 
 
@@ -134,12 +138,26 @@ class _Stopwatch(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
         """Start together when the first steps are over."""
         if index == self.skip:
+            _synchronize()
             dist.barrier()
             self._started = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, index: int) -> None:
         """Stop."""
         if index == self.skip + self.count - 1:
+            _synchronize()
             self.wall = (time.perf_counter() - self._started[0]) / self.count
             self.cpu = (time.process_time() - self._started[1]) / self.count
-            self.peak = self._memory.bytes()
+            self.peak = _gpu_peak() if torch.cuda.is_initialized() else self._memory.bytes()
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _gpu_peak() -> float:
+    """Most GPU memory of this rank's tensors since the last call."""
+    peak = float(torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+    return peak
