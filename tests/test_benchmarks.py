@@ -142,9 +142,14 @@ def test_namespaces_are_gone_after_an_error():
         return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
 
     mine = f"easgd-benchmark-{os.getpid()}-"
-    with pytest.raises(RuntimeError, match="on purpose"), slow_network(2, Link(100)):
-        assert mine in listed()
-        raise RuntimeError("on purpose")
+
+    def fail():
+        with slow_network(2, Link(100)):
+            assert mine in listed()
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert mine not in listed()
 
 
@@ -215,12 +220,15 @@ def test_peak_memory_sees_what_was_freed():
 
 @needs_linux
 def test_sent_bytes_are_the_kernels():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        with socket.create_connection(listener.getsockname()) as one, listener.accept()[0] as other:
-            before = bytes_sent()
-            one.sendall(bytes(10_000))
-            other.recv(10_000, socket.MSG_WAITALL)
-            assert bytes_sent() - before == 10_000
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as one,
+        listener.accept()[0] as other,
+    ):
+        before = bytes_sent()
+        one.sendall(bytes(10_000))
+        other.recv(10_000, socket.MSG_WAITALL)
+        assert bytes_sent() - before == 10_000
 
 
 @pytest.mark.parametrize("tensors", [8, 150])
