@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -91,9 +92,10 @@ def test_slow_link_and_overview(tmp_path):
     table = {row["method"]: row for row in rows(tmp_path / "slow_link.csv")}
     assert float(table["easgd tau=2"]["bytes_per_step"]) > 20000  # it went over the network
     assert float(table["ddp"]["link_load"]) > float(table["easgd tau=2"]["link_load"]) > 0
-    (tmp_path / "step_cost.csv").write_text((tmp_path / "slow_link.csv").read_text())
+    (tmp_path / "step_cost.csv").write_text((tmp_path / "slow_link.csv").read_text())  # the same columns, and more
     picture = tmp_path / "overview.png"
     where = ["--fast", str(tmp_path), "--slow", str(tmp_path), "--mbit", "50", "--slow-tau", "2", "--fast-tau", "2"]
+    where += ["--fast-batch-size", "8"]
     run("overview", picture, *where)
     assert picture.stat().st_size > 1000
 
@@ -180,6 +182,14 @@ def test_ranks_that_fail_or_hang_are_named():
     with pytest.raises(RanksError, match=r"(?s)rank 1 failed.*this rank"):
         run_ranks(fail, one_host(2), timeout=50, receive=print)
 
+    def die(rank, place, send):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    with pytest.raises(RanksError, match="rank 1 died"):
+        run_ranks(die, one_host(2), timeout=50, receive=print)
+
     def hang(rank, place, send):
         time.sleep(60 if rank == 0 else 0)
 
@@ -206,7 +216,7 @@ def test_ratios_are_to_the_local_training_of_the_same_round():
 
 def test_counted_steps_are_whole_periods():
     for method in methods([name for name in NAMES if why_missing(name) is None], [4]):
-        skip, count = method.window(10)
+        skip, count = method.window(10, warm_up=3)
         assert (skip, count) == ((5, 12) if method.tau else (3, 10))
 
 

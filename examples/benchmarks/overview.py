@@ -15,6 +15,7 @@ from pathlib import Path
 
 from harness.command import parser
 from harness.figures import Panel, draw_bars
+from harness.network import Link
 from harness.ratios import Row
 
 from lightning_easgd.report import read_rows
@@ -40,10 +41,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--slow", type=Path, default=results / "slow_link", help="results directory (%(default)s)")
     options.add_argument("--fast-parameters", type=int, help="which model of step_cost; the largest unless given")
     options.add_argument("--fast-tau", type=int, default=10, help="which period on one host (%(default)s)")
+    options.add_argument("--fast-batch-size", type=int, default=128, help="which mini-batch (%(default)s)")
     options.add_argument("--slow-parameters", type=int, help="which model of slow_link; the largest unless given")
     options.add_argument("--slow-tau", type=int, default=40, help="which period over the network (%(default)s)")
     options.add_argument("--ranks", type=int, default=2, help="which number of ranks (%(default)s)")
     options.add_argument("--mbit", type=float, default=100.0, help="which rate (%(default)g)")
+    options.add_argument("--delay-ms", type=float, default=0.0, help="which delay (%(default)g)")
     options.add_argument("--tensors", type=int, default=8, help="which cut of the models (%(default)s)")
     options.add_argument("--output", type=Path, default=results / "overview.png", help="the figure (%(default)s)")
     return options.parse_args(arguments)
@@ -53,13 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Draw."""
     options = _options(arguments)
     common = {"ranks": options.ranks, "tensors": options.tensors}
-    fast = _rows(options.fast / "step_cost.csv", common, options.fast_parameters, options.fast_tau)
-    slow = _rows(
-        options.slow / "slow_link.csv", {**common, "mbit": options.mbit}, options.slow_parameters, options.slow_tau
-    )
+    on_host = common | {"batch_size": options.fast_batch_size}
+    on_network = common | {"mbit": options.mbit, "delay_ms": options.delay_ms}
+    fast = _rows(options.fast / "step_cost.csv", on_host, options.fast_parameters, options.fast_tau)
+    slow = _rows(options.slow / "slow_link.csv", on_network, options.slow_parameters, options.slow_tau)
     panels = [
         Panel(f"one host ({_millions(fast)}, τ={options.fast_tau})", fast),
-        Panel(f"{options.mbit:g} Mbit/s ({_millions(slow)}, τ={options.slow_tau})", slow),
+        Panel(f"{Link(options.mbit, options.delay_ms).name} ({_millions(slow)}, τ={options.slow_tau})", slow),
     ]
     present = {row["method"] for row in (*fast, *slow)}
     names = {name: shown for name, shown in SHOWN.items() if name in present}

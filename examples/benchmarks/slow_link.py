@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         link = Link(mbit, delay)
         task = Task(parameters, tensors, options.batch_size)
-        setting = {"mbit": mbit, "delay_ms": delay, "ranks": ranks, "tensors": tensors, "parameters": parameters}
+        setting = {"mbit": mbit, "delay_ms": delay, "ranks": ranks, "batch_size": options.batch_size}
+        setting |= {"tensors": tensors, "parameters": parameters}
         try:
             with slow_network(ranks, link) as places:
                 turns = collect_turns(

@@ -16,6 +16,7 @@ rate, and as a share of local training's rate in the same situation: median, sma
 import argparse
 import dataclasses
 import functools
+import math
 import os
 import random
 import time
@@ -70,13 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = _options(arguments)
     methods = chosen_methods(options)
+    period = math.lcm(*options.tau)
+    steps = -(-options.steps // period) * period  # every method counts the same steps, with the same pauses
     turns: dict[str, list[Turn]] = defaultdict(list)
     for number in range(options.rounds):
         for situation, pause in _situations(options).items():
             task = Task(options.parameters, batch_size=8, pause=pause)
             once = collect_turns(
                 one_host(options.ranks),
-                Turns(task.model, methods, 1, options.steps, options.steps, count_bytes=False),
+                Turns(task.model, methods, 1, steps, steps, warm_up=max(options.tau) + 1, count_bytes=False),
                 title=f"{situation:<11}",
                 timeout=options.timeout,
             )

@@ -57,10 +57,15 @@ class Method:
         """The name, with the period where there is one."""
         return self.name if self.tau is None else f"{self.name} tau={self.tau}"
 
-    def window(self, steps: int) -> tuple[int, int]:
-        """Steps before the counted ones, and the counted ones, at least ``steps``: whole periods."""
+    def window(self, steps: int, warm_up: int) -> tuple[int, int]:
+        """Steps before the counted ones, and the counted ones, at least ``steps``: whole periods.
+
+        Args:
+            steps: Counted steps, at least.
+            warm_up: Steps before them where there is no period.
+        """
         if self.tau is None:
-            return 3, steps
+            return warm_up, steps
         # An exchange is begun in step tau (from 0): the first counted step is the first of a period.
         return self.tau + 1, -(-steps // self.tau) * self.tau
 

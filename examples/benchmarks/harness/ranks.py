@@ -71,8 +71,8 @@ def run_ranks(
     port = _free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in places]
     processes = [
-        _CONTEXT.Process(target=_be_rank, args=(rank, places, port, pipe[1], function, arguments))
-        for rank, pipe in enumerate(pipes)
+        _CONTEXT.Process(target=_be_rank, args=(rank, places, port, pipes, function, arguments))
+        for rank in range(len(places))
     ]
     sys.stdout.flush()  # else every child writes it once more
     try:
@@ -113,11 +113,15 @@ def _be_rank(
     rank: int,
     places: Sequence[Place],
     port: int,
-    writer: Connection,
+    pipes: Sequence[tuple[Connection, Connection]],
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    place = places[rank]
+    place, writer = places[rank], pipes[rank][1]
+    for number, (reader, other) in enumerate(pipes):  # else nobody would see that another rank's end has closed
+        reader.close()
+        if number != rank:
+            other.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler is about what the parent has made
     try:
         place.enter()

@@ -51,6 +51,9 @@ def ratios(setting: Mapping[str, Any], turns: Sequence[Turn]) -> list[Row]:
                 "ratio": round(middle, 3),
                 "ratio_min": round(low, 3),
                 "ratio_max": round(high, 3),
+                "cpu_ms_per_step": round(
+                    1e3 * statistics.median(statistics.fmean(turn.cpu_seconds) for turn in own), 3
+                ),
                 "cpu_ratio": round(cpu, 3),
                 "bytes_per_step": _whole(max(own[0].bytes_per_step)),
                 "peak_MB": _whole(statistics.median(max(turn.peak_bytes) for turn in own) / 1e6),

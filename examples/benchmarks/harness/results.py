@@ -38,7 +38,7 @@ def write_results(directory: Path, tables: Mapping[str, Sequence[Row]], options:
         "date": time.strftime("%Y-%m-%d"),
     }
     (directory / "setting.json").write_text(json.dumps(setting, indent=2) + "\n", encoding="utf-8")
-    print(f"\nresults directory: {directory}")
+    print(f"written: {directory}", flush=True)
 
 
 def print_table(rows: Sequence[Row]) -> None:

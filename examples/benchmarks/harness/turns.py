@@ -50,6 +50,7 @@ class Turns:
         rounds: How often each of them gets a turn.
         steps: Counted steps of a turn, at least.
         blocking_steps: The same for methods whose ranks wait for each other at every step.
+        warm_up: Steps before the counted ones, for methods without a period.
         count_bytes: Whether to count what they send, in a fit of its own.
         trainer: Arguments of the Trainer.
     """
@@ -59,6 +60,7 @@ class Turns:
     rounds: int
     steps: int
     blocking_steps: int
+    warm_up: int = 3
     count_bytes: bool = True
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,7 +71,9 @@ def take_turns(rank: int, place: Place, send: Send, turns: Turns) -> None:
         first = number % len(turns.methods)
         for method in (*turns.methods[first:], *turns.methods[:first]):
             sent = _bytes_per_step(method, turns, place) if turns.count_bytes and number == 0 else float("nan")
-            watch = _Stopwatch(*method.window(turns.blocking_steps if method.every_step else turns.steps))
+            watch = _Stopwatch(
+                *method.window(turns.blocking_steps if method.every_step else turns.steps, turns.warm_up)
+            )
             _fit(method, turns, watch.skip + watch.count, place, watch)
             every: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(every, [watch.wall, watch.cpu, sent, watch.peak])
