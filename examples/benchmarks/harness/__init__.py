@@ -1,0 +1,1 @@
+"""What the benchmarks share: ranks, methods, turns, networks, results and figures."""

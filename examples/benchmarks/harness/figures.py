@@ -1,0 +1,112 @@
+"""Step time relative to local training, as bars."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from harness.ratios import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Panel", "draw_bars", "draw_curves"]
+
+_OWN, _OTHERS, _LOCAL = "tab:blue", "tab:gray", "black"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One system of axes: the methods of one setting.
+
+    Attributes:
+        title: Its title.
+        rows: What :func:`harness.ratios.ratios` returns for the setting.
+    """
+
+    title: str
+    rows: Sequence[Row]
+
+
+def draw_bars(
+    path: Path,
+    panels: Sequence[Panel],
+    *,
+    title: str = "",
+    what: str = "step time / local training",
+    names: dict[str, str] | None = None,
+) -> None:
+    """Draw the ratios of each panel as horizontal bars beside each other; without matplotlib say so, and draw nothing.
+
+    Args:
+        path: The PNG file.
+        panels: From left to right.
+        title: Above all of them.
+        what: What the bars are.
+        names: What methods are called in the figure, in their order; None shows all by their labels.
+    """
+    shown = names or {row["method"]: row["method"] for panel in panels for row in panel.rows}
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    height = 1.1 + 0.3 * len(shown)
+    figure = _figure((1.6 + 3.9 * columns, height * lines + 0.3 * bool(title)))
+    if figure is None:
+        return
+    systems: Any = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
+    for axes, panel in zip(systems, panels, strict=False):
+        _draw(axes, panel, shown, what)
+    for axes in list(systems)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontweight="bold")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _draw(axes: "Axes", panel: Panel, shown: dict[str, str], what: str) -> None:
+    rows = {row["method"]: row for row in panel.rows}
+    for place, method in enumerate(shown):
+        if method not in rows:
+            continue
+        ratio, low, high = (float(rows[method][name]) for name in ("ratio", "ratio_min", "ratio_max"))
+        color = _LOCAL if method.startswith("local") else _OWN if method.startswith("ea") else _OTHERS
+        axes.barh(place, ratio, color=color, xerr=[[ratio - low], [high - ratio]], error_kw={"ecolor": "0.3"})
+        axes.annotate(
+            f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", (high, place), (4, 0), textcoords="offset points",
+            va="center", fontsize="small",
+        )  # fmt: skip
+    axes.set_yticks(range(len(shown)), list(shown.values()))
+    axes.set(title=panel.title, xlabel=what)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+    largest = max((float(row["ratio_max"]) for row in rows.values()), default=1.0)
+    if largest > 6:
+        axes.set_xscale("log")
+        axes.set_xlim(0.7, largest * 2)
+    else:
+        axes.set_xlim(0, largest * 1.15)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, target: float, title: str) -> None:
+    """Draw test error over seconds, and the target error; without matplotlib say so, and draw nothing."""
+    figure = _figure((5.2, 3.6))
+    if figure is None:
+        return
+    axes = figure.subplots()
+    for label, points in curves.items():
+        axes.plot(*zip(*points, strict=True), label=label, marker=".")
+    axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
+    axes.set(title=title, xlabel="seconds of training", ylabel="test error")
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(inches: tuple[float, float]) -> "Figure | None":
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError:
+        print("skipped: the figure: matplotlib is not installed; pip install 'lightning_easgd[demo]'")
+        return None
+    return Figure(figsize=inches, layout="constrained")

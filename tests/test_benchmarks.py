@@ -1,0 +1,248 @@
+"""The benchmarks run at the smallest size and write what they promise; their shared parts do what they say."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from application import ROOT
+
+FOLDER = ROOT / "examples" / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+from harness.counters import PeakMemory, bytes_sent  # noqa: E402
+from harness.methods import NAMES, methods, why_missing  # noqa: E402
+from harness.model import mlp  # noqa: E402
+from harness.network import Link, NoNamespacesError, slow_network  # noqa: E402
+from harness.ranks import RanksError, one_host, run_ranks  # noqa: E402
+from harness.ratios import ratios  # noqa: E402
+from harness.turns import Turn  # noqa: E402
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
+
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def run(name, output, *arguments):
+    command = [sys.executable, str(FOLDER / "run.py"), name, *arguments, "--output", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_step_cost(tmp_path):
+    said = run("step_cost", tmp_path, "--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4",
+               "--tau", "2", "--methods", "easgd", "post_local_sgd", "ddp", "easgd int8")  # fmt: skip
+    table = {row["method"]: row for row in rows(tmp_path / "step_cost.csv")}
+    assert float(table["local"]["ratio"]) == 1
+    gradients = 4 * sum(parameter.numel() for parameter in mlp(20000, 8).parameters())
+    assert float(table["ddp"]["bytes_per_step"]) == pytest.approx(gradients, rel=0.05)
+    assert float(table["post_local_sgd tau=2"]["bytes_per_step"]) == pytest.approx(gradients / 2, rel=0.05)
+    assert float(table["local"]["bytes_per_step"]) < 0.01 * gradients
+    assert float(table["easgd tau=2"]["ratio"]) > 0
+    assert ("skipped: easgd int8: " in said) == ("easgd int8 tau=2" not in table)
+    setting = json.loads((tmp_path / "setting.json").read_text())
+    assert setting["versions"]["torch"]
+    assert setting["hardware"]["cores"] == os.cpu_count()
+    assert "--steps 4" in setting["command"]
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_straggler(tmp_path):
+    run("straggler", tmp_path, "--ranks", "2", "--rounds", "1", "--steps", "2", "--tau", "2", "--parameters", "1000",
+        "--sleep-ms", "30", "--methods", "easgd_async", "ddp")  # fmt: skip
+    table = {(row["situation"], row["method"]): float(row["rate_of_undisturbed"])
+             for row in rows(tmp_path / "straggler.csv")}  # fmt: skip
+    assert len(table) == 9
+    assert table["straggler", "ddp"] < 0.5
+
+
+def test_exchange(tmp_path):
+    run("exchange", tmp_path, "--parameters", "300000", "--workers", "2", "--rounds", "2")
+    table = {row["way"]: row for row in rows(tmp_path / "exchange.csv")}
+    assert set(table) == {"memcpy", "memory", "raw socket", "sockets"}
+    assert all(float(row["GB_per_s"]) > 0 for row in table.values())
+    assert float(table["memcpy"]["of_limit"]) == float(table["raw socket"]["of_limit"]) == 1
+
+
+def namespaces():
+    """Fail the test for want of them only where they should be: as root, with iproute2."""
+    try:
+        with slow_network(1, Link(100)):
+            pass
+    except NoNamespacesError as error:
+        pytest.skip(f"no network namespaces here: {error}")
+
+
+def test_slow_link_and_overview(tmp_path):
+    namespaces()
+    sizes = ["--parameters", "20000", "--rounds", "1", "--steps", "2", "--tau", "2", "--methods", "easgd", "ddp"]
+    run("slow_link", tmp_path, *sizes, "--mbit", "50", "--tensors", "8", "--batch-size", "8", "--blocking-steps", "2")
+    table = {row["method"]: row for row in rows(tmp_path / "slow_link.csv")}
+    assert float(table["easgd tau=2"]["bytes_per_step"]) > 20000  # it went over the network
+    assert float(table["ddp"]["link_load"]) > float(table["easgd tau=2"]["link_load"]) > 0
+    (tmp_path / "step_cost.csv").write_text((tmp_path / "slow_link.csv").read_text())  # the same columns, and more
+    picture = tmp_path / "overview.png"
+    where = ["--fast", str(tmp_path), "--slow", str(tmp_path), "--mbit", "50", "--slow-tau", "2", "--fast-tau", "2"]
+    where += ["--fast-batch-size", "8"]
+    run("overview", picture, *where)
+    assert picture.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("delay_ms", [0, 20])
+def test_slow_network_is_as_slow_as_asked(delay_ms):
+    namespaces()
+    megabytes = 2
+
+    def talk(rank, place, send, places):
+        if rank == 0:
+            with socket.create_server((place.address, 5000)) as listener:
+                connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"x")
+                while connection.recv(1 << 20):
+                    pass
+            return
+        with connect(places[0].address) as connection:
+            started = time.perf_counter()
+            connection.sendall(bytes(megabytes * 1_000_000))
+            connection.shutdown(socket.SHUT_WR)
+            connection.recv(1)
+            assert connection.recv(1) == b""
+            send(time.perf_counter() - started)
+
+    seconds = []
+    with slow_network(2, Link(50, delay_ms)) as places:
+        run_ranks(talk, places, places, timeout=60, receive=seconds.append)
+    assert seconds[0] > 0.8 * megabytes * 8 / 50 + 2 * delay_ms / 1e3
+
+
+def connect(address):
+    for _ in range(200):
+        try:
+            return socket.create_connection((address, 5000), timeout=30)
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    raise AssertionError("nobody listens")
+
+
+def test_namespaces_are_gone_after_an_error():
+    namespaces()
+
+    def listed():
+        return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+    mine = f"easgd-benchmark-{os.getpid()}-"
+
+    def fail():
+        with slow_network(2, Link(100)):
+            assert mine in listed()
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
+    assert mine not in listed()
+
+
+def test_time_to_accuracy_without_data_says_so(tmp_path):
+    assert "skipped: " in run("time_to_accuracy", tmp_path, "--root", str(tmp_path))
+
+
+def test_gpu_without_a_gpu_says_so(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "no CUDA device" in run("gpu", tmp_path)
+
+
+def test_every_benchmark_has_help():
+    listed = subprocess.run([sys.executable, FOLDER / "run.py"], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^    (\w+)  ", listed, re.MULTILINE)
+    assert {f"{name}.py" for name in names} | {"run.py"} == {path.name for path in FOLDER.glob("*.py")}
+
+
+def test_ranks_that_fail_or_hang_are_named():
+    def fail(rank, place, send):
+        if rank == 1:
+            raise ValueError("this rank")
+        time.sleep(60)
+
+    with pytest.raises(RanksError, match=r"(?s)rank 1 failed.*this rank"):
+        run_ranks(fail, one_host(2), timeout=50, receive=print)
+
+    def die(rank, place, send):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+
+    with pytest.raises(RanksError, match="rank 1 died"):
+        run_ranks(die, one_host(2), timeout=50, receive=print)
+
+    def hang(rank, place, send):
+        time.sleep(60 if rank == 0 else 0)
+
+    with pytest.raises(RanksError, match=r"ranks \[0\] were still running"):
+        run_ranks(hang, one_host(2), timeout=1, receive=print)
+
+
+def test_ratios_are_to_the_local_training_of_the_same_round():
+    def turn(method, number, seconds):
+        return Turn(method, number, [seconds, seconds], [1.0, 1.0], [8.0, 24.0], [1e6, 3e6])
+
+    turns = [
+        turn("local", 0, 1.0),
+        turn("ddp", 0, 3.0),
+        turn("local", 1, 2.0),
+        turn("ddp", 1, 4.0),
+        turn("ddp", 2, 9.0),
+    ]
+    local, ddp = ratios({"ranks": 2}, turns)
+    assert (local["ratio"], local["ratio_min"], local["ratio_max"]) == (1, 1, 1)
+    assert (ddp["ratio"], ddp["ratio_min"], ddp["ratio_max"]) == (2.5, 2, 3)
+    assert (ddp["ms_per_step"], ddp["bytes_per_step"], ddp["peak_MB"]) == (3500, 24, 3)
+
+
+def test_counted_steps_are_whole_periods():
+    for method in methods([name for name in NAMES if why_missing(name) is None], [4]):
+        skip, count = method.window(10, warm_up=3)
+        assert (skip, count) == ((5, 12) if method.tau else (3, 10))
+
+
+@needs_linux
+def test_peak_memory_sees_what_was_freed():
+    memory = PeakMemory()
+    block = bytearray(50_000_000)
+    del block
+    assert 50e6 <= memory.bytes() < 80e6
+
+
+@needs_linux
+def test_sent_bytes_are_the_kernels():
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as one,
+        listener.accept()[0] as other,
+    ):
+        before = bytes_sent()
+        one.sendall(bytes(10_000))
+        other.recv(10_000, socket.MSG_WAITALL)
+        assert bytes_sent() - before == 10_000
+
+
+@pytest.mark.parametrize("tensors", [8, 150])
+def test_models_have_the_size_and_the_tensors_asked_for(tensors):
+    parameters = [parameter.numel() for parameter in mlp(1_000_000, tensors).parameters()]
+    assert len(parameters) == tensors
+    assert sum(parameters) == pytest.approx(1_000_000, rel=0.05)
