@@ -13,6 +13,12 @@ __all__ = ["Estimate", "HessianProduct", "PowerIteration", "Product"]
 Product: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 """A symmetric linear map on lists of tensors."""
 
+_MOVES = (1e-3, 1e-4, 1e-2)
+"""How far parameters are moved, relative to their norm, to see how the gradient changes."""
+
+_ROUNDING = 3e-6
+"""Of a float32 gradient, relative to its norm."""
+
 _EIGENVECTOR = 0.1
 """‖Av - λv‖² / λ² above which v is a mixture of eigenvectors whose λ stands still, rather than nearly one of them."""
 
@@ -29,13 +35,13 @@ class HessianProduct:
     product is a backward pass through it.
 
     Args:
-        loss: The loss as a function of the parameters, by name. It is called once.
+        loss: The loss as a function of the parameters, by name; the same at each call.
         point: The parameters, float32 or float64. They are not written to.
         steps: Step size of each parameter relative to the largest, in [0, 1]; 1 unless given.
         decay: Weight decay of each parameter; 0 unless given.
 
     Raises:
-        RuntimeError: If the loss does not depend on the parameters, or a backward pass cannot be differentiated.
+        RuntimeError: If the loss does not depend on the parameters, or has no gradient.
     """
 
     def __init__(
@@ -46,12 +52,12 @@ class HessianProduct:
         steps: Mapping[str, float] | None = None,
         decay: Mapping[str, float] | None = None,
     ) -> None:
-        at = {name: value.detach().requires_grad_() for name, value in point.items()}
+        self._at = at = {name: value.detach().requires_grad_() for name, value in point.items()}
         self._variables = list(at.values())
         self._roots = [math.sqrt((steps or {}).get(name, 1.0)) for name in at]
         self._decay = [(decay or {}).get(name, 0.0) for name in at]
-        with torch.enable_grad():
-            self._gradient = torch.autograd.grad(loss(at), self._variables, create_graph=True, materialize_grads=True)
+        self._loss = loss
+        self._gradient = _gradient(loss, at)
 
     def __call__(self, vector: list[Tensor]) -> list[Tensor]:
         """The product with a vector, one tensor for each parameter."""
@@ -67,8 +73,40 @@ class HessianProduct:
             )
         else:  # the loss is linear
             product = tuple(map(torch.zeros_like, self._variables))
-        decayed = torch._foreach_mul(scaled, self._decay)
-        return list(torch._foreach_mul(torch._foreach_add(list(product), decayed), self._roots))
+        return self._scaled(product, scaled)
+
+    def check(self, vector: list[Tensor]) -> None:
+        """Compare the product with a vector with a difference of two gradients; it takes up to three gradients.
+
+        A backward pass that is not differentiable (of a ``torch.autograd.Function``) may come without an error: the
+        curvature behind it then looks like zero.
+
+        Raises:
+            RuntimeError: If they have nothing in common, whichever the distance of the two points.
+        """
+        product = self(vector)
+        direction = list(torch._foreach_mul(vector, self._roots))
+        size = math.sqrt(_dot(self._variables, self._variables) / max(_dot(direction, direction), 1e-30))
+        gradient = [part.detach() for part in self._gradient]
+        noise = _ROUNDING * math.sqrt(_dot(gradient, gradient))
+        for move in _MOVES:
+            step = move * (size or 1.0)
+            there = {
+                name: (value.detach() + step * part).requires_grad_()
+                for (name, value), part in zip(self._at.items(), direction, strict=True)
+            }
+            moved = [part.detach() for part in _gradient(self._loss, there)]
+            change = torch._foreach_div(torch._foreach_sub(moved, gradient), step)
+            difference = self._scaled(change, direction)
+            error = torch._foreach_sub(difference, product)
+            most = max(_dot(difference, difference), _dot(product, product))
+            if math.sqrt(_dot(error, error)) <= math.sqrt(most) / 2 + noise / step:
+                return
+        raise RuntimeError("its second derivative is not that of its gradient; some backward pass has none")
+
+    def _scaled(self, curved: Sequence[Tensor], scaled: Sequence[Tensor]) -> list[Tensor]:
+        decayed = torch._foreach_mul(list(scaled), self._decay)
+        return list(torch._foreach_mul(torch._foreach_add(list(curved), decayed), self._roots))
 
 
 @final
@@ -111,6 +149,11 @@ class PowerIteration:
         self._vector: list[Tensor] | None = None
         self._shift = 0.0
 
+    @property
+    def vector(self) -> list[Tensor] | None:
+        """The last estimate of the eigenvector."""
+        return self._vector
+
     @torch.no_grad()
     def estimate(self, product: Product, like: Sequence[Tensor]) -> Estimate:
         """Estimates the largest eigenvalue.
@@ -148,6 +191,11 @@ class PowerIteration:
         generator = torch.Generator().manual_seed(0)  # training's own generators are not touched
         drawn = [torch.randn(tensor.shape, generator=generator).to(tensor) for tensor in like]
         return list(torch._foreach_mul(drawn, 1 / math.sqrt(_dot(drawn, drawn))))
+
+
+def _gradient(loss: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(at), list(at.values()), create_graph=True, materialize_grads=True)
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
