@@ -214,8 +214,8 @@ class CurvatureMonitor(Callback):
     def _estimate(self, trainer: L.Trainer, module: L.LightningModule, center: Mapping[str, Tensor]) -> Estimate:
         (optimizer,) = trainer.optimizers
         steps, decay = _scales(module, optimizer)
-        variables = {name: _widened(center[name]) for name in steps if name in center}
         device = trainer.strategy.root_device
+        variables = {name: _widened(center[name].to(device)) for name in steps if name in center}
         with (
             rehearsal(module, device),
             torch.autocast(device.type, enabled=False),
