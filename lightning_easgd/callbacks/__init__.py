@@ -5,10 +5,12 @@ what the ranks have seen where all ranks meet anyway: at the end of a validation
 With strategies that have no center (DDP, one device, independent workers) they record what makes sense there.
 """
 
+from lightning_easgd.callbacks.curvature_monitor import CurvatureMonitor, CurvatureReading
 from lightning_easgd.callbacks.elastic_monitor import COMMUNICATION_FILE, ELASTIC_DIRECTORY, ElasticMonitor
 from lightning_easgd.callbacks.iterate_average import IterateAverage
 from lightning_easgd.callbacks.learning_curve import CURVE_FILE, LearningCurve
 from lightning_easgd.callbacks.local_energy_monitor import LOCAL_ENERGY_FILE, LocalEnergyMonitor
+from lightning_easgd.callbacks.recalibrate_batchnorm import RecalibrateBatchNorm
 from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
 from lightning_easgd.callbacks.time_split import TIME_FILE, TimeSplit
 from lightning_easgd.callbacks.worker_evaluation import ACCURACY_FILE, WorkerEvaluation, accuracy
@@ -20,11 +22,14 @@ __all__ = [
     "ELASTIC_DIRECTORY",
     "LOCAL_ENERGY_FILE",
     "TIME_FILE",
+    "CurvatureMonitor",
+    "CurvatureReading",
     "ElasticMonitor",
     "ElasticStrategy",
     "IterateAverage",
     "LearningCurve",
     "LocalEnergyMonitor",
+    "RecalibrateBatchNorm",
     "TimeSplit",
     "WorkerEvaluation",
     "accuracy",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd._compat import is_without_steps
 from lightning_easgd.averagers import Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.buffers import load_buffers
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_hooks import CenterHooks
@@ -48,6 +49,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._validating = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._center_buffers: list[Tensor] = []
+        self._calibrate: Callable[[], None] | None = None
         self._final_center: Mapping[str, Tensor] | None = None
         self._statistics = Statistics()
 
@@ -78,6 +80,20 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             )
         return self._final_center
 
+    @property
+    def known_center(self) -> Mapping[str, Tensor]:
+        """The center as far as this rank knows it without waiting for another, by parameter name; read-only.
+
+        In synchronous mode that is :attr:`center` without the exchange under way, bitwise the same on all ranks at the
+        same clock; a served center is read where it is. The next exchange may change the tensors.
+
+        Raises:
+            RuntimeError: If there is no training under way in this process.
+        """
+        if self._shown is None:
+            raise RuntimeError(f"{type(self).__name__}.known_center: it is there while training is; use center.")
+        return MappingProxyType(self._named_center())
+
     @contextlib.contextmanager
     def center_weights(self) -> Iterator[None]:
         """Context in which the module holds the center; afterwards each worker's own values, bit for bit.
@@ -86,6 +102,19 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         """
         with self._at_center(Meeting.CENTER_WEIGHTS):
             yield
+
+    def calibrate_buffers_with(self, calibrate: Callable[[], None] | None) -> None:
+        """Have buffers of the center made anew at the center, in place of the mean of the workers' buffers.
+
+        Wherever all ranks have met and the module shows the center (validation, checkpoints, :meth:`center_weights`,
+        the end of training) the function is called with that mean in the module's buffers, and may change them. The
+        center's buffers are then the mean over the ranks of what it leaves there, of integers rank 0's. Each worker's
+        own buffers come back bit for bit.
+
+        Args:
+            calibrate: The function, the same on all ranks; None for none any more.
+        """
+        self._calibrate = calibrate
 
     @contextlib.contextmanager
     def worker_weights(self) -> Iterator[None]:
@@ -177,7 +206,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._validating = True
         self._meet(Meeting.VALIDATION)
         if self.evaluate == "center":
-            self._show_center()
+            self._show_calibrated_center()
 
     def on_validation_end(self) -> None:
         """Go back to the worker's own weights."""
@@ -203,7 +232,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             self._warn_without_exchange()
             self._meet(Meeting.TRAINING_END)
             if not self._replaced:
-                self._show_center()
+                self._show_calibrated_center()
             self._training = False
         elif self._shown is not None:
             self._share_what_callbacks_left()
@@ -307,9 +336,10 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             return
         if self._interrupted:
             self._keep_buffers()
+            self._show_center()
         else:
             self._meet(meeting)
-        self._show_center()
+            self._show_calibrated_center()
         try:
             yield
         finally:
@@ -329,6 +359,17 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         if share > 0:
             tensors = [*self.lightning_module.parameters(), *self.lightning_module.buffers()]
             torch._foreach_copy_(tensors, self._averaging.common_values(tensors))
+
+    def _show_calibrated_center(self) -> None:
+        """Show the center after a meeting: here all ranks may communicate."""
+        self._show_center()
+        if self._calibrate is None:
+            return
+        assert self._averaging is not None
+        assert self.lightning_module is not None
+        self._calibrate()
+        self._center_buffers = self._averaging.common_values(list(self.lightning_module.buffers()))
+        load_buffers(self.lightning_module, self._center_buffers)
 
     def _show_center(self) -> None:
         assert self._shown is not None
