@@ -9,8 +9,8 @@ import pytest
 import torch
 from reference import round_robin_trace, synchronous_trace
 from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM, SYNCHRONOUS
-from toys import MINIMA
 from torch import nn
+from toys import MINIMA
 
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.simulation import (

@@ -7,7 +7,7 @@ from typing import final
 
 import numpy as np
 
-__all__ = ["Cluster", "Link", "StepTimes", "Stall"]
+__all__ = ["Cluster", "Link", "Stall", "StepTimes"]
 
 
 @final
