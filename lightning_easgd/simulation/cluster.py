@@ -80,7 +80,8 @@ class Cluster:
         speeds: Speed of each worker, 1 for the nominal one; None: all 1.
         jitter: Standard deviation of a step's time divided by its mean; the times are gamma distributed.
         shards: Parts that a served center is cut into, each with a link of its own.
-        handling_seconds: The center's own time for one exchange, beyond the transfer: locks, copies, arithmetic.
+        handling_seconds: Time of one exchange beyond the transfer: locks, copies, arithmetic. A served center takes
+            one worker at a time for as long.
         chunk_bytes: Size of the pieces in which a vector travels. A piece is answered while the next ones still come.
         stalls: Single delays.
         failures: Seconds after the start at which workers die.
@@ -124,9 +125,9 @@ class Cluster:
                 f" are 0 to {self.workers - 1}."
             )
 
-    def one_way(self) -> float:
-        """Seconds from sending a vector to its last byte's arrival, on an idle link."""
-        return self.link.latency + self.link.occupied(self.message_bytes)
+    def all_reduce_seconds(self) -> float:
+        """Seconds of an all-reduce of one vector, from the moment at which the last worker has come."""
+        return self.link.ring_all_reduce(self.message_bytes, self.workers) + self.handling_seconds
 
     def step_times(self, worker: int) -> "StepTimes":
         """The times of one worker's steps, from the first."""

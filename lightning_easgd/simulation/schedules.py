@@ -60,7 +60,7 @@ class SynchronousSchedule(Schedule):
 
     def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
         times = [cluster.step_times(worker) for worker in range(cluster.workers)]
-        reduce_seconds = cluster.link.ring_all_reduce(cluster.message_bytes, cluster.workers)
+        reduce_seconds = cluster.all_reduce_seconds()
         died = min(cluster.failures.values(), default=math.inf)
         waited = [0.0] * cluster.workers
         ready = [each.take(min(self.tau, steps)) for each in times]
