@@ -79,7 +79,8 @@ class Cluster:
         upper_link: Between the centers of a tree; None: as ``link``.
         speeds: Speed of each worker, 1 for the nominal one; None: all 1.
         jitter: Standard deviation of a step's time divided by its mean; the times are gamma distributed.
-        shards: Parts that a served center is cut into, each with a link of its own.
+        shards: Parts that a served center is cut into, each with a link of its own. In a tree they are those of the
+            root; the centers below it have equal parts of their number.
         handling_seconds: Time of one exchange beyond the transfer: locks, copies, arithmetic. A served center takes
             one worker at a time for as long.
         chunk_bytes: Size of the pieces in which a vector travels. A piece is answered while the next ones still come.

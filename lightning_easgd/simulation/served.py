@@ -112,15 +112,16 @@ class TreeSchedule(Schedule):
 class _SerialLink:
     """A center's link and its processor, which take one vector at a time."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, shards: int) -> None:
         self._cluster = cluster
+        self._shards = shards
         self._free = 0.0
 
     def take(self, now: float, link: Link) -> float:
         """When the vector whose first byte arrives now has been taken in and answered."""
         size = self._cluster.message_bytes
         last_byte = now + link.occupied(size)
-        self._free = max(self._free, now) + link.occupied(size / self._cluster.shards) + self._cluster.handling_seconds
+        self._free = max(self._free, now) + link.occupied(size / self._shards) + self._cluster.handling_seconds
         return max(self._free, last_byte)
 
 
@@ -150,7 +151,9 @@ class _ServedRun:
         self._forward_after = forward_after
         self._times = [cluster.step_times(worker) for worker in range(cluster.workers)]
         centers = max(parents) + 1
-        self._links = [_SerialLink(cluster) for _ in range(centers)]
+        # The root is spread over all nodes, the center of a group over the group's.
+        shards = [cluster.shards, *[max(1, cluster.shards // max(1, centers - 1))] * (centers - 1)]
+        self._links = [_SerialLink(cluster, count) for count in shards]
         self._alive = [True] * cluster.workers
         self._sharing = [parents.count(center) for center in range(centers)]
         self._served = [0] * centers
