@@ -13,15 +13,12 @@ the time that the real run took.
 import argparse
 import csv
 import json
-import logging
 import math
 import multiprocessing
 import os
 import platform
-import socket
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +31,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+from ranks_of_one_job import run_ranks
 from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
@@ -265,22 +263,9 @@ def calibrate(ranks: int, steps: int) -> Calibration:
     return Calibration(reduction, exchange, turn / ranks)
 
 
-def be_rank(rank: int, ranks: int, port: int, center: Any, options: argparse.Namespace, results: Any) -> None:
-    """Be one rank of all cases with this many processes; rank 0 reports."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "simulated_time",
-    }
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+def measure(ranks: int, options: argparse.Namespace, center: Any) -> tuple[list[tuple[Any, ...]], Calibration]:
+    """Run all cases on the ranks of this process's job; ``center`` is a lock that they share."""
+    rank = int(os.environ["RANK"])  # no process group yet
     calibration = calibrate(ranks, options.steps)
     rows = []
     for case in cases(ranks, options.step):
@@ -296,32 +281,15 @@ def be_rank(rank: int, ranks: int, port: int, center: Any, options: argparse.Nam
         rows.append((*row, "all workers", end, total))
         if isinstance(case.schedule, AsynchronousSchedule) and slowest > 1:
             rows.append((*row, "fastest worker", fastest, min(own)))
-    if rank == 0:
-        results.put((rows, calibration))
-    dist.barrier()
+    return rows, calibration
 
 
 def run(options: argparse.Namespace) -> tuple[list[tuple[Any, ...]], dict[int, Calibration]]:
     """Run all cases; returns their rows, and the calibration for each number of processes."""
-    context = multiprocessing.get_context("fork")
     rows, calibrations = [], {}
-    for count in options.ranks:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        results, center = context.Queue(), context.Lock()
-        ranks = [
-            context.Process(target=be_rank, args=(rank, count, port, center, options, results)) for rank in range(count)
-        ]
-        for process in ranks:
-            process.start()
-        try:
-            more, calibrations[count] = results.get(timeout=options.timeout)
-            for process in ranks:
-                process.join(30)
-        finally:
-            for process in ranks:
-                process.kill()
+    for ranks in options.ranks:
+        lock = multiprocessing.get_context("fork").Lock()
+        more, calibrations[ranks] = run_ranks(measure, ranks, options, lock, timeout=options.timeout)
         rows += more
     return rows, calibrations
 
@@ -356,7 +324,7 @@ def main() -> None:
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         with (options.output / "simulated_time.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([header, *lines])
+            csv.writer(file, lineterminator="\n").writerows([header, *lines])
         setting: dict[str, Any] = {"ranks": options.ranks, "step": options.step, "steps": options.steps}
         setting |= {"calibration": {count: vars(each) for count, each in calibrations.items()}}
         setting |= {"torch": torch.__version__, "lightning": L.__version__, "python": platform.python_version()}
