@@ -63,8 +63,8 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _results(run: SimulatedRun, target: float) -> dict[str, Any]:
-    values = run.time_to_error(target), run.errors[-1], run.learner.exchanges
-    return dict(zip(RESULTS, (float(f"{value:.6g}") for value in values), strict=True))
+    seconds, error = (float(f"{value:.6g}") for value in (run.time_to_error(target), run.errors[-1]))
+    return dict(zip(RESULTS, (seconds, error, run.learner.exchanges), strict=True))
 
 
 def _value(text: str) -> Any:
