@@ -9,7 +9,13 @@ from lightning_easgd.simulation.sweep import ALONE, RESULTS, read_rows
 
 __all__ = ["best_times", "draw"]
 
-_SIGNS = {"tau": "τ", "workers": "workers p"}
+_SIGNS = {"tau": "τ", "workers": "p", "lr": "η", "momentum": "δ", "alpha": "α", "beta": "β"}
+_AXES = {
+    "workers": "workers p",
+    "tau": "communication period τ, steps",
+    "bandwidth": "bandwidth of a link, 10⁶ bytes/s",
+    "latency": "one-way latency of a link, seconds",
+}
 
 
 def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[float, float]]:
@@ -63,7 +69,7 @@ def draw(file: Path, x: str) -> Path:
     alone = min(row["seconds_to_error"] for row in rows if row["schedule"] == ALONE)
     if math.isfinite(alone):
         axes.axhline(alone, color="black", linestyle="--", linewidth=1, label="one worker alone (SGD)")
-    axes.set(xscale="log", yscale="log", xlabel=_SIGNS.get(x, x), ylabel="seconds to error, best learning rate")
+    axes.set(xscale="log", yscale="log", xlabel=_AXES.get(x, x), ylabel="seconds to error, best learning rate")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     picture = file.with_suffix(".png")

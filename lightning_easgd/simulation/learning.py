@@ -54,7 +54,7 @@ class Learner:
         self._tau = tau
         self._steps = steps
         self._workers = StackedWorkers(problem, optimizer, workers)
-        self._centers = list(problem.start().repeat(centers, 1))
+        self._centers: list[Tensor] = list(problem.start().repeat(centers, 1))
         self._horizons = np.full(workers, min(tau, steps), np.int64)
         self._sent: dict[int, Tensor] = {}
         self._answers: dict[int, tuple[Tensor, float]] = {}

@@ -102,7 +102,7 @@ class ClassificationProblem(Problem):
         return (losses * weights).sum()
 
     def _call(self, point: Tensor, inputs: Tensor) -> Tensor:
-        parts = point.split(self._sizes)
+        parts = torch.split(point, self._sizes)
         parameters = {
             name: part.view(shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
         }
