@@ -234,7 +234,7 @@ class CurvatureMonitor(Callback):
         lr = _largest_lr(optimizer)
         region: StableRegion | None
         try:
-            region = region_of(trainer.strategy, optimizer, trainer.world_size)
+            region = region_of(trainer.strategy, optimizer, trainer.world_size, trainer.global_step)
         except NotJudgedError:
             region = None
         h = estimate.value

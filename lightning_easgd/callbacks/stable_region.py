@@ -62,7 +62,7 @@ class StableRegion:
         return f"{advice}."
 
 
-def region_of(strategy: object, optimizer: Optimizer, workers: int) -> StableRegion:
+def region_of(strategy: object, optimizer: Optimizer, workers: int, clock: int = 0) -> StableRegion:
     """The stable region of a run with its rates of now.
 
     ===================================  ===========================================================================
@@ -78,6 +78,7 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int) -> StableReg
         strategy: The Trainer's strategy.
         optimizer: The worker's optimizer.
         workers: p.
+        clock: The optimizer's steps so far, which scheduled rates follow.
 
     Raises:
         NotJudgedError: If the optimizer is not ``torch.optim.SGD``, its momentum is not the one that the analysis has,
@@ -98,7 +99,7 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int) -> StableReg
             "the optimizer has momentum and EASGDStrategy has not been told (momentum=..., the strategy 'eamsgd'):"
             " the analysis is that of EAMSGD"
         )
-    of_groups = strategy.rates.of_groups(optimizer, workers)
+    of_groups = strategy.rates.of_groups(optimizer, workers, clock)
     alpha, beta = max(alpha for alpha, _ in of_groups), max(beta for _, beta in of_groups)
     tau = strategy.tau
     name = "EAMSGD" if momentum else "EASGD"
