@@ -24,14 +24,14 @@ from harness.ranks import RanksError, one_host, run_ranks  # noqa: E402
 from harness.ratios import ratios  # noqa: E402
 from harness.turns import Turn  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def run(name, output, *arguments):
     command = [sys.executable, str(FOLDER / "run.py"), name, *arguments, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -223,7 +223,7 @@ def test_counted_steps_are_whole_periods():
 @needs_linux
 def test_peak_memory_sees_what_was_freed():
     memory = PeakMemory()
-    block = bytearray(50_000_000)
+    block = b"1" * 50_000_000  # written to, hence resident
     del block
     assert 50e6 <= memory.bytes() < 80e6
 

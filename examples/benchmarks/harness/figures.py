@@ -77,14 +77,18 @@ def _draw(axes: "Axes", panel: Panel, shown: dict[str, str], what: str) -> None:
         )  # fmt: skip
     axes.set_yticks(range(len(shown)), list(shown.values()))
     axes.set(title=panel.title, xlabel=what)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first on top
     axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
-    largest = max((float(row["ratio_max"]) for row in rows.values()), default=1.0)
+    ratios = [float(row[name]) for row in rows.values() for name in ("ratio_min", "ratio_max")]
+    smallest, largest = min(ratios, default=1.0), max(ratios, default=1.0)
     if largest > 6:
         axes.set_xscale("log")
-        axes.set_xlim(0.7, largest * 2)
+        axes.set_xlim(min(0.7, 0.9 * smallest), largest * 2)
+        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if smallest / 2 < tick < largest * 2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
     else:
-        axes.set_xlim(0, largest * 1.15)
+        axes.set_xlim(0, largest * 1.2)
     axes.spines[["top", "right"]].set_visible(False)
 
 
