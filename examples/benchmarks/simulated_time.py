@@ -6,9 +6,9 @@ Steps and transfers sleep instead of computing, so that more processes than core
 sleeps for a given time (a straggler three times as long), and every exchange for as long as its link would take. All
 else is real: the Trainer, its processes, the exchanges' order and what waits for what. Calibration runs of the same
 processes measure what this machine adds: once exchanges without a link, and before and after each case steps without
-any communication, as load from outside comes and goes. Where those two disagree, or say that the machine was too busy to
-sleep in time, the case is run again, whatever its time was, and counts as disturbed if that never ends. Printed is, for
-each case, the time that the simulator predicts and the time that the real run took.
+any communication, as load from outside comes and goes. Where those two disagree, or say that the machine was too busy
+to sleep in time, the case is run again, whatever its time was, and counts as disturbed if that never ends. Printed is,
+for each case, the time that the simulator predicts and the time that the real run took.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """scikit-learn's digits as a problem for simulated workers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -56,5 +58,6 @@ def digits_problem(network: nn.Module, *, batch_size: int = 32, seed: int = 0) -
 
 def _everything(loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The whole data set of a loader, in the set's own order."""
-    images, labels = zip(*loader.dataset, strict=True)  # type: ignore[call-overload]  # a map-style set is iterable
+    dataset: Any = loader.dataset  # map-style, hence iterable
+    images, labels = zip(*dataset, strict=True)
     return torch.stack(images), torch.stack(labels)
