@@ -119,8 +119,8 @@ def _parse(words: Sequence[str], more: Sequence[str]) -> dict[str, list[Any]]:
 
 def _type(annotation: Any) -> type:
     """The type of a value that is given: of ``float | None`` it is ``float``."""
-    kind: type = next((each for each in get_args(annotation) if each is not type(None)), annotation)
-    return kind
+    given: type = next((each for each in get_args(annotation) if each is not type(None)), annotation)
+    return given
 
 
 if __name__ == "__main__":

@@ -58,6 +58,6 @@ def digits_problem(network: nn.Module, *, batch_size: int = 32, seed: int = 0) -
 
 def _everything(loader: DataLoader[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The whole data set of a loader, in the set's own order."""
-    dataset: Any = loader.dataset  # map-style, so that it has a length
-    images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
+    dataset: Any = loader.dataset  # map-style, hence iterable
+    images, labels = zip(*dataset, strict=True)
     return torch.stack(images), torch.stack(labels)

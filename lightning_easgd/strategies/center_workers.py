@@ -84,8 +84,8 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
     def known_center(self) -> Mapping[str, Tensor]:
         """The center as far as this rank knows it without waiting for another, by parameter name; read-only.
 
-        In synchronous mode that is :attr:`center` without the exchange under way, bitwise the same on all ranks at the
-        same clock; a served center is read where it is. The next exchange may change the tensors.
+        In synchronous mode that is :attr:`center` with the exchange under way or without it, as far as the others are;
+        a served center is read where it is. The next exchange may change the tensors.
 
         Raises:
             RuntimeError: If there is no training under way in this process.
