@@ -13,6 +13,7 @@ import pytest
 import torch
 from application import quiet_trainer, tiny_classifier
 from lightning.pytorch.strategies import DDPStrategy
+from official_data import write_cifar10
 from ranks import run_ranks
 from test_callbacks import Elastic
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.callbacks import LocalEnergyMonitor
-from lightning_easgd.data import DigitsDataModule
+from lightning_easgd.data import CIFAR10DataModule, DigitsDataModule
+from lightning_easgd.data.crops import WORDS
 from lightning_easgd.metrics import SIGMAS, LocalEnergy
 
 pytestmark = pytest.mark.timeout(60)
@@ -307,13 +309,29 @@ def test_two_ranks(tmp_path, strategy, weights):
         assert found["worker_0"] != found["worker_1"]
 
 
-def test_plain_training_images_of_every_data_module():
-    """What the callback asks for has the training images, in order and without chance."""
+def test_training_images_in_order():
     data = DigitsDataModule(batch_size=16)
     data.setup("fit")
-    loader = data.train_evaluation_dataloader()
-    images = torch.cat([images for images, _ in loader])
+    images = torch.cat([images for images, _ in data.train_evaluation_dataloader()])
     assert torch.equal(images, data._splits["train"].tensors[0])
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.2])
+@pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
+def test_training_images_without_chance(tmp_path, val_fraction):
+    """Those of the training part, in order, cut as in evaluation; validation images are others."""
+    write_cifar10(tmp_path)
+    data = CIFAR10DataModule(tmp_path, batch_size=7, val_fraction=val_fraction, verify=False)
+    data.setup("fit")
+    images, labels = data._images("train")
+    rows = data.parts(labels)["train"]
+    loader = data.train_evaluation_dataloader()
+    plain = torch.cat([batch[0] for batch in loader])
+    crops = data.eval_transform(images, rows, np.zeros((WORDS, len(rows)), np.uint64))
+    assert torch.equal(plain, data.normalise(crops))
+    assert torch.equal(torch.cat([batch[1] for batch in loader]), torch.from_numpy(labels[rows]))
+    held_out = len(labels) - len(rows) if val_fraction else len(data._images("test")[1])
+    assert len(data.val_dataloader().dataset) == held_out
 
 
 def test_sigmas_of_the_paper():
