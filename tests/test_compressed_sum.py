@@ -393,11 +393,13 @@ def digits_accuracy(seed, epochs=3, workers=2, tau=10, lr=0.05, **strategy):
     return trainer.validate(module, DigitsDataModule(seed=seed), verbose=False)[0]["val/accuracy"], center
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(180)
 def test_digits_are_learned_as_well():
     def train():
         return [digits_accuracy(0, wire_dtype=wire_dtype) for wire_dtype in (None, "int8")]
 
-    results = run_ranks(train, 2)
+    results = run_ranks(train, 2, timeout=160)
     for (exact, exact_center), (compressed, center) in results:
         assert compressed >= exact - 0.03
         assert not center.equal(exact_center)
