@@ -80,6 +80,7 @@ class Header:
         self._sums = torch.tensor([int(mark > 0), mark, mark**2, meeting, meeting**2, int(stop)])
         self._workers = channel.size
         self._transfer: Transfer | None = channel.sum(self._sums)
+        self._said: list[int] = []  # the sums, when they have come
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +97,8 @@ class Header:
             return
         self._transfer.wait()
         self._transfer = None
-        exchanging, mark, marks, meeting, meetings, _ = map(int, self._sums)
+        self._said = self._sums.tolist()
+        exchanging, mark, marks, meeting, meetings, _ = self._said
         if exchanging * marks != mark**2:
             raise ExchangeError(
                 "EASGDStrategy: the workers began different exchanges. Their optimizers are not stepped in the same"
@@ -115,13 +117,13 @@ class Header:
     @property
     def exchange(self) -> int | None:
         """Number of the averager whose exchange was announced, None if all workers have come to the meeting."""
-        exchanging, mark = int(self._sums[0]), int(self._sums[1])
+        exchanging, mark, *_ = self._said
         return (mark // exchanging >> _MARK_BITS) - 1 if exchanging else None
 
     @property
     def stop(self) -> bool:
         """Whether any worker asks all to stop."""
-        return bool(self._sums[5])
+        return bool(self._said[5])
 
 
 @dataclass
