@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import end_ranks, run_ranks
 from test_resume import every_rank_goes_on_exactly
-from test_wire_bytes import sent_by_this_process
+from test_wire_bytes import sent_between, sent_by_socket
 from toys import quiet_trainer
 
 from lightning_easgd import EASGDStrategy
@@ -340,11 +340,11 @@ def test_bytes_by_the_kernels_count(workers):
 
     def sent_by(total):
         dist.barrier()
-        before = sent_by_this_process()
+        before = sent_by_socket()
         for number in range(exchanges):
             exchange(total, number, dist.get_rank(), [1.0])
         dist.barrier()
-        return (sent_by_this_process() - before) / exchanges
+        return sent_between(before, sent_by_socket()) / exchanges
 
     def work(channel, _):
         exact = AllReducedSum(center_of(layout), ProcessGroupChannel("gloo", SECONDS), 1)
