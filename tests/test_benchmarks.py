@@ -229,7 +229,7 @@ def test_peak_memory_sees_what_was_freed():
     memory = PeakMemory()
     block = b"1" * 50_000_000  # written to, hence resident
     del block
-    assert 50e6 <= memory.bytes() < 80e6
+    assert 45e6 < memory.bytes() < 80e6  # the kernel counts its pages in batches
 
 
 @needs_linux
