@@ -1,6 +1,7 @@
 """The benchmarks run at the smallest size and write what they promise; their shared parts do what they say."""
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 from application import ROOT
 
 FOLDER = ROOT / "examples" / "benchmarks"
@@ -24,16 +26,14 @@ from harness.ranks import RanksError, one_host, run_ranks  # noqa: E402
 from harness.ratios import ratios  # noqa: E402
 from harness.turns import Turn  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 def run(name, output, *arguments):
-    command = [sys.executable, str(FOLDER / "run.py"), name, *arguments, "--output", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """In this process, whose imports are there already."""
+    importlib.import_module(name).main([*arguments, "--output", str(output)])
 
 
 def rows(path):
@@ -42,8 +42,12 @@ def rows(path):
 
 
 def test_step_cost(tmp_path):
-    said = run("step_cost", tmp_path, "--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4",
-               "--tau", "2", "--methods", "easgd", "post_local_sgd", "ddp", "easgd int8")  # fmt: skip
+    size = ["--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4", "--tau", "2"]
+    chosen = ["--methods", "easgd", "post_local_sgd", "ddp", "easgd int8"]
+    command = [sys.executable, FOLDER / "run.py", "step_cost", *size, *chosen, "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout
     table = {row["method"]: row for row in rows(tmp_path / "step_cost.csv")}
     assert float(table["local"]["ratio"]) == 1
     gradients = 4 * sum(parameter.numel() for parameter in mlp(20000, 8).parameters())
@@ -110,22 +114,30 @@ def test_slow_network_is_as_slow_as_asked(delay_ms):
             with socket.create_server((place.address, 5000)) as listener:
                 connection, _ = listener.accept()
             with connection:
-                connection.sendall(b"x")
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for _ in range(5):
+                    connection.sendall(connection.recv(1))
                 while connection.recv(1 << 20):
                     pass
             return
         with connect(places[0].address) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             started = time.perf_counter()
+            for _ in range(5):
+                connection.sendall(b"x")
+                connection.recv(1)
+            answered = time.perf_counter()
             connection.sendall(bytes(megabytes * 1_000_000))
             connection.shutdown(socket.SHUT_WR)
-            connection.recv(1)
             assert connection.recv(1) == b""
-            send(time.perf_counter() - started)
+            send((answered - started, time.perf_counter() - answered))
 
-    seconds = []
+    measured = []
     with slow_network(2, Link(50, delay_ms)) as places:
-        run_ranks(talk, places, places, timeout=60, receive=seconds.append)
-    assert seconds[0] > 0.8 * megabytes * 8 / 50 + 2 * delay_ms / 1e3
+        run_ranks(talk, places, places, timeout=60, receive=measured.append)
+    [(round_trips, transfer)] = measured
+    assert round_trips > 0.9 * 5 * 2 * delay_ms / 1e3
+    assert transfer > 0.8 * megabytes * 8 / 50
 
 
 def connect(address):
@@ -155,16 +167,16 @@ def test_namespaces_are_gone_after_an_error():
     assert mine not in listed()
 
 
-def test_time_to_accuracy_without_data_says_so(tmp_path):
-    assert "skipped: " in run("time_to_accuracy", tmp_path, "--root", str(tmp_path))
+def test_time_to_accuracy_without_data_says_so(tmp_path, capsys):
+    run("time_to_accuracy", tmp_path, "--root", str(tmp_path))
+    assert "skipped: " in capsys.readouterr().out
 
 
-def test_gpu_without_a_gpu_says_so(tmp_path):
-    import torch
-
+def test_gpu_without_a_gpu_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "no CUDA device" in run("gpu", tmp_path)
+    run("gpu", tmp_path)
+    assert "no CUDA device" in capsys.readouterr().out
 
 
 def test_every_benchmark_has_help():
@@ -222,10 +234,12 @@ def test_counted_steps_are_whole_periods():
 
 @needs_linux
 def test_peak_memory_sees_what_was_freed():
+    block = b"1" * 200_000_000  # before it begins
+    del block
     memory = PeakMemory()
     block = b"1" * 50_000_000  # written to, hence resident
     del block
-    assert 50e6 <= memory.bytes() < 80e6
+    assert 45e6 < memory.bytes() < 80e6  # the kernel counts its pages in batches
 
 
 @needs_linux

@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = _options(arguments)
     try:
-        CIFAR10DataModule(root=options.root, verify=False).prepare_data()
+        CIFAR10DataModule(root=options.root).prepare_data()
     except DataError as error:
         print(f"skipped: {error}")
         return
