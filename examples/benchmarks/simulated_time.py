@@ -106,11 +106,10 @@ class Sleeper(L.LightningModule):
 class Stopwatch(Callback):
     """Seconds from the common start to this rank's last step, and to the end of training."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, index: int) -> None:
-        """All ranks start together, when they have agreed on the center's start."""
-        if index == 0:
-            trainer.strategy.barrier()
-            self.started = time.monotonic()
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        """All ranks start together."""
+        trainer.strategy.barrier()
+        self.started = time.monotonic()
 
     def on_train_batch_end(self, *_: Any) -> None:
         """The last call counts."""
