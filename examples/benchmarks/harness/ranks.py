@@ -71,7 +71,8 @@ def run_ranks(
     port = _free_port()
     pipes = [_CONTEXT.Pipe(duplex=False) for _ in places]
     processes = [
-        _CONTEXT.Process(target=_be_rank, args=(rank, places, port, pipes, function, arguments))
+        # Should a second signal interrupt the end of this function, daemons are ended with the process.
+        _CONTEXT.Process(target=_be_rank, args=(rank, places, port, pipes, function, arguments), daemon=True)
         for rank in range(len(places))
     ]
     sys.stdout.flush()  # else every child writes it once more
@@ -82,10 +83,11 @@ def run_ranks(
             writer.close()
         _listen({reader: rank for rank, (reader, _) in enumerate(pipes)}, time.monotonic() + timeout, timeout, receive)
     finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+        started = [process for process in processes if process.pid is not None]
+        for process in started:
+            process.kill()
+        for process in started:
+            process.join()
         for reader, _ in pipes:
             reader.close()
 
