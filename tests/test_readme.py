@@ -210,8 +210,9 @@ class Script(NamedTuple):
 
 SCRIPTS = {
     "examples/quickstart.py": Script((), r"accuracy at the center: 9\d\.\d%\n45 exchanges in 460 steps"),
-    "examples/benchmarks/step_cost.py": Script(
-        ("--parameters", "5000", "--rounds", "1", "--steps", "10"), r"parameters +method +ms_per_step +ratio"
+    "examples/benchmarks/run.py": Script(
+        ("--parameters", "5000", "--rounds", "1", "--steps", "10", "--methods", "local", "easgd", "ddp"),
+        r"parameters +method +ms_per_step +ratio",
     ),
     "examples/benchmarks/data_loading.py": Script(
         ("--images", "600", "--files", "8", "--rounds", "1"), r"batched +\d+ images/s"
