@@ -30,7 +30,7 @@ def write_results(directory: Path, tables: Mapping[str, Sequence[Row]], options:
             writer.writeheader()
             writer.writerows(rows)
     setting = {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"python {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
         "options": {name: value for name, value in options.items() if name != "output"},
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "hardware": _hardware(),
