@@ -18,7 +18,7 @@ from reference import synchronous_trace
 from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM
 from test_faults import Terminate, Uneven, fail
 from test_strategy import Adversarial, Watched, arrays, equal
-from toys import BROADCASTS, Quadratic, Regression, fitted
+from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import serving
@@ -94,11 +94,15 @@ def test_downpour_takes_gradients_at_the_new_point_also_in_manual_optimization(a
 @pytest.mark.parametrize(("alpha", "beta"), [(0.3, None), (0.3, 0.7), (0.0, None)])
 @pytest.mark.parametrize("tau", [1, 3])
 def test_one_worker_is_the_recursion(tau, alpha, beta):
+    class Away(Quadratic):  # it starts at rank 0's minimum
+        def training_step(self, batch, index):
+            return 0.5 * (self.x - MINIMA[1]).square().sum()
+
     def train():
-        return fitted(Quadratic(), EASGDStrategy(mode="async", tau=tau, alpha=alpha, beta=beta), 1).trace
+        return fitted(Away(), EASGDStrategy(mode="async", tau=tau, alpha=alpha, beta=beta), 1).trace
 
     (rows,) = run_ranks(train, 1)
-    expected = synchronous_trace(1, 6, tau, alpha, alpha if beta is None else beta)
+    expected = synchronous_trace(1, 6, tau, alpha, alpha if beta is None else beta, minima=MINIMA[1:])
     assert np.array(rows) == pytest.approx(expected, abs=1e-6)
 
 
