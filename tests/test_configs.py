@@ -323,7 +323,9 @@ def test_every_experiment_runs(tmp_path, experiment):
 def test_the_trainers_switches_turn_callbacks_off(tmp_path):
     config = composed(tmp_path, "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false")
     names = {type(callback).__name__ for callback in build_trainer(config).callbacks}
-    assert names == {"ElasticMonitor", "WorkerEvaluation", "TimeSplit"}
+    assert names == {
+        "CurvatureMonitor", "ElasticMonitor", "RecalibrateBatchNorm", "TimeSplit", "WorkerEvaluation",
+    }  # fmt: skip
 
 
 def test_gpu_trainer_differs_from_cpu_only_in_its_devices(tmp_path):
