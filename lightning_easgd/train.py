@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_easgd import plots, report
 from lightning_easgd.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.models import Classifier
 from lightning_easgd.strategies.center_workers import CenterWorkers
 
 _COMMAND = "easgd-train"
@@ -71,6 +72,7 @@ def train(config: DictConfig) -> float | None:
     _check_optimizer(config, trainer.strategy)
     datamodule = instantiate(config.data)
     model = build_model(config)
+    _check_data(model, datamodule)
     run = Path(config.paths.run)
     if trainer.is_global_zero:
         _record(config, run)
@@ -186,6 +188,15 @@ def _check_optimizer(config: DictConfig, strategy: object) -> None:
             strategy.prepare_optimizer(optimizer)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}") from error
+
+
+def _check_data(model: L.LightningModule, datamodule: object) -> None:
+    """Compares the model with the data before any process starts."""
+    if isinstance(model, Classifier):
+        try:
+            model.check_data(datamodule)
+        except ValueError as error:
+            raise UsageError(f"{_COMMAND}: {error}") from error
 
 
 def _record(config: DictConfig, run: Path) -> None:
