@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,25 @@ from torch.distributed.distributed_c10d import _get_default_store
 from toys import Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.averagers import ExchangeError, ProcessGroupChannel, all_reduced_sums, shared_sums
+from lightning_easgd.averagers import (
+    ExchangeError,
+    Meeting,
+    MessageChannel,
+    ProcessGroupChannel,
+    ProcessGroupMessageChannel,
+    SynchronousAveraging,
+    all_reduced_sums,
+    compressed_sums,
+    shared_sums,
+)
 from lightning_easgd.averagers.all_reduced_sum import BUCKET_BYTES, AllReducedSum
-from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum
+from lightning_easgd.averagers.compressed_sum import CompressedSum
+from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum, SharedVector
 from lightning_easgd.center import FlatTensors
+from lightning_easgd.compression import make_codec
+from lightning_easgd.rates import MovingRates
 from lightning_easgd.service import CenterError
+from lightning_easgd.service.errors import SharedMemoryUnavailableError
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = timedelta(seconds=20)
@@ -88,6 +103,26 @@ class TestBuckets:
         total = AllReducedSum(center_of([(FLOATS,)] * 20), LoneChannel([]), tau=10)
         held = sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in storages(total)}.values())
         assert held == pytest.approx(1.1 * total.wire.flat.nbytes, rel=0.01)
+
+    def test_an_error_leaves_the_center_whole(self):
+        class Lost(LoneChannel):
+            def sum(self, buffer):
+                transfer = super().sum(buffer)
+                if self.events.count("start") == 3:
+                    transfer.wait = self.fail
+                return transfer
+
+            def fail(self):
+                raise ExchangeError("lost")
+
+        center = center_of([(FLOATS,)] * 4)
+        total = AllReducedSum(center, Lost([]), tau=4)
+        total.wire.flat.fill_(1.0)
+        total.start([1.0])
+        for _ in range(2):
+            with pytest.raises(ExchangeError):
+                total.finish()
+            assert not center.flat.any()
 
     def test_groups_have_shares_of_their_own_wherever_the_cuts_are(self):
         center = center_of([(FLOATS + 3,), (FLOATS,)], [(11,), (2 * FLOATS,)], [(5,)])
@@ -306,6 +341,93 @@ def test_parameters_added_in_mid_training_get_a_sum_of_their_own():
     assert shared[0] == shared[1] == shared[2]
     for ours, theirs in zip(shared[0], group[0], strict=True):
         assert torch.tensor(ours) == pytest.approx(torch.tensor(theirs), abs=1e-5)
+
+
+def train_two_optimizers(kind):
+    """Five steps of a critic for one of a generator, and rank 1 has less data: it answers rank 0's exchanges."""
+    dist.init_process_group("gloo", timeout=SECONDS)
+    control = ProcessGroupChannel("gloo", SECONDS)
+    reduced = all_reduced_sums(partial(ProcessGroupChannel, "gloo", SECONDS), tau=4)
+    messages = partial(ProcessGroupMessageChannel, "gloo", SECONDS)
+    make = {
+        "all-reduce": reduced,
+        "bfloat16": compressed_sums(messages, partial(make_codec, "bfloat16")),
+        "shared": shared_sums(_get_default_store(), control, SECONDS, otherwise=reduced),
+    }[kind]
+    averaging = SynchronousAveraging(control, make, tau=4, rates=MovingRates(beta=0.9))
+    generator = torch.optim.SGD([torch.nn.Parameter(torch.zeros(FLOATS)) for _ in range(4)], lr=0.5)
+    critic = torch.optim.SGD([torch.nn.Parameter(torch.zeros(8)) for _ in range(2)], lr=0.5)
+    averaging.start([generator, critic])
+    rank = dist.get_rank()
+    for _ in range(4 if rank else 12):
+        for optimizer in [critic] * 5 + [generator]:
+            for parameter in optimizer.param_groups[0]["params"]:
+                parameter.grad = torch.full_like(parameter, rank + 1.0)
+            averager = averaging.averagers[optimizer]
+            averager.begin()
+            optimizer.step()
+            averager.finish()
+    averaging.meet(Meeting.TRAINING_END)
+    centers = [averager.center.flat[0].item() for averager in averaging.averagers.values()]
+    averaging.close()
+    return centers
+
+
+@pytest.mark.parametrize("kind", ["shared", "all-reduce", "bfloat16"])
+def test_several_optimizers_with_unlike_steps_and_uneven_data(kind):
+    first, second = run_ranks(train_two_optimizers, 2, kind, timeout=40)
+    assert first == second
+    assert first == pytest.approx(run_ranks(train_two_optimizers, 2, "shared", timeout=40)[0], rel=0.02)
+    assert all(first)
+
+
+def test_another_file_in_the_owners_descriptor_is_not_the_owner():
+    own = SharedVector.create(10, torch.float32)
+    other = SharedVector.attach(own.address, torch.float32)
+    assert other.owner_lives
+    own.close()
+    new = SharedVector.create(10, torch.float32)  # gets the number of the one that was closed
+    assert new.address.partition("#")[0] == other._path
+    assert not other.owner_lives
+    new.close()
+    other.close()
+
+
+def test_what_cannot_be_attached_leaves_no_descriptor():
+    store = dist.HashStore()
+    sums = [SharedSum(center_of([(3,)]), MeetingPlace(store, rank=rank, size=3), SECONDS) for rank in range(2)]
+    read, write = os.pipe()
+    MeetingPlace(store, rank=2, size=3).enter(f"/proc/{os.getpid()}/fd/{read}#00")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(SharedMemoryUnavailableError, match="something else is there"):
+        sums[0].attach()
+    assert len(os.listdir("/proc/self/fd")) == before
+    for descriptor in (read, write):
+        os.close(descriptor)
+    for each in sums:
+        each.close()
+
+
+def test_a_residual_of_another_layout_is_told():
+    def residual(numel):
+        center = center_of([(numel,)])
+        total = CompressedSum(center, LoneMessages(), make_codec("int8"))
+        total._residual.flat.fill_(7.0)
+        return total
+
+    class LoneMessages(MessageChannel):
+        rank, size = 0, 1
+
+        def all_to_all(self, outgoing, incoming): ...
+
+        def all_gather(self, message, messages): ...
+
+    total = residual(12)
+    for size in (1, 10):
+        with pytest.warns(RuntimeWarning, match=rf"has {size} elements, this run's 12"):
+            total.load_state_dict(residual(size).state_dict())
+    total.load_state_dict(residual(12).state_dict())
+    assert (total.state_dict()["residual"] == 7).all()
 
 
 def test_workers_with_other_layouts_are_told():

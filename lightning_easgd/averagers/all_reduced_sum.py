@@ -88,8 +88,9 @@ class AllReducedSum(DifferenceSum):
         if self._steps is None:
             return
         self._start_buckets(len(self._buckets))
-        for bucket, transfer in zip(self._buckets, self._transfers, strict=True):
+        for transfer in self._transfers:  # all of them first: an error leaves the center whole
             transfer.wait()
+        for bucket in self._buckets:
             for group, center, total in bucket.pieces:
                 elastic_push_([center], [total], self._shares[group])
         self._transfers.clear()

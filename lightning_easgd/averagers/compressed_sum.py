@@ -1,5 +1,6 @@
 """The sum over the workers in compressed messages, with what the compression drops kept for later."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, final
@@ -106,8 +107,18 @@ class CompressedSum(DifferenceSum):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "residual" in state:  # not where the checkpoint's run was not compressed
-            self._residual.flat.copy_(state["residual"])
+        residual = state.get("residual")  # none where the checkpoint's run was not compressed
+        if residual is None:
+            return
+        if residual.shape == self._residual.flat.shape:
+            self._residual.flat.copy_(residual)
+        else:
+            warnings.warn(
+                f"EASGDStrategy(wire_dtype=...): the checkpoint's residual has {residual.numel()} elements, this run's"
+                f" {self._residual.flat.numel()}; it starts at zero: what the last messages lacked is not sent.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     @override
     def close(self) -> None:

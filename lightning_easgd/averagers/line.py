@@ -135,12 +135,16 @@ class ExchangeLine:
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
+        under_way: The averagers whose exchanges this worker has begun and not completed, in the order of their
+            beginning, which is the same on all workers. They are completed in this order: an exchange may need the
+            further steps of its own optimizer to go on, or somebody who waits for it, on every worker.
     """
 
     control: Channel
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
+    under_way: list[Exchanger] = field(default_factory=list)
     _stop_heard: bool = False
 
     def announce(self, averager: int, agreement: object) -> Header:

@@ -19,7 +19,7 @@ from lightning_easgd.averagers.channel import ExchangeError
 from lightning_easgd.averagers.difference_sum import DifferenceSum
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.elastic import elastic_push_
-from lightning_easgd.service.errors import SharedMemoryUnavailableError
+from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
 from lightning_easgd.service.forking import ForkAware
 from lightning_easgd.service.memory import allocate_shared
 
@@ -52,7 +52,13 @@ class SharedVector(ForkAware):
         super().__init__()
         self._descriptor: int | None = descriptor
         self._path = path
-        self._memory = mmap.mmap(descriptor, 0)
+        try:
+            self._memory = mmap.mmap(descriptor, 0)
+        except OSError as error:
+            self.abandon()
+            raise SharedMemoryUnavailableError(
+                f"SharedVector: the memory cannot be mapped: {error.strerror}."
+            ) from error
         (size,) = _COUNTER.unpack_from(self._memory, _SIZE)
         count = size // dtype.itemsize
         self.elements = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=_DATA) if count else (
@@ -68,7 +74,7 @@ class SharedVector(ForkAware):
             CenterError: If there is not enough memory.
         """
         size = numel * dtype.itemsize
-        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference")
+        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference", "SharedVector: a worker's difference")
         os.pwrite(descriptor, secrets.token_bytes(_SIZE) + _COUNTER.pack(size), _IDENTITY)
         return cls(descriptor, dtype)
 
@@ -84,9 +90,13 @@ class SharedVector(ForkAware):
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise SharedMemoryUnavailableError(f"{path}: {error.strerror}") from error
-        if os.pread(descriptor, _SIZE, _IDENTITY).hex() != identity:
+        try:
+            found = os.pread(descriptor, _SIZE, _IDENTITY).hex()
+        except OSError:  # no memory at all
+            found = ""
+        if found != identity:
             os.close(descriptor)
-            raise SharedMemoryUnavailableError(f"{path}: another process's memory is there")
+            raise SharedMemoryUnavailableError(f"{path}: something else is there")
         return cls(descriptor, dtype, path)
 
     @property
@@ -97,7 +107,17 @@ class SharedVector(ForkAware):
     @property
     def owner_lives(self) -> bool:
         """Whether the process that created it still has it open."""
-        return self._path is None or os.path.exists(self._path)
+        if self._path is None or self._descriptor is None:
+            return True
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    @property
+    def owner(self) -> int:
+        """Process id of its creator."""
+        return os.getpid() if self._path is None else int(self._path.split("/")[2])
 
     def publish_written(self, exchanges: int) -> None:
         """Say that the difference of this exchange is there."""
@@ -110,12 +130,12 @@ class SharedVector(ForkAware):
     @property
     def written(self) -> int:
         """The last exchange whose difference is there."""
-        return int(_COUNTER.unpack_from(self._memory, _WRITTEN)[0])
+        return self._published(_WRITTEN)
 
     @property
     def read(self) -> int:
         """The last exchange that the owner has read everybody's difference of."""
-        return int(_COUNTER.unpack_from(self._memory, _READ)[0])
+        return self._published(_READ)
 
     def close(self) -> None:
         """Let go of it."""
@@ -130,10 +150,15 @@ class SharedVector(ForkAware):
             os.close(self._descriptor)
             self._descriptor = None
 
+    # System calls: the reads and writes of the elements do not move across them, as they may across plain ones.
+
     def _publish(self, place: int, exchanges: int) -> None:
-        # A system call, which no processor moves before the reads and writes of the elements that come first.
         assert self._descriptor is not None
         os.pwrite(self._descriptor, _COUNTER.pack(exchanges), place)
+
+    def _published(self, place: int) -> int:
+        assert self._descriptor is not None
+        return int(_COUNTER.unpack(os.pread(self._descriptor, _COUNTER.size, place))[0])
 
 
 @final
@@ -161,17 +186,25 @@ class MeetingPlace:
         """Leave word."""
         self._store.set(self._key(self.rank), address)
 
-    def find(self, rank: int, timeout: timedelta) -> str:
+    def find(self, rank: int, timeout: timedelta, process: int | None) -> str:
         """The word of a worker.
+
+        Args:
+            rank: The worker.
+            timeout: How long to wait.
+            process: Its process, if that is known: not waited for when it is gone.
 
         Raises:
             ExchangeError: If it does not come.
         """
-        deadline = time.monotonic() + timeout.total_seconds()
+        started = time.monotonic()
         while not self._store.check([self._key(rank)]):
-            if time.monotonic() > deadline:
+            waited = time.monotonic() - started
+            lost = process is not None and not _is_running(process)
+            if lost or waited > timeout.total_seconds():
                 raise ExchangeError(
-                    f"EASGDStrategy(timeout={timeout}): rank {rank} has not come to an exchange; it hangs or is slow."
+                    f"EASGDStrategy(timeout={timeout}): an exchange failed after this worker had waited {waited:.1f} s;"
+                    f" rank {rank} {'died' if lost else 'hangs or is slow'}. Look for the first error among the ranks."
                 )
             time.sleep(_LONGEST_PAUSE)
         return str(self._store.get(self._key(rank)).decode())
@@ -193,17 +226,21 @@ class SharedSum(DifferenceSum):
         center: On the host.
         place: Where the workers find each other's memory.
         timeout: How long to wait for another worker.
+        processes: The workers' process ids, if they are known.
 
     Raises:
         SharedMemoryUnavailableError: If this platform cannot share memory.
         CenterError: If there is not enough memory.
     """
 
-    def __init__(self, center: FlatTensors, place: "MeetingPlace", timeout: timedelta) -> None:
+    def __init__(
+        self, center: FlatTensors, place: MeetingPlace, timeout: timedelta, processes: Sequence[int] = ()
+    ) -> None:
         self._own = SharedVector.create(center.flat.numel(), center.flat.dtype)
         super().__init__(center, center.like(self._own.elements))
         self._place = place
         self._timeout = timeout
+        self._processes = processes
         self._vectors: list[SharedVector] = []  # of all ranks
         self._blocks: list[list[tuple[Tensor, list[Tensor]]]] = []  # for each group: center and differences
         self._sum = torch.empty(min(_BLOCK, center.flat.numel()), dtype=center.flat.dtype)
@@ -214,8 +251,15 @@ class SharedSum(DifferenceSum):
     @override
     def renewed(self, center: FlatTensors) -> "SharedSum":
         self.make_room()
+        processes = [vector.owner for vector in self._vectors] or self._processes
         self.close()
-        return SharedSum(center, self._place.next(), self._timeout)
+        try:
+            return SharedSum(center, self._place.next(), self._timeout, processes)
+        except CenterError as error:
+            raise ExchangeError(
+                f"EASGDStrategy(process_group_backend=None): parameters were added, and their differences cannot be"
+                f" shared ({error}) With process_group_backend='gloo' workers exchange without shared memory."
+            ) from error
 
     def attach(self) -> None:
         """Map the other workers' memory, waiting for theirs to be there.
@@ -224,10 +268,15 @@ class SharedSum(DifferenceSum):
             SharedMemoryUnavailableError: If one cannot be reached.
             ExchangeError: If its layout is another, or a worker does not come.
         """
-        vectors = []
-        for rank in range(self._place.size):
-            vector = self._own if rank == self._place.rank else self._attach(rank)
-            vectors.append(vector)
+        vectors: list[SharedVector] = []
+        try:
+            for rank in range(self._place.size):
+                vectors.append(self._own if rank == self._place.rank else self._attach(rank))
+        except BaseException:
+            for vector in vectors:
+                if vector is not self._own:
+                    vector.close()
+            raise
         self._vectors = vectors
         self._blocks = _blocks(self.center, self.wire, [vector.elements for vector in vectors])
 
@@ -287,10 +336,13 @@ class SharedSum(DifferenceSum):
             ) from error
 
     def _attach(self, rank: int) -> SharedVector:
-        vector = SharedVector.attach(self._place.find(rank, self._timeout), self.wire.flat.dtype)
-        if vector.elements.numel() != self.wire.flat.numel():
+        process = self._processes[rank] if self._processes else None
+        vector = SharedVector.attach(self._place.find(rank, self._timeout, process), self.wire.flat.dtype)
+        theirs = vector.elements.numel()
+        if theirs != self.wire.flat.numel():
+            vector.close()
             raise ExchangeError(
-                f"EASGDStrategy: rank {rank} averages {vector.elements.numel()} parameters and rank {self._place.rank}"
+                f"EASGDStrategy: rank {rank} averages {theirs} parameters and rank {self._place.rank}"
                 f" {self.wire.flat.numel()}; build the same model and optimizer on every rank."
             )
         return vector
@@ -327,6 +379,14 @@ class SharedSum(DifferenceSum):
                     )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _blocks(

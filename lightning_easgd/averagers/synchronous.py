@@ -116,6 +116,8 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
+        if self._parameters_added():
+            self._extend()
         self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
         self._pull()
         self.complete()
@@ -129,6 +131,8 @@ class SynchronousAverager(Averager):
         """
         if not self._in_flight:
             return
+        while self._line.under_way[0] is not self:
+            self._line.under_way[0].complete()
         if self._pull_due is not None:  # the center is read within a step: keep what the sum may overwrite
             differences, alphas = self._pull_due
             self._pull_due = [[each.clone() for each in group] for group in differences], alphas
@@ -138,6 +142,7 @@ class SynchronousAverager(Averager):
             self._header = None
         self._sum.finish()
         self._in_flight = False
+        self._line.under_way.remove(self)
         self._line.statistics.seconds_waited += time.monotonic() - started
 
     @override
@@ -207,6 +212,7 @@ class SynchronousAverager(Averager):
             alphas = [alpha for alpha, _ in rates]
             shares = [beta / self._line.control.size for _, beta in rates]
         self._in_flight = True
+        self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(shares)
         self._pull_due = self._sum.given, alphas
@@ -290,8 +296,9 @@ class SynchronousAveraging(Averaging):
 
     @override
     def start(self, optimizers: Sequence[Optimizer]) -> None:
-        self.averagers = self._synchronous = {
-            optimizer: SynchronousAverager(
+        self.averagers = self._synchronous
+        for number, optimizer in enumerate(optimizers):
+            self._synchronous[optimizer] = SynchronousAverager(
                 optimizer,
                 self._line,
                 self._make_sum,
@@ -301,8 +308,6 @@ class SynchronousAveraging(Averaging):
                 position=self._position,
                 center_device=self._center_device,
             )
-            for number, optimizer in enumerate(optimizers)
-        }
 
     @override
     def center_state_dict(self) -> dict[str, Any]:

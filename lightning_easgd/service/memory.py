@@ -14,12 +14,13 @@ def available_memory() -> int | None:
     return min(limits, default=None)
 
 
-def allocate_shared(size: int, name: str) -> int:
+def allocate_shared(size: int, name: str, what: str) -> int:
     """Create anonymous shared memory of this size, with all of its pages in place.
 
     Args:
         size: Bytes.
         name: What ``/proc`` shows it as.
+        what: What it is for, for the error.
 
     Returns:
         Its descriptor. The memory is gone with the last descriptor and mapping; there is no file to remove.
@@ -32,7 +33,7 @@ def allocate_shared(size: int, name: str) -> int:
         raise SharedMemoryUnavailableError("allocate_shared: this platform has no memfd_create.")
     available = available_memory()
     if available is not None and available < size:
-        raise _too_small(size, f"{available / 2**20:.1f} MiB are available")
+        raise _too_small(size, what, f"{available / 2**20:.1f} MiB are available")
     try:
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
     except OSError as error:
@@ -42,15 +43,14 @@ def allocate_shared(size: int, name: str) -> int:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
         os.close(descriptor)
-        raise _too_small(size, str(error)) from error
+        raise _too_small(size, what, str(error)) from error
     return descriptor
 
 
-def _too_small(size: int, why: str) -> CenterError:
+def _too_small(size: int, what: str, why: str) -> CenterError:
     return CenterError(
-        f"SharedMemoryCenter(size={size}): the node's part of the center needs {size / 2**20:.1f} MiB of shared memory,"
-        f" but {why}. Free memory, raise the limits of the process (ulimit -f) or of its control group, or spread the"
-        " center over more nodes."
+        f"{what} needs {size / 2**20:.1f} MiB of shared memory, but {why}. Free memory, raise the limits of the process"
+        " (ulimit -f) or of its control group, or use more nodes."
     )
 
 
@@ -71,6 +71,10 @@ def _control_group_memory() -> int | None:
         )
         folder = Path("/sys/fs/cgroup") / group.lstrip("/")
         limit = (folder / "memory.max").read_text().strip()
-        return None if limit == "max" else int(limit) - int((folder / "memory.current").read_text())
-    except (OSError, StopIteration):
+        if limit == "max":
+            return None
+        # Files that have been read count as used, and are given up when something else needs the memory.
+        held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(limit) - int((folder / "memory.current").read_text()) + int(held["inactive_file"])
+    except (OSError, StopIteration, KeyError):
         return None

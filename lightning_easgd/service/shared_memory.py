@@ -96,7 +96,9 @@ class SharedMemoryCenter(CenterService, ForkAware):
             SharedMemoryUnavailableError: If the platform lacks what it needs.
             CenterError: If there is not enough memory.
         """
-        descriptor = allocate_shared(_size(layout, held, rule, dtype), "lightning_easgd-center")
+        size = _size(layout, held, rule, dtype)
+        what = f"SharedMemoryCenter(size={size}): the node's part of the center"
+        descriptor = allocate_shared(size, "lightning_easgd-center", what)
         os.pwrite(descriptor, secrets.token_bytes(_IDENTITY), 0)
         return cls(descriptor, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
 

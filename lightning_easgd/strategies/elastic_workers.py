@@ -198,8 +198,9 @@ class ElasticWorkers(ServedWorkers):
             channels = partial(ProcessGroupMessageChannel, backend, timeout)
             return compressed_sums(channels, partial(make_codec, self.wire_dtype))
         on_cpu = self.root_device.type == "cpu"
-        # A bucket that is reduced on the host must not overtake the copies of others to the GPU.
-        spread = self.tau if on_cpu or self.center_device is None else 1
+        # Beside a GPU a bucket that is reduced on the host must not overtake the copies of others; and the groups of
+        # several optimizers must not start their work in another order on each rank, as buckets would.
+        spread = self.tau if on_cpu or (self.center_device is None and len(self._optimizers) == 1) else 1
         all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
         if self.num_nodes == 1 and on_cpu and not self._has_chosen_backend:
             return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
