@@ -202,7 +202,7 @@ def test_close_gives_everything_back():
         center.close()
         center.close()
     assert len(open_files()) == before
-    assert "easgd" not in Path("/proc/self/maps").read_text()
+    assert "lightning_easgd-center" not in Path("/proc/self/maps").read_text()
     assert os.listdir("/dev/shm") == segments
     with pytest.raises(CenterError, match="closed"):
         center.read(0, torch.empty(LAYOUT.size(0), dtype=torch.float64))
@@ -211,7 +211,7 @@ def test_close_gives_everything_back():
 def allocate_with_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     try:
-        memory_module.allocate_shared(size, "test")
+        memory_module.allocate_shared(size, "test", "A test")
     except CenterError as error:
         return str(error)
     return None
