@@ -17,6 +17,8 @@ BENCHMARKS = {
     "time_to_accuracy": "seconds to a test error on CIFAR-10 over a slow network (needs root and the data set)",
     "gpu": "the exchange against the memory's bandwidth, and step cost on ResNet-50 (needs a GPU)",
     "data_loading": "images per second of the loaders (prints only)",
+    "simulated_time": "how well easgd-simulate predicts the time of real runs",
+    "simulated_curve": "the error curves of real runs on the digits beside simulated ones",
     "overview": "draw the figure of step_cost and slow_link together",
 }
 

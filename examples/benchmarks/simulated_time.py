@@ -31,8 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import lightning as L
 import torch
 import torch.distributed as dist
+from harness.one_job import run_ranks
 from lightning.pytorch.callbacks import Callback
-from ranks_of_one_job import run_ranks
 from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, LocalStrategy

@@ -77,10 +77,10 @@ class Header:
     """
 
     def __init__(self, channel: Channel, *, mark: int = 0, meeting: int = 0, stop: bool = False) -> None:
-        self._sums = torch.tensor([int(mark > 0), mark, mark**2, meeting, meeting**2, int(stop)])
+        self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, int(stop)]  # by this worker, then by all
+        self._sums = torch.tensor(self._said)
         self._workers = channel.size
         self._transfer: Transfer | None = channel.sum(self._sums)
-        self._said: list[int] = []  # the sums, when they have come
 
     @property
     def nbytes(self) -> int:
