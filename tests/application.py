@@ -2,9 +2,11 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -54,15 +56,22 @@ def composed(run: Path, *overrides: str, name: str = "train") -> DictConfig:
 def command(module: str, *arguments: str, cwd: Path, timeout: float = 150) -> subprocess.CompletedProcess[str]:
     """Runs a command of the package as a user does, in its own process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [sys.executable, "-m", f"lightning_easgd.{module}", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+    return run_process(
+        [sys.executable, "-m", f"lightning_easgd.{module}", *arguments], cwd=cwd, env=environment, timeout=timeout
     )
+
+
+def run_process(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end.
+
+    About one in a hundred runs with Lightning's own DDP on gloo aborts after it has done its work ("terminate called
+    without an active exception", as a process exits); such a run counts as what it was until then.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode == -signal.SIGABRT and "ddp" in " ".join(command):
+        assert done.stderr.rstrip().endswith("terminate called without an active exception"), done.stderr
+        done.returncode = 0
+    return done
 
 
 def only_run(cwd: Path) -> Path:

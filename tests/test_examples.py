@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
 import sys
 
 import pytest
-from application import ROOT
+from application import ROOT, run_process
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -15,7 +14,7 @@ def output(script, *arguments):
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
     command = [sys.executable, str(ROOT / "examples" / script), *arguments]
     environment = clean | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    done = run_process(command, env=environment, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

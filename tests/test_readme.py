@@ -235,7 +235,8 @@ def test_no_fence_escapes():
 def test_arguments_are_those_of_the_strategy():
     named = inspect.signature(EASGDStrategy.__init__).parameters.values()
     signature = {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY and p.name not in FROM_TRAINER}
-    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", README, re.MULTILINE))
+    rows = README.partition("| argument of `EASGDStrategy` |")[2].partition("\n\n")[0]
+    table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
     assert table.pop("timeout") == f"{signature.pop('timeout').total_seconds() / 60:.0f} minutes"
     assert table == {name: f"`{default!r}`" for name, default in signature.items()}
 

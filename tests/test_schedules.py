@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from application import composed
-from channels import LoneChannel, run_threads
+from channels import LoneChannel, line_on, run_threads
 from ranks import run_ranks
 from test_asynchronous import Rows
 from test_synchronous_averager import averager_of, quadratic_step
 from toys import MINIMA, Quadratic, fitted
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.averagers import ExchangeLine, Meeting
+from lightning_easgd.averagers import Meeting
 from lightning_easgd.rates import MovingRates
 from lightning_easgd.schedules import ConstantSchedule, CosineSchedule, ExponentialSchedule, LinearSchedule, Schedule
 from lightning_easgd.train import build_strategy
@@ -205,7 +205,7 @@ def test_workers_whose_clocks_differ_exchange_all_the_same(beta):
 
 def test_replicated_sgd_ends_at_the_mean_of_its_workers():
     """β = 1: after an exchange the center is the mean of the workers of before it."""
-    line = ExchangeLine(LoneChannel([]), LoneChannel([]))
+    line = line_on(LoneChannel([]), LoneChannel([]))
     x = torch.ones(1, requires_grad=True)
     averager, optimizer = averager_of([x], line, tau=1, beta=1.0, rho=ExponentialSchedule(0.1, 5.0, 4))
     for _ in range(6):
