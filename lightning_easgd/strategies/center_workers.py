@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -54,7 +54,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._statistics = Statistics()
 
     @abstractmethod
-    def _make_averaging(self) -> Averaging:
+    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         """Make the averaging of one fit; all ranks do it at the same point."""
 
     # What users read
@@ -153,7 +153,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
                 f"{type(self).__name__} with ModelPruning: each worker prunes by its own weights, so that the center,"
                 " their mean, is not sparse; prune the center after fit."
             )
-        self._averaging = self._make_averaging()
+        self._averaging = self._make_averaging(self.optimizers)
         self._statistics = self._averaging.statistics
         self._callback = self._callback_class(self)
         callbacks.insert(0, self._callback)

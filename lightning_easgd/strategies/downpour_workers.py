@@ -1,5 +1,6 @@
 """The DOWNPOUR family, the baselines of the EASGD paper: the body of the strategies, free of a class tree."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -137,7 +138,7 @@ class DownpourWorkers(ServedWorkers):
                 f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
             )
 
-    def _make_averaging(self) -> Averaging:
+    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:  # noqa: ARG002
         rule: CenterRule = DownpourRule() if self.momentum is None else NesterovDownpourRule(self.momentum)
         if self.average is not None:
             rule = AveragedRule(rule, PolyakRate() if self.average == "polyak" else ConstantRate(float(self.average)))

@@ -1,5 +1,6 @@
 """Workers held together by elastic averaging: the body of the EASGD strategies, free of a class tree."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal
@@ -175,7 +176,7 @@ class ElasticWorkers(ServedWorkers):
         """Whether the center is a served one."""
         return self.mode == "async"
 
-    def _make_averaging(self) -> Averaging:
+    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         position = ParameterPosition if self.momentum is None else LookAheadPosition
         if self.is_served:
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
@@ -184,14 +185,14 @@ class ElasticWorkers(ServedWorkers):
         control = ProcessGroupChannel("gloo", self._timeout)
         return SynchronousAveraging(
             control,
-            self._make_sums(control, self._timeout),
+            self._make_sums(control, self._timeout, len(optimizers)),
             tau=self.tau,
             rates=self.rates,
             position=position,
             center_device=self.center_device,
         )
 
-    def _make_sums(self, control: Channel, timeout: timedelta) -> MakeSum:
+    def _make_sums(self, control: Channel, timeout: timedelta, number: int) -> MakeSum:
         backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
         assert backend is not None
         if self.wire_dtype is not None:
@@ -200,7 +201,7 @@ class ElasticWorkers(ServedWorkers):
         on_cpu = self.root_device.type == "cpu"
         # Beside a GPU a bucket that is reduced on the host must not overtake the copies of others; and the groups of
         # several optimizers must not start their work in another order on each rank, as buckets would.
-        spread = self.tau if on_cpu or (self.center_device is None and len(self._optimizers) == 1) else 1
+        spread = self.tau if on_cpu or (self.center_device is None and number == 1) else 1
         all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
         if self.num_nodes == 1 and on_cpu and not self._has_chosen_backend:
             return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._statistics = Statistics()
 
     @abstractmethod
-    def _make_averaging(self) -> Averaging:
+    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         """Make the averaging; all ranks do it at the same point."""
 
     @abstractmethod
@@ -219,7 +219,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
 
     def _started(self) -> Averaging:
         if self._averaging is None:
-            averaging = self._make_averaging()
+            averaging = self._make_averaging(self._optimizers)
             for optimizer in self._optimizers:  # once more: a loaded one has the settings of the run that saved it
                 self.prepare_optimizer(optimizer)
             averaging.start(self._optimizers)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
         parallel_devices: list[torch.device] | None
         num_nodes: int
         root_device: torch.device
-        _optimizers: list[Any]
         _timeout: timedelta | None
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
