@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_easgd.averagers import SynchronousAverager, all_reduced_sums
-from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum
+from lightning_easgd.averagers.meeting_place import MeetingPlace
+from lightning_easgd.averagers.shared_sum import SharedSum
 from lightning_easgd.rates import MovingRates
 
 TAU = 4

@@ -31,7 +31,9 @@ from lightning_easgd.averagers import (
 )
 from lightning_easgd.averagers.all_reduced_sum import BUCKET_BYTES, AllReducedSum
 from lightning_easgd.averagers.compressed_sum import CompressedSum
-from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum, SharedVector
+from lightning_easgd.averagers.meeting_place import MeetingPlace
+from lightning_easgd.averagers.shared_sum import SharedSum
+from lightning_easgd.averagers.shared_vector import SharedVector
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.compression import make_codec
 from lightning_easgd.rates import MovingRates

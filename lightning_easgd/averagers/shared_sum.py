@@ -1,216 +1,27 @@
 """The sum over the workers of one host: each reads the others' differences where they lie."""
 
-import mmap
-import os
-import secrets
-import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import Store
 from typing_extensions import override
 
 from lightning_easgd.averagers.channel import ExchangeError
 from lightning_easgd.averagers.difference_sum import DifferenceSum
+from lightning_easgd.averagers.meeting_place import MeetingPlace
+from lightning_easgd.averagers.shared_vector import SharedVector
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.elastic import elastic_push_
 from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
-from lightning_easgd.service.forking import ForkAware
-from lightning_easgd.service.memory import allocate_shared
 
-__all__ = ["MeetingPlace", "SharedSum", "SharedVector"]
+__all__ = ["SharedSum"]
 
-# In a vector's memory: its identity, its size in bytes, two counters of exchanges, and after _DATA the elements.
-_IDENTITY, _SIZE, _WRITTEN, _READ, _DATA = 0, 16, 24, 32, 4096
-_COUNTER = struct.Struct("=q")
 _BLOCK = 2**18  # elements that are summed up at once: their sum stays in the cache until the center has it
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # seconds
 _BETWEEN_LOOKS = 0.05  # seconds from one look at whether the others live to the next
-
-
-@final
-class SharedVector(ForkAware):
-    """A flat vector in memory that other processes of the host can map, and two counters that its owner publishes.
-
-    The memory is anonymous: it is gone with the last process that maps it, however that ends.
-
-    Args:
-        descriptor: Descriptor of the memory; the object takes it over.
-        dtype: Dtype of the elements.
-        path: Where the memory was found, None for its owner.
-
-    Attributes:
-        elements: The vector, shape (elements,).
-    """
-
-    def __init__(self, descriptor: int, dtype: torch.dtype, path: str | None = None) -> None:
-        super().__init__()
-        self._descriptor: int | None = descriptor
-        self._path = path
-        try:
-            self._memory = mmap.mmap(descriptor, 0)
-        except OSError as error:
-            self.abandon()
-            raise SharedMemoryUnavailableError(
-                f"SharedVector: the memory cannot be mapped: {error.strerror}."
-            ) from error
-        (size,) = _COUNTER.unpack_from(self._memory, _SIZE)
-        count = size // dtype.itemsize
-        self.elements = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=_DATA) if count else (
-            torch.empty(0, dtype=dtype)
-        )  # fmt: skip
-
-    @classmethod
-    def create(cls, numel: int, dtype: torch.dtype) -> "SharedVector":
-        """Allocate a vector of zeros.
-
-        Raises:
-            SharedMemoryUnavailableError: If this platform cannot share memory.
-            CenterError: If there is not enough memory.
-        """
-        size = numel * dtype.itemsize
-        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference", "SharedVector: a worker's difference")
-        os.pwrite(descriptor, secrets.token_bytes(_SIZE) + _COUNTER.pack(size), _IDENTITY)
-        return cls(descriptor, dtype)
-
-    @classmethod
-    def attach(cls, address: str, dtype: torch.dtype) -> "SharedVector":
-        """Map the vector of another process of this host, which must live.
-
-        Raises:
-            SharedMemoryUnavailableError: If it cannot be reached.
-        """
-        path, _, identity = address.rpartition("#")
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise SharedMemoryUnavailableError(f"{path}: {error.strerror}") from error
-        try:
-            found = os.pread(descriptor, _SIZE, _IDENTITY).hex()
-        except OSError:  # no memory at all
-            found = ""
-        if found != identity:
-            os.close(descriptor)
-            raise SharedMemoryUnavailableError(f"{path}: something else is there")
-        return cls(descriptor, dtype, path)
-
-    @property
-    def address(self) -> str:
-        """Where other processes find it; valid while this one, its owner, keeps it open."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}#{self._memory[:_SIZE].hex()}"
-
-    @property
-    def owner_lives(self) -> bool:
-        """Whether the process that created it still has it open."""
-        if self._path is None or self._descriptor is None:
-            return True
-        try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
-        except OSError:
-            return False
-
-    @property
-    def owner(self) -> int:
-        """Process id of its creator."""
-        return os.getpid() if self._path is None else int(self._path.split("/")[2])
-
-    def publish_written(self, exchanges: int) -> None:
-        """Say that the difference of this exchange is there."""
-        self._publish(_WRITTEN, exchanges)
-
-    def publish_read(self, exchanges: int) -> None:
-        """Say that the owner has read everybody's difference of this exchange."""
-        self._publish(_READ, exchanges)
-
-    @property
-    def written(self) -> int:
-        """The last exchange whose difference is there."""
-        return self._published(_WRITTEN)
-
-    @property
-    def read(self) -> int:
-        """The last exchange that the owner has read everybody's difference of."""
-        return self._published(_READ)
-
-    def close(self) -> None:
-        """Let go of it."""
-        self.abandon()
-        self.elements = torch.empty(0)
-        with suppress(BufferError):  # somebody still has a view: the mapping goes with that
-            self._memory.close()
-
-    @override
-    def abandon(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    # System calls: the reads and writes of the elements do not move across them, as they may across plain ones.
-
-    def _publish(self, place: int, exchanges: int) -> None:
-        assert self._descriptor is not None
-        os.pwrite(self._descriptor, _COUNTER.pack(exchanges), place)
-
-    def _published(self, place: int) -> int:
-        assert self._descriptor is not None
-        return int(_COUNTER.unpack(os.pread(self._descriptor, _COUNTER.size, place))[0])
-
-
-@final
-class MeetingPlace:
-    """Where workers leave word of where their memory is: keys of the store that all ranks share.
-
-    Args:
-        store: For the use of this thread, and for this alone.
-        rank: This worker's rank.
-        size: The number of workers.
-        number: How many places in this store there have been before.
-    """
-
-    def __init__(self, store: Store, *, rank: int, size: int, number: int = 0) -> None:
-        self.rank = rank
-        self.size = size
-        self._store = store
-        self._number = number
-
-    def next(self) -> "MeetingPlace":
-        """The place that takes this one's place."""
-        return MeetingPlace(self._store, rank=self.rank, size=self.size, number=self._number + 1)
-
-    def enter(self, address: str) -> None:
-        """Leave word."""
-        self._store.set(self._key(self.rank), address)
-
-    def find(self, rank: int, timeout: timedelta, process: int | None) -> str:
-        """The word of a worker.
-
-        Args:
-            rank: The worker.
-            timeout: How long to wait.
-            process: Its process, if that is known: not waited for when it is gone.
-
-        Raises:
-            ExchangeError: If it does not come.
-        """
-        started = time.monotonic()
-        while not self._store.check([self._key(rank)]):
-            waited = time.monotonic() - started
-            lost = process is not None and not _is_running(process)
-            if lost or waited > timeout.total_seconds():
-                raise ExchangeError(
-                    f"EASGDStrategy(timeout={timeout}): an exchange failed after this worker had waited {waited:.1f} s;"
-                    f" rank {rank} {'died' if lost else 'hangs or is slow'}. Look for the first error among the ranks."
-                )
-            time.sleep(_LONGEST_PAUSE)
-        return str(self._store.get(self._key(rank)).decode())
-
-    def _key(self, rank: int) -> str:
-        return f"{self._number}/{rank}"
 
 
 @final
@@ -379,14 +190,6 @@ class SharedSum(DifferenceSum):
                     )
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def _is_running(process: int) -> bool:
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _blocks(

@@ -12,8 +12,9 @@ from lightning_easgd.averagers.all_reduced_sum import AllReducedSum
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.compressed_sum import CompressedSum
 from lightning_easgd.averagers.difference_sum import DifferenceSum
+from lightning_easgd.averagers.meeting_place import MeetingPlace
 from lightning_easgd.averagers.message_channel import MessageChannel
-from lightning_easgd.averagers.shared_sum import MeetingPlace, SharedSum
+from lightning_easgd.averagers.shared_sum import SharedSum
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.compression import Codec
 from lightning_easgd.service.errors import CenterError

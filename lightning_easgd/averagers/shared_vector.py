@@ -1,0 +1,149 @@
+"""A flat vector in memory that the processes of one host share."""
+
+import mmap
+import os
+import secrets
+import struct
+from contextlib import suppress
+from typing import final
+
+import torch
+from typing_extensions import override
+
+from lightning_easgd.service.errors import SharedMemoryUnavailableError
+from lightning_easgd.service.forking import ForkAware
+from lightning_easgd.service.memory import allocate_shared
+
+__all__ = ["SharedVector"]
+
+# In a vector's memory: its identity, its size in bytes, two counters of exchanges, and after _DATA the elements.
+_IDENTITY, _SIZE, _WRITTEN, _READ, _DATA = 0, 16, 24, 32, 4096
+_COUNTER = struct.Struct("=q")
+
+
+@final
+class SharedVector(ForkAware):
+    """A flat vector in memory that other processes of the host can map, and two counters that its owner publishes.
+
+    The memory is anonymous: it is gone with the last process that maps it, however that ends.
+
+    Args:
+        descriptor: Descriptor of the memory; the object takes it over.
+        dtype: Dtype of the elements.
+        path: Where the memory was found, None for its owner.
+
+    Attributes:
+        elements: The vector, shape (elements,).
+    """
+
+    def __init__(self, descriptor: int, dtype: torch.dtype, path: str | None = None) -> None:
+        super().__init__()
+        self._descriptor: int | None = descriptor
+        self._path = path
+        try:
+            self._memory = mmap.mmap(descriptor, 0)
+        except OSError as error:
+            self.abandon()
+            raise SharedMemoryUnavailableError(
+                f"SharedVector: the memory cannot be mapped: {error.strerror}."
+            ) from error
+        (size,) = _COUNTER.unpack_from(self._memory, _SIZE)
+        count = size // dtype.itemsize
+        self.elements = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=_DATA) if count else (
+            torch.empty(0, dtype=dtype)
+        )  # fmt: skip
+
+    @classmethod
+    def create(cls, numel: int, dtype: torch.dtype) -> "SharedVector":
+        """Allocate a vector of zeros.
+
+        Raises:
+            SharedMemoryUnavailableError: If this platform cannot share memory.
+            CenterError: If there is not enough memory.
+        """
+        size = numel * dtype.itemsize
+        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference", "SharedVector: a worker's difference")
+        os.pwrite(descriptor, secrets.token_bytes(_SIZE) + _COUNTER.pack(size), _IDENTITY)
+        return cls(descriptor, dtype)
+
+    @classmethod
+    def attach(cls, address: str, dtype: torch.dtype) -> "SharedVector":
+        """Map the vector of another process of this host, which must live.
+
+        Raises:
+            SharedMemoryUnavailableError: If it cannot be reached.
+        """
+        path, _, identity = address.rpartition("#")
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            raise SharedMemoryUnavailableError(f"{path}: {error.strerror}") from error
+        try:
+            found = os.pread(descriptor, _SIZE, _IDENTITY).hex()
+        except OSError:  # no memory at all
+            found = ""
+        if found != identity:
+            os.close(descriptor)
+            raise SharedMemoryUnavailableError(f"{path}: something else is there")
+        return cls(descriptor, dtype, path)
+
+    @property
+    def address(self) -> str:
+        """Where other processes find it; valid while this one, its owner, keeps it open."""
+        return f"/proc/{os.getpid()}/fd/{self._descriptor}#{self._memory[:_SIZE].hex()}"
+
+    @property
+    def owner_lives(self) -> bool:
+        """Whether the process that created it still has it open."""
+        if self._path is None or self._descriptor is None:
+            return True
+        try:
+            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    @property
+    def owner(self) -> int:
+        """Process id of its creator."""
+        return os.getpid() if self._path is None else int(self._path.split("/")[2])
+
+    def publish_written(self, exchanges: int) -> None:
+        """Say that the difference of this exchange is there."""
+        self._publish(_WRITTEN, exchanges)
+
+    def publish_read(self, exchanges: int) -> None:
+        """Say that the owner has read everybody's difference of this exchange."""
+        self._publish(_READ, exchanges)
+
+    @property
+    def written(self) -> int:
+        """The last exchange whose difference is there."""
+        return self._published(_WRITTEN)
+
+    @property
+    def read(self) -> int:
+        """The last exchange that the owner has read everybody's difference of."""
+        return self._published(_READ)
+
+    def close(self) -> None:
+        """Let go of it."""
+        self.abandon()
+        self.elements = torch.empty(0)
+        with suppress(BufferError):  # somebody still has a view: the mapping goes with that
+            self._memory.close()
+
+    @override
+    def abandon(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    # System calls: the reads and writes of the elements do not move across them, as they may across plain ones.
+
+    def _publish(self, place: int, exchanges: int) -> None:
+        assert self._descriptor is not None
+        os.pwrite(self._descriptor, _COUNTER.pack(exchanges), place)
+
+    def _published(self, place: int) -> int:
+        assert self._descriptor is not None
+        return int(_COUNTER.unpack(os.pread(self._descriptor, _COUNTER.size, place))[0])
