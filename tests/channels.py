@@ -84,13 +84,18 @@ class _LoneTransfer(Transfer):
 def run_threads(work: Callable[[int, ExchangeLine], Any], workers: int) -> list[Any]:
     """Call ``work(rank, line)`` on a thread per worker; return the results."""
     control, data = Hub(workers), Hub(workers)
+    return on_threads(lambda rank: work(rank, line_on(control.channel(rank), data.channel(rank))), workers)
+
+
+def on_threads(work: Callable[[int], Any], workers: int) -> list[Any]:
+    """Call ``work(rank)`` on a thread per worker; return the results."""
     results: list[Any] = [None] * workers
     errors: list[BaseException] = []
 
     def run(rank: int) -> None:
         torch.set_num_threads(1)
         try:
-            results[rank] = work(rank, line_on(control.channel(rank), data.channel(rank)))
+            results[rank] = work(rank)
         except BaseException as error:
             errors.append(error)
 

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from channels import on_threads
 from ranks import end_ranks, run_ranks
 from test_resume import every_rank_goes_on_exactly
 from test_wire_bytes import sent_between, sent_by_socket
@@ -93,24 +94,8 @@ class ThreadTransfer(MessageTransfer):
 
 
 def in_threads(work, workers):
-    messages, results, errors = Messages(workers), [None] * workers, []
-
-    def run(rank):
-        torch.set_num_threads(1)
-        try:
-            results[rank] = work(messages.channel(rank))
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-        assert not thread.is_alive(), "a worker hangs"
-    if errors:
-        raise errors[0]
-    return results
+    messages = Messages(workers)
+    return on_threads(lambda rank: work(messages.channel(rank)), workers)
 
 
 def exchange(total, number, rank, shares=SHARES, *, steps=0, pause=0.0):
