@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from channels import LoneChannel, line_on
-from test_sums import SECONDS
+from test_sums import vectors_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,9 +42,7 @@ def is_tensor(value):
 
 
 def shared(center):
-    total = SharedSum(center, MeetingPlace(dist.HashStore(), rank=0, size=1), SECONDS)
-    total.attach()
-    return total
+    return SharedSum(center, vectors_of(center, MeetingPlace(dist.HashStore(), rank=0, size=1)))
 
 
 def all_reduced(events):

@@ -34,6 +34,7 @@ from lightning_easgd.averagers.compressed_sum import CompressedSum
 from lightning_easgd.averagers.meeting_place import MeetingPlace
 from lightning_easgd.averagers.shared_sum import SharedSum
 from lightning_easgd.averagers.shared_vector import SharedVector
+from lightning_easgd.averagers.shared_vectors import SharedVectors
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.compression import make_codec
 from lightning_easgd.rates import MovingRates
@@ -139,6 +140,13 @@ def storages(total):
     return [total.wire.flat, *(view for group in total.given for view in group)]
 
 
+def vectors_of(center, place):
+    """Attached ones."""
+    vectors = SharedVectors(center.flat.numel(), center.flat.dtype, place, SECONDS)
+    vectors.attach()
+    return vectors
+
+
 def in_threads(work, workers):
     """Workers that share memory inside of one process."""
     store = dist.HashStore()
@@ -146,8 +154,7 @@ def in_threads(work, workers):
     def run(rank, line):
         center = center_of([(3,), (1000, 700)], [(2, 2)], value=1.0)
         place = MeetingPlace(dist.PrefixStore("sums", store), rank=rank, size=workers)
-        total = SharedSum(center, place, SECONDS)
-        total.attach()
+        total = SharedSum(center, vectors_of(center, place))
         barrier.wait()
         return work(rank, total)
 
@@ -216,7 +223,7 @@ def test_a_difference_is_not_overwritten_before_all_have_read_it():
 
     def start_without_reading(self, shares):  # as if the others' differences came later
         self._shares, self._exchange = shares, self._exchange + 1
-        self._own.publish_written(self._exchange)
+        self._vectors.publish_written(self._exchange)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SharedSum, "start", start_without_reading)
@@ -255,13 +262,18 @@ def test_shared_memory_and_the_process_group_have_the_same_numbers():
     assert bytes_shared == bytes_group
 
 
-def test_where_memory_cannot_be_shared_the_process_group_is_used(monkeypatch):
-    def refuse(*_):
-        raise CenterError("no memory.")
+@pytest.mark.parametrize("refused", [(torch.int64, torch.float32), (torch.float32,)], ids=["all", "differences"])
+def test_where_memory_cannot_be_shared_the_process_group_is_used(monkeypatch, refused):
+    create = SharedVector.create
 
     def train(refusing):
+        def refuse(numel, dtype):
+            if dtype in refused:
+                raise CenterError("no memory.")
+            return create(numel, dtype)
+
         if int(os.environ["RANK"]) in refusing:
-            monkeypatch.setattr(SharedSum, "__init__", refuse)
+            monkeypatch.setattr(SharedVector, "create", refuse)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             weights = final_weights()
@@ -397,16 +409,16 @@ def test_another_file_in_the_owners_descriptor_is_not_the_owner():
 
 def test_what_cannot_be_attached_leaves_no_descriptor():
     store = dist.HashStore()
-    sums = [SharedSum(center_of([(3,)]), MeetingPlace(store, rank=rank, size=3), SECONDS) for rank in range(2)]
+    vectors = [SharedVectors(3, torch.float32, MeetingPlace(store, rank=rank, size=3), SECONDS) for rank in range(2)]
     read, write = os.pipe()
     MeetingPlace(store, rank=2, size=3).enter(f"/proc/{os.getpid()}/fd/{read}#00")
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SharedMemoryUnavailableError, match="something else is there"):
-        sums[0].attach()
+        vectors[0].attach()
     assert len(os.listdir("/proc/self/fd")) == before
     for descriptor in (read, write):
         os.close(descriptor)
-    for each in sums:
+    for each in vectors:
         each.close()
 
 
@@ -436,8 +448,7 @@ def test_workers_with_other_layouts_are_told():
     store = dist.HashStore()
 
     def work(rank, line):
-        total = SharedSum(center_of([(3 + rank,)]), MeetingPlace(store, rank=rank, size=2), SECONDS)
-        total.attach()
+        vectors_of(center_of([(3 + rank,)]), MeetingPlace(store, rank=rank, size=2))
 
     with pytest.raises(ExchangeError, match=r"averages [34] parameters"):
         run_threads(work, 2)

@@ -8,6 +8,8 @@ from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics, Wo
 from lightning_easgd.averagers.message_channel import MessageChannel, ProcessGroupMessageChannel
 from lightning_easgd.averagers.served import ServedAverager
 from lightning_easgd.averagers.serving import ContinueOnLoss, FailOnLoss, ServedAveraging, free_order, round_robin
+from lightning_easgd.averagers.shared_channel import SharedChannel
+from lightning_easgd.averagers.sharing import shared_channel
 from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, compressed_sums, shared_sums
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
@@ -28,6 +30,7 @@ __all__ = [
     "ProcessGroupMessageChannel",
     "ServedAverager",
     "ServedAveraging",
+    "SharedChannel",
     "Statistics",
     "SynchronousAverager",
     "SynchronousAveraging",
@@ -38,5 +41,6 @@ __all__ = [
     "elastic_rule",
     "free_order",
     "round_robin",
+    "shared_channel",
     "shared_sums",
 ]

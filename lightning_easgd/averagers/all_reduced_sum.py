@@ -65,7 +65,7 @@ class AllReducedSum(DifferenceSum):
     @property
     @override
     def nbytes(self) -> int:
-        return round(2 * (self._channel.size - 1) / self._channel.size * self.wire.flat.nbytes)
+        return self._channel.bytes_sent(self.wire.flat.nbytes)
 
     @override
     def start(self, shares: Sequence[float]) -> None:

@@ -197,9 +197,9 @@ class ExchangeLine:
 
         Args:
             nbytes: What this worker sends of its difference.
-            header: The announcement, sent by a ring all-reduce; None if there was none.
+            header: The announcement; None if there was none.
         """
         self.statistics.exchanges += 1
         self.statistics.bytes_sent += nbytes
         if header is not None:
-            self.statistics.bytes_sent += round(2 * (self.control.size - 1) / self.control.size * header.nbytes)
+            self.statistics.bytes_sent += self.control.bytes_sent(header.nbytes)

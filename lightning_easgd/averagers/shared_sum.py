@@ -1,8 +1,6 @@
 """The sum over the workers of one host: each reads the others' differences where they lie."""
 
-import time
-from collections.abc import Callable, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -11,17 +9,14 @@ from typing_extensions import override
 
 from lightning_easgd.averagers.channel import ExchangeError
 from lightning_easgd.averagers.difference_sum import DifferenceSum
-from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_vector import SharedVector
+from lightning_easgd.averagers.shared_vectors import SharedVectors
 from lightning_easgd.center import FlatTensors
 from lightning_easgd.elastic import elastic_push_
-from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
+from lightning_easgd.service.errors import CenterError
 
 __all__ = ["SharedSum"]
 
 _BLOCK = 2**18  # elements that are summed up at once: their sum stays in the cache until the center has it
-_FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # seconds
-_BETWEEN_LOOKS = 0.05  # seconds from one look at whether the others live to the next
 
 
 @final
@@ -35,61 +30,29 @@ class SharedSum(DifferenceSum):
 
     Args:
         center: On the host.
-        place: Where the workers find each other's memory.
-        timeout: How long to wait for another worker.
-        processes: The workers' process ids, if they are known.
-
-    Raises:
-        SharedMemoryUnavailableError: If this platform cannot share memory.
-        CenterError: If there is not enough memory.
+        vectors: One for each worker, of the center's size and dtype; the object takes them over.
     """
 
-    def __init__(
-        self, center: FlatTensors, place: MeetingPlace, timeout: timedelta, processes: Sequence[int] = ()
-    ) -> None:
-        self._own = SharedVector.create(center.flat.numel(), center.flat.dtype)
-        super().__init__(center, center.like(self._own.elements))
-        self._place = place
-        self._timeout = timeout
-        self._processes = processes
-        self._vectors: list[SharedVector] = []  # of all ranks
+    def __init__(self, center: FlatTensors, vectors: SharedVectors) -> None:
+        super().__init__(center, center.like(vectors.own))
+        self._vectors = vectors
         self._blocks: list[list[tuple[Tensor, list[Tensor]]]] = []  # for each group: center and differences
         self._sum = torch.empty(min(_BLOCK, center.flat.numel()), dtype=center.flat.dtype)
         self._shares: Sequence[float] = []
         self._exchange = 0
-        place.enter(self._own.address)
+        self._read = 0
 
     @override
     def renewed(self, center: FlatTensors) -> "SharedSum":
         self.make_room()
-        processes = [vector.owner for vector in self._vectors] or self._processes
-        self.close()
+        self._blocks.clear()
         try:
-            return SharedSum(center, self._place.next(), self._timeout, processes)
+            return SharedSum(center, self._vectors.renewed(center.flat.numel()))
         except CenterError as error:
             raise ExchangeError(
                 f"EASGDStrategy(process_group_backend=None): parameters were added, and their differences cannot be"
                 f" shared ({error}) With process_group_backend='gloo' workers exchange without shared memory."
             ) from error
-
-    def attach(self) -> None:
-        """Map the other workers' memory, waiting for theirs to be there.
-
-        Raises:
-            SharedMemoryUnavailableError: If one cannot be reached.
-            ExchangeError: If its layout is another, or a worker does not come.
-        """
-        vectors: list[SharedVector] = []
-        try:
-            for rank in range(self._place.size):
-                vectors.append(self._own if rank == self._place.rank else self._attach(rank))
-        except BaseException:
-            for vector in vectors:
-                if vector is not self._own:
-                    vector.close()
-            raise
-        self._vectors = vectors
-        self._blocks = _blocks(self.center, self.wire, [vector.elements for vector in vectors])
 
     @property
     @override
@@ -98,98 +61,47 @@ class SharedSum(DifferenceSum):
 
     @override
     def make_room(self) -> None:
-        self._wait(lambda vector: vector.read, self._exchange)
+        self._vectors.wait_until_read(self._exchange)
 
     @property
     @override
     def has_room(self) -> bool:
-        return all(vector.read >= self._exchange for vector in self._vectors)
+        return self._vectors.all_have_read(self._exchange)
 
     @override
     def start(self, shares: Sequence[float]) -> None:
         self._norms = None
         self._shares = shares
         self._exchange += 1
-        self._own.publish_written(self._exchange)
+        self._vectors.publish_written(self._exchange)
         self.advance()  # the last to come reads at once, so that the others may write again
 
     @override
     def advance(self) -> None:
-        if self._is_under_way and self._vectors and all(each.written >= self._exchange for each in self._vectors):
+        if self._read < self._exchange and self._vectors.all_have_written(self._exchange):
             self._add_up()
 
     @override
     def finish(self) -> None:
-        if self._is_under_way:
-            if not self._vectors:
-                self._attach_at_last()
-            self._wait(lambda vector: vector.written, self._exchange)
+        if self._read < self._exchange:
+            self._vectors.wait_until_written(self._exchange)
             self._add_up()
 
     @override
     def close(self) -> None:
         self._blocks.clear()
-        for vector in {id(vector): vector for vector in (*self._vectors, self._own)}.values():
-            vector.close()
-        self._vectors = []
-
-    @property
-    def _is_under_way(self) -> bool:
-        return self._own.read < self._exchange
-
-    def _attach_at_last(self) -> None:
-        try:
-            self.attach()
-        except SharedMemoryUnavailableError as error:
-            raise ExchangeError(
-                f"EASGDStrategy(timeout={self._timeout}): an exchange failed, as a worker is not there any more"
-                f" ({error}). Look for the first error among the ranks."
-            ) from error
-
-    def _attach(self, rank: int) -> SharedVector:
-        process = self._processes[rank] if self._processes else None
-        vector = SharedVector.attach(self._place.find(rank, self._timeout, process), self.wire.flat.dtype)
-        theirs = vector.elements.numel()
-        if theirs != self.wire.flat.numel():
-            vector.close()
-            raise ExchangeError(
-                f"EASGDStrategy: rank {rank} averages {theirs} parameters and rank {self._place.rank}"
-                f" {self.wire.flat.numel()}; build the same model and optimizer on every rank."
-            )
-        return vector
+        self._vectors.close()
 
     def _add_up(self) -> None:
+        self._blocks = self._blocks or _blocks(self.center, self.wire, self._vectors.all)
         for share, blocks in zip(self._shares, self._blocks, strict=True):
             for center, (first, *others) in blocks:
                 total = first
                 for other in others:
                     total = torch.add(total, other, out=self._sum[: center.numel()])
                 elastic_push_([center], [total], share)
-        self._own.publish_read(self._exchange)
-
-    def _wait(self, counter: Callable[[SharedVector], int], exchange: int) -> None:
-        started = time.monotonic()
-        look, pause = started + _BETWEEN_LOOKS, _FIRST_PAUSE
-        while behind := [rank for rank, vector in enumerate(self._vectors) if counter(vector) < exchange]:
-            now = time.monotonic()
-            if now > look:
-                look = now + _BETWEEN_LOOKS
-                lost = [rank for rank in behind if not self._vectors[rank].owner_lives]
-                # Looked at again, as a worker may leave when it has done its part.
-                if any(counter(self._vectors[rank]) < exchange for rank in lost):
-                    raise ExchangeError(
-                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                        f" {now - started:.1f} s; ranks {lost} died or raised an error. Look for the first error among"
-                        " the ranks."
-                    )
-                if now - started > self._timeout.total_seconds():
-                    raise ExchangeError(
-                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                        f" {now - started:.1f} s; ranks {behind} hang or are slow. Look for the first error among the"
-                        " ranks; a longer timeout helps only if they are slow."
-                    )
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        self._read = self._exchange
+        self._vectors.publish_read(self._exchange)
 
 
 def _blocks(

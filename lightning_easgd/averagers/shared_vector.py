@@ -34,12 +34,14 @@ class SharedVector(ForkAware):
 
     Attributes:
         elements: The vector, shape (elements,).
+        dtype: As given.
     """
 
     def __init__(self, descriptor: int, dtype: torch.dtype, path: str | None = None) -> None:
         super().__init__()
         self._descriptor: int | None = descriptor
         self._path = path
+        self.dtype = dtype
         try:
             self._memory = mmap.mmap(descriptor, 0)
         except OSError as error:

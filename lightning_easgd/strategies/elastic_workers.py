@@ -17,10 +17,12 @@ from lightning_easgd.averagers import (
     MakeSum,
     ProcessGroupChannel,
     ProcessGroupMessageChannel,
+    SharedChannel,
     SynchronousAveraging,
     all_reduced_sums,
     compressed_sums,
     elastic_rule,
+    shared_channel,
     shared_sums,
 )
 from lightning_easgd.compression import WireDtype, make_codec
@@ -182,7 +184,9 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
-        control = ProcessGroupChannel("gloo", self._timeout)
+        control: Channel = ProcessGroupChannel("gloo", self._timeout)
+        if self.num_nodes == 1 and not self._has_chosen_backend:
+            control = shared_channel(_get_default_store(), control, self._timeout)
         return SynchronousAveraging(
             control,
             self._make_sums(control, self._timeout, len(optimizers)),
@@ -203,7 +207,7 @@ class ElasticWorkers(ServedWorkers):
         # several optimizers must not start their work in another order on each rank, as buckets would.
         spread = self.tau if on_cpu or (self.center_device is None and number == 1) else 1
         all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
-        if self.num_nodes == 1 and on_cpu and not self._has_chosen_backend:
+        if on_cpu and isinstance(control, SharedChannel):
             return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
         return all_reduced
 
