@@ -106,8 +106,8 @@ class Sleeper(L.LightningModule):
 class Stopwatch(Callback):
     """Seconds from the common start to this rank's last step, and to the end of training."""
 
-    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """All ranks start together."""
+    def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+        """All ranks start together, when they have agreed on where the center begins."""
         trainer.strategy.barrier()
         self.started = time.monotonic()
 
@@ -184,7 +184,7 @@ def strategy_of(schedule: Schedule) -> EASGDStrategy:
     """The real counterpart of a schedule."""
     match schedule:
         case SynchronousSchedule(tau):
-            return EASGDStrategy(tau=tau)
+            return EASGDStrategy(tau=tau, process_group_backend="gloo")  # on one host they would share memory
         case RoundRobinSchedule(tau):
             return EASGDStrategy(mode="async", order="round_robin", tau=tau)
         case _:
