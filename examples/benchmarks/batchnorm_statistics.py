@@ -186,7 +186,8 @@ class _Comparison(Callback):
         """Wrong answers and sum of the losses over a part of the images, with what the module holds."""
         wrong = loss = 0.0
         module.eval()
-        for images, labels in zip(self._images[part].split(SCORED), self._labels[part].split(SCORED), strict=True):
+        own = (torch.split(tensor[part], SCORED) for tensor in (self._images, self._labels))
+        for images, labels in zip(*own, strict=True):
             logits: Tensor = module(images)
             wrong += float((logits.argmax(dim=-1) != labels).sum())
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))

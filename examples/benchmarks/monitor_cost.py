@@ -34,7 +34,7 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -87,7 +87,8 @@ class Watched(Model):
 
     def __init__(self, task: Task, steps: int) -> None:
         super().__init__(task, steps)
-        self.net.insert(1, nn.BatchNorm1d(self.net[0].out_features))
+        width, _features = next(self.net.parameters()).shape
+        self.net.insert(1, nn.BatchNorm1d(width))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The logits."""
@@ -99,9 +100,10 @@ class Watched(Model):
         inputs, targets = batch
         return nn.functional.cross_entropy(self(inputs), targets)
 
-    def train_dataloader(self) -> DataLoader[Any]:  # type: ignore[override] - the other model's batches are empty
+    def train_dataloader(self) -> Iterable[Any]:
         """The same batch for each step."""
-        return DataLoader([self.batch] * self.steps, batch_size=None)  # type: ignore[arg-type] - a list will do
+        batches: Any = [self.batch] * self.steps
+        return DataLoader(batches, batch_size=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,21 +138,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _methods(options: argparse.Namespace, folder: str) -> list[Method]:
     """EASGD alone, and with one callback each; callbacks that write get the folder."""
-    makers: dict[str, Callable[[], list[Callback]]] = {
-        "easgd": list,
-        "easgd again": list,
-        "ElasticMonitor": lambda: [ElasticMonitor(EXCHANGES, directory=folder)],
-        "ElasticMonitor, every exchange": lambda: [ElasticMonitor(1, directory=folder)],
-        "CurvatureMonitor": lambda: [CurvatureMonitor(options.every_n_steps)],
-        "RecalibrateBatchNorm": lambda: [RecalibrateBatchNorm(options.batches)],
-        "TimeSplit": lambda: [TimeSplit(folder)],
+    makers: dict[str, Callable[[Place], list[Callback]]] = {
+        "easgd": lambda place: [],
+        "easgd again": lambda place: [],
+        "ElasticMonitor": lambda place: [ElasticMonitor(EXCHANGES, directory=folder)],
+        "ElasticMonitor, every exchange": lambda place: [ElasticMonitor(1, directory=folder)],
+        "CurvatureMonitor": lambda place: [CurvatureMonitor(options.every_n_steps)],
+        "RecalibrateBatchNorm": lambda place: [RecalibrateBatchNorm(options.batches)],
+        "TimeSplit": lambda place: [TimeSplit(folder)],
     }
     strategy = partial(EASGDStrategy, tau=options.tau)
-    # The label has the period at its end.
-    return [
-        Method(name, options.tau, strategy, lambda place, make=make: make())  # type: ignore[misc]
-        for name, make in makers.items()
-    ]
+    return [Method(name, options.tau, strategy, make) for name, make in makers.items()]
 
 
 def _readings(setting: Row, task: Task, step_seconds: float, options: argparse.Namespace) -> list[Row]:
@@ -211,7 +209,7 @@ class _Samples(L.LightningDataModule):
         super().__init__()
         self._model, self._task = model, task
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Iterable[Any]:
         """The model's own."""
         return self._model.train_dataloader()
 

@@ -1,6 +1,6 @@
 """What is trained: a multi-layer perceptron of any size, cut into few or many tensors, on one batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +67,6 @@ class Model(L.LightningModule):
         """SGD with Nesterov's momentum, which EAMSGD needs: all methods have the same local step."""
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
 
-    def train_dataloader(self) -> list[int]:
+    def train_dataloader(self) -> Iterable[Any]:
         """One empty batch for each step."""
         return [0] * self.steps
