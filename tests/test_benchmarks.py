@@ -187,9 +187,7 @@ def test_monitor_cost(tmp_path):
     readings = {row["reading"]: row for row in rows(tmp_path / "readings.csv")}
     assert len(readings) == 5
     assert int(float(readings["CurvatureMonitor, first"]["products"])) > 1
-    seconds = {name: float(row["seconds"]) for name, row in readings.items()}
-    assert seconds["center_weights() with RecalibrateBatchNorm"] > seconds["center_weights()"] > 0
-    assert seconds["LocalEnergyMonitor"] > 0
+    assert all(float(row["seconds"]) > 0 for row in readings.values())
 
 
 @pytest.mark.filterwarnings("ignore:verify=False")
@@ -197,12 +195,14 @@ def test_batchnorm_statistics(tmp_path, monkeypatch):
     module = importlib.import_module("batchnorm_statistics")
     monkeypatch.setattr(module, "CIFAR10DataModule", partial(module.CIFAR10DataModule, verify=False))
     write_cifar10(tmp_path / "data")
-    run("batchnorm_statistics", tmp_path, "--root", str(tmp_path / "data"), "--rounds", "1", "--steps", "4",
-        "--every", "2", "--tau", "1", "--batch-size", "4", "--test-images", "7", "--batches", "1", "2",
-        "--lr", "0")  # fmt: skip
-    table = {
-        (row["step"], row["weights"], row["statistics"]): row for row in rows(tmp_path / "batchnorm_statistics.csv")
-    }
+    size = ["--root", str(tmp_path / "data"), "--rounds", "1", "--tau", "1", "--batch-size", "4", "--test-images", "7"]
+
+    def scores(output, *arguments):
+        run("batchnorm_statistics", output, *size, *arguments, "--batches", "1", "2")
+        found = rows(output / "batchnorm_statistics.csv")
+        return {(row["step"], row["weights"], row["statistics"]): row for row in found}
+
+    table = scores(tmp_path, "--steps", "4", "--every", "2", "--lr", "0")
     center = ("mean of workers", "recalibrated 1", "recalibrated 2", "rank 0")
     kinds = [*(("center", kind) for kind in center), ("worker_0", "own"), ("worker_1", "own")]
     assert list(table) == [(step, *kind) for step in "24" for kind in kinds]
@@ -214,6 +214,10 @@ def test_batchnorm_statistics(tmp_path, monkeypatch):
         assert all(abs(a - b) > 1e-5 for number, a in enumerate(different) for b in different[:number])
     assert len(rows(tmp_path / "means.csv")) == len(table)
     assert {row["test_images"] for row in table.values()} == {"7"}
+    # Looking in between changes nothing.
+    often = scores(tmp_path / "often", "--steps", "3", "--every", "1")
+    once = scores(tmp_path / "once", "--steps", "3", "--every", "3")
+    assert once == {key: row for key, row in often.items() if key[0] == "3"}
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 

@@ -10,11 +10,11 @@ scored on the same test images with each kind of statistics, so that nothing but
     rank 0            the running statistics of rank 0's worker
 
 and each worker with its own weights and its own running statistics ("own"). Looking changes nothing: the run goes on
-bit for bit as without. Printed is the mean over the seeds, and how much larger the error is than with the mean of the
-workers' statistics at the same center: mean, smallest, largest over the seeds. If --every is a multiple of τ a point is
-the last step before an exchange, where the workers are farthest from the center; before the first exchange, which comes
-after τ steps, the center is where training began. Running statistics are averages over about ten batches (momentum
-0.1): leave some tens of steps before the first point.
+bit for bit as without. Printed is the mean over the seeds, and how much larger error and loss are than with the mean of
+the workers' statistics at the same center: mean, smallest, largest over the seeds. If --every is a multiple of τ, a
+point is the last step before an exchange, where the workers are farthest from the center; before the first exchange,
+which comes after τ steps, the center is where training began. Running statistics are averages over about ten batches
+(momentum 0.1): leave some tens of steps before the first point.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--root", default=os.environ.get("EASGD_DATA", "data"), help="of the data set (%(default)s)")
     options.add_argument("--ranks", type=int, default=2)
     options.add_argument("--tau", type=int, nargs="+", default=[10], help="periods, a run for each (%(default)s)")
-    options.add_argument("--lr", type=float, default=0.05, help="of plain SGD (%(default)g)")
+    options.add_argument("--lr", type=float, default=0.02, help="of plain SGD (%(default)g)")
     options.add_argument("--batch-size", type=int, default=32, help="of each worker (%(default)s)")
     options.add_argument("--steps", type=int, default=120, help="of each worker (%(default)s)")
     options.add_argument("--every", type=int, default=40, help="steps between two points (%(default)s)")
@@ -228,28 +228,27 @@ def _recalibrated(
 
 
 def _means(rows: Sequence[Row]) -> list[Row]:
-    """Means over the seeds, and what the error is more than with the default statistics of the same center."""
+    """Means over the seeds, and what error and loss are more than with the default statistics of the same center."""
     keys = ("tau", "step", "weights", "statistics")
     default = {
-        (row["tau"], row["step"], row["seed"]): row["error"]
+        (row["tau"], row["step"], row["seed"]): row
         for row in rows
         if (row["weights"], row["statistics"]) == (CENTER, MEAN)
     }
     lines = []
     for key in sorted(dict.fromkeys(tuple(row[name] for name in keys) for row in rows), key=lambda key: key[:2]):
         own = [row for row in rows if tuple(row[name] for name in keys) == key]
-        more = [row["error"] - default[row["tau"], row["step"], row["seed"]] for row in own]
-        lines.append(
-            {
-                **dict(zip(keys, key, strict=True)),
-                "seeds": len(own),
-                "error": round(statistics.fmean(row["error"] for row in own), 4),
-                "loss": round(statistics.fmean(row["loss"] for row in own), 4),
-                "error_more": round(statistics.fmean(more), 4),
-                "error_more_min": round(min(more), 4),
-                "error_more_max": round(max(more), 4),
+        line: Row = {**dict(zip(keys, key, strict=True)), "seeds": len(own)}
+        for score in ("error", "loss"):
+            more = [row[score] - default[row["tau"], row["step"], row["seed"]][score] for row in own]
+            cells = {
+                score: statistics.fmean(row[score] for row in own),
+                f"{score}_more": statistics.fmean(more),
+                f"{score}_more_min": min(more),
+                f"{score}_more_max": max(more),
             }
-        )
+            line |= {name: round(value, 4) for name, value in cells.items()}
+        lines.append(line)
     return lines
 
 
