@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from application import ROOT
+from official_data import write_cifar10
 
 FOLDER = ROOT / "examples" / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -170,6 +172,66 @@ def test_namespaces_are_gone_after_an_error():
 def test_time_to_accuracy_without_data_says_so(tmp_path, capsys):
     run("time_to_accuracy", tmp_path, "--root", str(tmp_path))
     assert "skipped: " in capsys.readouterr().out
+
+
+def test_monitor_cost(tmp_path):
+    run("monitor_cost", tmp_path, "--parameters", "20000", "--features", "32", "--batch-size", "8", "--rounds", "1",
+        "--steps", "1", "--tau", "2", "--every-n-steps", "4", "--batches", "2", "--draws", "1",
+        "--readings", "1")  # fmt: skip
+    table = {row["method"].removesuffix(" tau=2"): row for row in rows(tmp_path / "monitor_cost.csv")}
+    assert list(table)[:2] == ["easgd", "easgd again"]
+    assert len(table) == len(rows(tmp_path / "rounds.csv")) == 7
+    assert float(table["easgd"]["ratio"]) == float(table["easgd"]["cpu_ratio"]) == 1
+    # A reading of several gradients after every fourth step is in the counted steps.
+    assert float(table["CurvatureMonitor"]["cpu_ratio"]) > max(1, float(table["TimeSplit"]["cpu_ratio"]))
+    readings = {row["reading"]: row for row in rows(tmp_path / "readings.csv")}
+    assert len(readings) == 5
+    assert int(float(readings["CurvatureMonitor, first"]["products"])) > 1
+    assert all(float(row["seconds"]) > 0 for row in readings.values())
+
+
+@pytest.mark.filterwarnings("ignore:verify=False")
+def test_batchnorm_statistics(tmp_path, monkeypatch):
+    module = importlib.import_module("batchnorm_statistics")
+    monkeypatch.setattr(module, "CIFAR10DataModule", partial(module.CIFAR10DataModule, verify=False))
+    write_cifar10(tmp_path / "data")
+    size = ["--root", str(tmp_path / "data"), "--rounds", "1", "--tau", "1", "--batch-size", "4", "--test-images", "7"]
+
+    def scores(output, *arguments):
+        run("batchnorm_statistics", output, *size, *arguments, "--batches", "1", "2")
+        found = rows(output / "batchnorm_statistics.csv")
+        return {(row["step"], row["weights"], row["statistics"]): row for row in found}
+
+    table = scores(tmp_path, "--steps", "4", "--every", "2", "--lr", "0")
+    center = ("mean of workers", "recalibrated 1", "recalibrated 2", "rank 0")
+    kinds = [*(("center", kind) for kind in center), ("worker_0", "own"), ("worker_1", "own")]
+    assert list(table) == [(step, *kind) for step in "24" for kind in kinds]
+    losses = {key: float(row["loss"]) for key, row in table.items()}
+    for step in "24":
+        # A learning rate of 0: all weights are the center's, and only the statistics differ.
+        assert losses[step, "center", "rank 0"] == pytest.approx(losses[step, "worker_0", "own"], rel=1e-5)
+        different = [losses[step, *kind] for kind in kinds if kind != ("worker_0", "own")]
+        assert all(abs(a - b) > 1e-5 for number, a in enumerate(different) for b in different[:number])
+    assert len(rows(tmp_path / "means.csv")) == len(table)
+    assert {row["test_images"] for row in table.values()} == {"7"}
+    # Looking in between changes nothing.
+    often = scores(tmp_path / "often", "--steps", "3", "--every", "1")
+    once = scores(tmp_path / "once", "--steps", "3", "--every", "3")
+    assert once == {key: row for key, row in often.items() if key[0] == "3"}
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_batchnorm_statistics_without_data_says_so(tmp_path, capsys):
+    run("batchnorm_statistics", tmp_path, "--root", str(tmp_path))
+    assert "skipped: " in capsys.readouterr().out
+
+
+def test_ratios_are_to_the_reference_asked_for():
+    turns = [
+        Turn(method, 0, [seconds], [seconds], [0.0], [0.0]) for method, seconds in (("easgd", 2.0), ("other", 3.0))
+    ]
+    assert [row["ratio"] for row in ratios({}, turns, reference="easgd")] == [1, 1.5]
+    assert ratios({}, turns) == []
 
 
 def test_gpu_without_a_gpu_says_so(tmp_path, capsys):

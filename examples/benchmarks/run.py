@@ -16,6 +16,8 @@ BENCHMARKS = {
     "exchange": "bytes per second of an asynchronous exchange against memcpy and a raw socket",
     "time_to_accuracy": "seconds to a test error on CIFAR-10 over a slow network (needs root and the data set)",
     "gpu": "the exchange against the memory's bandwidth, and step cost on ResNet-50 (needs a GPU)",
+    "monitor_cost": "what the callbacks cost in a training step, and what a reading of theirs takes",
+    "batchnorm_statistics": "test error with BatchNorm's statistics from various sources (needs CIFAR-10)",
     "data_loading": "images per second of the loaders (prints only)",
     "simulated_time": "how well easgd-simulate predicts the time of real runs",
     "simulated_curve": "the error curves of real runs on the digits beside simulated ones",

@@ -107,15 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw_curves(
         options.output / "figure.png",
         {
-            method: [
-                (point["seconds"], point["test_error"])
-                for point in curves
-                if (point["method"], point["lr"], point["round"]) == (method, lr, 0)
-            ]
-            for method, lr in sorted(chosen)
+            f"CIFAR-10, {options.ranks} nodes, {Link(options.mbit, options.delay_ms).name}": {
+                method: [
+                    (point["seconds"], point["test_error"])
+                    for point in curves
+                    if (point["method"], point["lr"], point["round"]) == (method, lr, 0)
+                ]
+                for method, lr in sorted(chosen)
+            }
         },
         target=options.target,
-        title=f"CIFAR-10, {options.ranks} nodes, {Link(options.mbit, options.delay_ms).name}",
     )
 
 

@@ -1,4 +1,4 @@
-"""Step time relative to local training, as bars."""
+"""Step time relative to local training as bars, and test errors as curves."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,17 +92,31 @@ def _draw(axes: "Axes", panel: Panel, shown: dict[str, str], what: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_curves(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, target: float, title: str) -> None:
-    """Draw test error over seconds, and the target error; without matplotlib say so, and draw nothing."""
-    figure = _figure((5.2, 3.6))
+Curves = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def draw_curves(
+    path: Path, panels: Mapping[str, Curves], *, across: str = "seconds of training", target: float | None = None
+) -> None:
+    """Draw curves of the test error; without matplotlib say so, and draw nothing.
+
+    Args:
+        path: The PNG file.
+        panels: For each title the points of each curve by its label; systems of axes from left to right.
+        across: What the errors are drawn over.
+        target: The error to reach, a line.
+    """
+    figure = _figure((0.6 + 4.6 * len(panels), 3.6))
     if figure is None:
         return
-    axes = figure.subplots()
-    for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), label=label, marker=".")
-    axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
-    axes.set(title=title, xlabel="seconds of training", ylabel="test error")
-    axes.legend(fontsize="small")
+    systems: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False).flat
+    for axes, (title, curves) in zip(systems, panels.items(), strict=True):
+        for label, points in curves.items():
+            axes.plot(*zip(*points, strict=True), label=label, marker=".")
+        if target is not None:
+            axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
+        axes.set(title=title, xlabel=across, ylabel="test error")
+        axes.legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

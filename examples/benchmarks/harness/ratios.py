@@ -1,4 +1,4 @@
-"""Tables of turns: each turn as it was, and for each method its ratios to local training of the same round."""
+"""Tables of turns: each turn as it was, and for each method its ratios to a reference of the same round."""
 
 import math
 import statistics
@@ -29,19 +29,25 @@ def every_turn(setting: Mapping[str, Any], turns: Iterable[Turn]) -> list[Row]:
     ]
 
 
-def ratios(setting: Mapping[str, Any], turns: Sequence[Turn]) -> list[Row]:
-    """One row for each method: medians over the rounds, with the smallest and the largest ratio."""
-    local = {turn.round: turn for turn in turns if turn.method == LOCAL}
+def ratios(setting: Mapping[str, Any], turns: Sequence[Turn], *, reference: str = LOCAL) -> list[Row]:
+    """One row for each method: medians over the rounds, with the smallest and the largest ratio.
+
+    Args:
+        setting: The first columns.
+        turns: Of all methods.
+        reference: Label of the method that the ratios are to.
+    """
+    base = {turn.round: turn for turn in turns if turn.method == reference}
     lines = []
     for name in dict.fromkeys(turn.method for turn in turns):
-        own = [turn for turn in turns if turn.method == name and turn.round in local]
+        own = [turn for turn in turns if turn.method == name and turn.round in base]
         if not own:  # cut off in the first round
             continue
         middle, low, high = median_and_range(
-            statistics.fmean(turn.seconds) / statistics.fmean(local[turn.round].seconds) for turn in own
+            statistics.fmean(turn.seconds) / statistics.fmean(base[turn.round].seconds) for turn in own
         )
         cpu = statistics.median(
-            statistics.fmean(turn.cpu_seconds) / statistics.fmean(local[turn.round].cpu_seconds) for turn in own
+            statistics.fmean(turn.cpu_seconds) / statistics.fmean(base[turn.round].cpu_seconds) for turn in own
         )
         lines.append(
             {
