@@ -42,6 +42,8 @@ pytestmark = pytest.mark.timeout(60)
         ({"center_device": "cuda"}, ValueError, r"EASGDStrategy\(center_device='cuda'\): .* use 'cpu'"),
         ({"center_device": "cpu", "mode": "async"}, ValueError, r"mode='async'\): a served center is in host memory"),
         ({"evaluate": "both"}, ValueError, r"EASGDStrategy\(evaluate='both'\): .* 'center' or 'worker'"),
+        ({"recalibrate_batchnorm": -1}, ValueError, r"EASGDStrategy\(recalibrate_batchnorm=-1\): .* or 0"),
+        ({"recalibrate_batchnorm": True}, TypeError, r"EASGDStrategy\(recalibrate_batchnorm=True\): .* an int"),
         ({"momentum": 0.0}, ValueError, r"EASGDStrategy\(momentum=0.0\): .* \(0, 1\)"),
         ({"momentum": 1.0}, ValueError, r"EASGDStrategy\(momentum=1.0\)"),
         ({"timeout": 30}, TypeError, r"EASGDStrategy\(timeout=30\): .*timedelta\(seconds=30\)"),

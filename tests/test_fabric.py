@@ -336,6 +336,8 @@ def test_downpour_takes_gradients_at_the_new_point_without_a_closure_too():
 def test_refusals():
     with pytest.raises(ValueError, match=r"evaluate='worker'\): Fabric has no validation"):
         EASGDStrategy(evaluate="worker")
+    with pytest.raises(ValueError, match=r"recalibrate_batchnorm=3\): .*update_bn"):
+        EASGDStrategy(recalibrate_batchnorm=3)
     with pytest.raises(RuntimeError, match="no center before the first optimizer step"):
         _ = EASGDStrategy().center
 

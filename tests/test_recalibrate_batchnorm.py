@@ -113,6 +113,30 @@ def test_training_is_bitwise_the_same_and_the_center_differs_in_its_statistics_o
     assert run_ranks(train, 2) == [(True, True, [False, False, False])] * 2
 
 
+def test_the_strategys_argument_is_the_callback():
+    """The same statistics to the bit, fit after fit; afterwards the trainer has its own callbacks."""
+
+    def train(own, *callbacks):
+        seed()
+        trainer = quiet_trainer(
+            strategy=EASGDStrategy(tau=2, recalibrate_batchnorm=own), devices=2, callbacks=list(callbacks)
+        )
+        before, buffers = list(trainer.callbacks), []
+        for _ in range(2):
+            module = Noisy(batches=7)
+            trainer.fit(module)
+            buffers.append(arrays(module.buffers()))
+        assert trainer.callbacks == before
+        return [[each.tobytes() for each in fit] for fit in buffers]
+
+    def both():
+        return train(3), train(0, RecalibrateBatchNorm(batches=3)), train(0)
+
+    for by_argument, by_callback, without in run_ranks(both, 2):
+        assert by_argument == by_callback
+        assert by_argument != without
+
+
 def test_every_checkpoint_has_them(tmp_path):
     def train():
         savers = [

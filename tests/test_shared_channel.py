@@ -12,17 +12,17 @@ from channels import Hub, LoneChannel, on_threads
 
 from lightning_easgd.averagers import ExchangeError, SharedChannel
 from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_channel import ELEMENTS
+from lightning_easgd.averagers.shared_channel import ROW
 from lightning_easgd.averagers.shared_vectors import SharedVectors
 
 pytestmark = pytest.mark.timeout(60)
 SECONDS = timedelta(seconds=20)
-UNDER_WAY = 2
+ROWS, UNDER_WAY = 6, 2
 
 
 def vectors_of(store, rank, workers, timeout=SECONDS):
     place = MeetingPlace(store, rank=rank, size=workers)
-    return SharedVectors(ELEMENTS, torch.int64, place, timeout)
+    return SharedVectors(ROWS * ROW, torch.int64, place, timeout)
 
 
 def on_channels(work, workers, timeout=SECONDS):
@@ -33,7 +33,11 @@ def on_channels(work, workers, timeout=SECONDS):
         vectors = vectors_of(dist.PrefixStore("channel", store), rank, workers, timeout)
         vectors.attach()
         barrier.wait(10)
-        return work(rank, SharedChannel(vectors, hub.channel(rank)))
+        channel = SharedChannel(vectors, hub.channel(rank))
+        try:
+            return work(rank, channel)
+        finally:
+            channel.close()
 
     return on_threads(run, workers)
 
@@ -74,26 +78,26 @@ def test_sums_may_be_waited_for_in_any_order():
 
 
 def test_a_worker_waits_before_it_overwrites_what_another_has_not_read():
-    """Rank 1 is 64 sums behind: rank 0's next one would take the row of the first."""
+    """Rank 1 is as many sums behind as there are rows: rank 0's next one would take the row of the first."""
     ahead, waited = threading.Event(), []
 
     def work(rank, channel):
         transfers = []
-        for number in range(64):
+        for number in range(ROWS):
             transfers.append(channel.sum(torch.tensor([number])))
         if rank == 0:
             for transfer in transfers:
                 transfer.wait()
             ahead.set()
             started = time.monotonic()
-            transfers.append(channel.sum(torch.tensor([64])))
+            transfers.append(channel.sum(torch.tensor([ROWS])))
             waited.append(time.monotonic() - started)
         else:
             assert ahead.wait(10)
             time.sleep(0.3)
             for transfer in transfers:
                 transfer.wait()
-            transfers.append(channel.sum(torch.tensor([64])))
+            transfers.append(channel.sum(torch.tensor([ROWS])))
         transfers[-1].wait()
 
     on_channels(work, 2)
@@ -102,13 +106,37 @@ def test_a_worker_waits_before_it_overwrites_what_another_has_not_read():
 
 def test_other_sums_go_elsewhere():
     events = []
-    channel = SharedChannel(vectors_of(dist.HashStore(), 0, 1), LoneChannel(events))
+    vectors = vectors_of(dist.HashStore(), 0, 1)
+    vectors.attach()
+    channel = SharedChannel(vectors, LoneChannel(events))
     for other in (torch.zeros(3), torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
         channel.sum(other).wait()
     assert events == ["start", "wait"] * 3
     channel.sum(torch.zeros(7, dtype=torch.int64)).wait()
     assert len(events) == 6
     channel.close()
+
+
+def test_a_sum_that_was_cut_short_is_started_again(monkeypatch):
+    """An exception before a worker's part is published: the next sum takes its turn."""
+
+    def work(rank, channel):
+        if rank == 0:
+            with monkeypatch.context() as patch:
+                patch.setattr(channel._vectors, "publish_written", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    channel.sum(torch.tensor([100]))
+        sums = []
+        for number in range(3):
+            buffer = torch.tensor([number])
+            channel.sum(buffer).wait()
+            sums.append(buffer.item())
+        return sums
+
+    def interrupt(number):
+        raise KeyboardInterrupt
+
+    assert on_channels(work, 2) == [[0, 2, 4]] * 2
 
 
 def test_different_sums_are_told():

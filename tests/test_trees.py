@@ -215,6 +215,33 @@ def test_spawned_ranks_and_callbacks_in_pytorch_lightning(tmp_path):
     assert (tmp_path / "time.csv").exists()
 
 
+def test_batchnorm_is_recalibrated_in_pytorch_lightning():
+    class Normalised(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            return self.norm(batch).square().sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(torch.randn(48, 3, generator=torch.Generator().manual_seed(0)), batch_size=4)
+
+    def train():
+        module = Normalised()
+        strategy = lightning_easgd.pl.EASGDStrategy(tau=2, recalibrate_batchnorm=6)
+        other_trainer(strategy=strategy, devices=2).fit(module)
+        return module.norm.num_batches_tracked.item(), module.norm.running_mean.tolist()
+
+    data = torch.randn(48, 3, generator=torch.Generator().manual_seed(0))  # all of it, once
+    for count, mean in run_ranks(train, 2):
+        assert count == 6
+        assert mean == pytest.approx(data.mean(0).tolist(), abs=1e-6)
+
+
 def test_sigterm_ends_forked_ranks_in_pytorch_lightning():
     class Terminate(pl.Callback):
         def on_train_batch_end(self, trainer, *_):

@@ -10,12 +10,11 @@ from typing_extensions import override
 from lightning_easgd.averagers.channel import Channel, ExchangeError, Transfer
 from lightning_easgd.averagers.shared_vectors import SharedVectors
 
-__all__ = ["ELEMENTS", "SharedChannel"]
+__all__ = ["ROW", "SharedChannel"]
 
 _LONGEST = 7  # integers of a sum that fits
-_SUMS = 64  # that may be under way
-ELEMENTS = _SUMS * (1 + _LONGEST)
-"""The size of a vector: each sum has a row of it, with how many integers it adds up, and they."""
+ROW = 1 + _LONGEST
+"""Elements of a vector that a sum takes: how many integers it has, then the integers."""
 
 
 @final
@@ -25,18 +24,19 @@ class SharedChannel(Channel):
     Announcements are such sums. A process group takes some tenths of a millisecond for one, wherever the workers are,
     most of it in threads that wake each other up; here it takes some hundredths, in the callers' threads alone.
 
-    A worker's part of the k-th sum lies in row k mod 64 of its vector, and is overwritten when all have read it.
+    A vector has a row for each sum, used in turn. A row is written again when all have read it: a worker may start as
+    many sums as there are rows before it waits for the first, and :meth:`sum` waits for workers that are so far behind.
+    Workers whose sums have different lengths are told so, unless one is short and the other is not.
 
     Args:
-        vectors: One for each worker, of ``ELEMENTS`` int64; the object takes them over.
+        vectors: One for each worker, of int64, attached; a multiple of ``ROW`` elements. The object takes them over.
         otherwise: The channel of the other sums; the object takes it over.
     """
 
     def __init__(self, vectors: SharedVectors, otherwise: Channel) -> None:
         self._vectors = vectors
         self._otherwise = otherwise
-        self._own = _rows(vectors.own)
-        self._all: list[list[Tensor]] = []  # the rows of all ranks
+        self._rows = [list(vector.view(-1, ROW)) for vector in vectors.of_all]
         self._started = 0
         self._under_way: deque[_SharedTransfer] = deque()
         self.rank = otherwise.rank
@@ -46,38 +46,41 @@ class SharedChannel(Channel):
     def sum(self, buffer: Tensor) -> Transfer:
         if buffer.dtype != torch.int64 or buffer.dim() != 1 or buffer.numel() > _LONGEST:
             return self._otherwise.sum(buffer)
-        self._started += 1
-        self._vectors.wait_until_read(self._started - _SUMS)
-        self._own[self._started % _SUMS][: 1 + buffer.numel()] = torch.tensor([buffer.numel(), *buffer.tolist()])
-        self._vectors.publish_written(self._started)
-        transfer = _SharedTransfer(self, self._started, buffer)
+        number = self._started + 1
+        own = self._rows[self.rank]
+        self._vectors.wait_until_read(number - len(own))
+        own[number % len(own)][: 1 + buffer.numel()] = torch.tensor([buffer.numel(), *buffer.tolist()])
+        self._vectors.publish_written(number)
+        self._started = number  # now: a sum that an exception cut short has not taken its turn
+        transfer = _SharedTransfer(self, number, buffer)
         self._under_way.append(transfer)
         return transfer
 
     @override
     def bytes_sent(self, nbytes: int) -> int:
-        return nbytes
+        return nbytes if nbytes <= 8 * _LONGEST else self._otherwise.bytes_sent(nbytes)
 
     @override
     def close(self) -> None:
-        self._all.clear()
+        self._rows.clear()
+        self._under_way.clear()
         self._vectors.close()
         self._otherwise.close()
 
     def receive(self, number: int) -> None:
-        """Finish the sums up to a number, in their order: only then is what all have read one number."""
+        """Finish the sums up to a number, in their order: only then is what has been read one number."""
         while self._under_way and self._under_way[0].number <= number:
             transfer = self._under_way[0]
             self._vectors.wait_until_written(transfer.number)
-            self._all = self._all or [_rows(vector) for vector in self._vectors.all]
-            values = [rows[transfer.number % _SUMS].tolist() for rows in self._all]
+            rows = [rows[transfer.number % len(rows)].tolist() for rows in self._rows]
             numel = transfer.buffer.numel()
-            if any(count != numel for count, *_ in values):
+            if any(count != numel for count, *_ in rows):
                 raise ExchangeError(
                     "EASGDStrategy: the workers add up different things; build the same model and optimizer on every"
                     " rank."
                 )
-            transfer.buffer.copy_(torch.tensor([sum(column) for column in zip(*values, strict=True)][1 : 1 + numel]))
+            parts = (row[1 : 1 + numel] for row in rows)
+            transfer.buffer.copy_(torch.tensor([sum(column) for column in zip(*parts, strict=True)]))
             self._vectors.publish_read(transfer.number)
             self._under_way.popleft()
 
@@ -100,7 +103,3 @@ class _SharedTransfer(Transfer):
     @override
     def wait(self) -> None:
         self._channel.receive(self.number)
-
-
-def _rows(vector: Tensor) -> list[Tensor]:
-    return list(vector.view(_SUMS, 1 + _LONGEST))

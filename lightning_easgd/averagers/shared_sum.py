@@ -93,7 +93,7 @@ class SharedSum(DifferenceSum):
         self._vectors.close()
 
     def _add_up(self) -> None:
-        self._blocks = self._blocks or _blocks(self.center, self.wire, self._vectors.all)
+        self._blocks = self._blocks or _blocks(self.center, self.wire, self._vectors.of_all)
         for share, blocks in zip(self._shares, self._blocks, strict=True):
             for center, (first, *others) in blocks:
                 total = first

@@ -64,7 +64,7 @@ class SharedVector(ForkAware):
             CenterError: If there is not enough memory.
         """
         size = numel * dtype.itemsize
-        descriptor = allocate_shared(_DATA + size, "lightning_easgd-difference", "SharedVector: a worker's difference")
+        descriptor = allocate_shared(_DATA + size, "lightning_easgd-vector", "SharedVector: a worker's vector")
         os.pwrite(descriptor, secrets.token_bytes(_SIZE) + _COUNTER.pack(size), _IDENTITY)
         return cls(descriptor, dtype)
 
@@ -110,21 +110,21 @@ class SharedVector(ForkAware):
         return os.getpid() if self._path is None else int(self._path.split("/")[2])
 
     def publish_written(self, exchanges: int) -> None:
-        """Say that the difference of this exchange is there."""
+        """Say that the owner's part of this exchange is there."""
         self._publish(_WRITTEN, exchanges)
 
     def publish_read(self, exchanges: int) -> None:
-        """Say that the owner has read everybody's difference of this exchange."""
+        """Say that the owner has read everybody's part of this exchange."""
         self._publish(_READ, exchanges)
 
     @property
     def written(self) -> int:
-        """The last exchange whose difference is there."""
+        """The last exchange of which the owner's part is there."""
         return self._published(_WRITTEN)
 
     @property
     def read(self) -> int:
-        """The last exchange that the owner has read everybody's difference of."""
+        """The last exchange that the owner has read everybody's part of."""
         return self._published(_READ)
 
     def close(self) -> None:

@@ -45,7 +45,11 @@ class SharedVectors:
         self._timeout = timeout
         self._processes = processes
         self._vectors: list[SharedVector] = []  # of all ranks
-        place.enter(self._own.address)
+        try:
+            place.enter(self._own.address)
+        except BaseException:
+            self.close()
+            raise
 
     def renewed(self, numel: int) -> "SharedVectors":
         """Vectors of another size in place of these, which are closed; each worker makes them when it gets there."""
@@ -59,7 +63,7 @@ class SharedVectors:
         return self._own.elements
 
     @property
-    def all(self) -> list[Tensor]:
+    def of_all(self) -> list[Tensor]:
         """The vectors of all ranks, each of shape (elements,); empty until they are attached."""
         return [vector.elements for vector in self._vectors]
 
@@ -131,8 +135,8 @@ class SharedVectors:
         if theirs != own:
             vector.close()
             raise ExchangeError(
-                f"EASGDStrategy: rank {rank} averages {theirs} parameters and rank {self._place.rank} {own}; build the"
-                " same model and optimizer on every rank."
+                f"EASGDStrategy: rank {rank} shares {theirs} numbers and rank {self._place.rank} {own}; build the same"
+                " model and optimizer on every rank."
             )
         return vector
 

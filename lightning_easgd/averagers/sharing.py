@@ -9,7 +9,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_channel import ELEMENTS, SharedChannel
+from lightning_easgd.averagers.shared_channel import ROW, SharedChannel
 from lightning_easgd.averagers.shared_vectors import SharedVectors
 from lightning_easgd.service.errors import CenterError
 from lightning_easgd.service.stores import own_client
@@ -19,15 +19,16 @@ __all__ = ["shared_channel", "shared_vectors"]
 _places = count()  # keys of those of before are still in the store
 
 
-def shared_channel(store: Store, channel: Channel, timeout: timedelta) -> Channel:
+def shared_channel(store: Store, channel: Channel, timeout: timedelta, sums: int) -> Channel:
     """A channel that sums up a few integers in shared memory and all else on another; or that one, with a warning.
 
     Args:
         store: The workers' store.
         channel: Reduces CPU tensors.
         timeout: How long to wait for another worker.
+        sums: How many sums of integers a worker may be ahead of another.
     """
-    vectors = shared_vectors(ELEMENTS, torch.int64, store, channel, timeout)
+    vectors = shared_vectors(ROW * sums, torch.int64, store, channel, timeout)
     return channel if vectors is None else SharedChannel(vectors, channel)
 
 
@@ -51,20 +52,25 @@ def shared_vectors(
         vectors = SharedVectors(numel, dtype, place, timeout)
     except CenterError as error:
         problem = error
-    if _all_well(control, problem):
-        assert vectors is not None
-        try:
-            vectors.attach()
-        except CenterError as error:
-            problem = error
+    try:
         if _all_well(control, problem):
-            return vectors
+            assert vectors is not None
+            try:
+                vectors.attach()
+            except CenterError as error:
+                problem = error
+            if _all_well(control, problem):
+                return vectors
+    except BaseException:
+        if vectors is not None:
+            vectors.close()
+        raise
     if vectors is not None:
         vectors.close()
     if problem is not None:
         warnings.warn(
-            f"EASGDStrategy: rank {control.rank} cannot share memory ({problem}) The workers exchange through the"
-            " process group instead, which is slower.",
+            f"EASGDStrategy: rank {control.rank} cannot share memory ({problem}) The workers announce and"
+            " exchange through the process group instead, which is slower.",
             RuntimeWarning,
             stacklevel=2,
         )

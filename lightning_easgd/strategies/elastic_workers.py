@@ -86,11 +86,15 @@ class ElasticWorkers(ServedWorkers):
             parameters are), or "cpu", which frees two float32 copies of the parameters on a GPU; x then travels to
             pinned host memory and its difference back, and the workers' sum is made by gloo. The numbers are the same.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
+        recalibrate_batchnorm: Mini-batches of each worker from which BatchNorm's statistics are estimated wherever the
+            center is shown, in place of the mean of the workers' statistics; 0 for that mean. It is the callback
+            :class:`~lightning_easgd.callbacks.RecalibrateBatchNorm`, which manual optimization needs with ``forward``.
         worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
             from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
             written by all ranks at once, for large models) or "none" (a resumed run starts at the center).
-        process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on the CPUs of one host
-            exchange through memory that they share; a name, such as "gloo", lets them exchange through the group.
+        process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on one host announce
+            exchanges through memory that they share, and on its CPUs they exchange there, too; a name, such as "gloo",
+            lets them do both through process groups.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
         **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
@@ -123,6 +127,7 @@ class ElasticWorkers(ServedWorkers):
         on_worker_loss: OnWorkerLoss = "fail",
         center_device: Literal["cpu"] | None = None,
         evaluate: Literal["center", "worker"] = "center",
+        recalibrate_batchnorm: int = 0,
         worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
@@ -138,6 +143,7 @@ class ElasticWorkers(ServedWorkers):
             order=order,
             on_worker_loss=on_worker_loss,
             evaluate=evaluate,
+            recalibrate_batchnorm=recalibrate_batchnorm,
             worker_state=worker_state,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -186,7 +192,9 @@ class ElasticWorkers(ServedWorkers):
         assert self._timeout is not None
         control: Channel = ProcessGroupChannel("gloo", self._timeout)
         if self.num_nodes == 1 and not self._has_chosen_backend:
-            control = shared_channel(_get_default_store(), control, self._timeout)
+            # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
+            sums = 2 * (len(optimizers) + 1)
+            control = shared_channel(_get_default_store(), control, self._timeout, sums)
         return SynchronousAveraging(
             control,
             self._make_sums(control, self._timeout, len(optimizers)),
@@ -207,7 +215,7 @@ class ElasticWorkers(ServedWorkers):
         # several optimizers must not start their work in another order on each rank, as buckets would.
         spread = self.tau if on_cpu or (self.center_device is None and number == 1) else 1
         all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
-        if on_cpu and isinstance(control, SharedChannel):
+        if on_cpu and isinstance(control, SharedChannel):  # where they can share memory at all
             return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
         return all_reduced
 

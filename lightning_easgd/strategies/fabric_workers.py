@@ -48,12 +48,20 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     the random number generators.
     """
 
-    def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
+    def __init__(
+        self, *arguments: Any, evaluate: str = "center", recalibrate_batchnorm: int = 0, **keywords: Any
+    ) -> None:
         super().__init__(*arguments, **keywords)
         if evaluate != "center":
             raise ValueError(
                 f"{type(self).__name__}(evaluate={evaluate!r}): Fabric has no validation; outside of"
                 " strategy.center_weights(module) the module holds the worker's own weights."
+            )
+        if recalibrate_batchnorm != 0:
+            raise ValueError(
+                f"{type(self).__name__}(recalibrate_batchnorm={recalibrate_batchnorm!r}): Fabric does not know the"
+                " forward pass of a training step; call torch.optim.swa_utils.update_bn inside of"
+                " strategy.center_weights(module)."
             )
         self._modules: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []

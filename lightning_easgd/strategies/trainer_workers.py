@@ -6,12 +6,12 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_easgd._compat import reads_common_clock
-from lightning_easgd.strategies.checkpointed_workers import CheckpointedWorkers
+from lightning_easgd.strategies.recalibrated_workers import RecalibratedWorkers
 
 __all__ = ["TrainerWorkers"]
 
 
-class TrainerWorkers(CheckpointedWorkers):
+class TrainerWorkers(RecalibratedWorkers):
     """Workers of a Trainer whose center may be a served one."""
 
     @property
