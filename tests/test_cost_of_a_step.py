@@ -114,7 +114,7 @@ def test_the_count_sees_a_loop_and_an_allocation():
 
 
 def test_collectives_of_a_period():
-    """One header, and one reduction for each bucket of at least a mebibyte."""
+    """One header, and one reduction for each bucket of at least two mebibytes."""
     headers, events = [], []
     counted(all_reduced(events), 3, headers)
     assert (headers.count("start"), events.count("start")) == (2, 2)
