@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from channels import LoneChannel
 from lightning.pytorch.plugins import MixedPrecision
 from ranks import run_ranks
 from reference import synchronous_trace
@@ -69,19 +70,13 @@ def test_moves_of_the_center_far_below_the_workers_resolution_add_up(mode):
 def test_a_pull_below_the_workers_resolution_leaves_it_where_it_is():
     """What the docstring says: a bfloat16 worker stays apart by up to half its resolution divided by α."""
 
-    class Line:
-        rank, size = 0, 1
-
-        def sum(self, buffer):
-            return type("Arrived", (), {"wait": lambda _: None})()
-
     def distance_left(dtype, units, alpha):
         parameter = nn.Parameter(torch.ones(1, dtype=dtype))
         optimizer = torch.optim.SGD([parameter], lr=0.0)
         averager = SynchronousAverager(
             optimizer,
-            ExchangeLine(Line()),
-            all_reduced_sums(Line, tau=1),
+            ExchangeLine(LoneChannel([])),
+            all_reduced_sums(lambda: LoneChannel([]), tau=1),
             number=0,
             tau=1,
             rates=MovingRates(alpha=alpha, beta=1e-9),
