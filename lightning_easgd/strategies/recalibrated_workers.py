@@ -42,10 +42,12 @@ class RecalibratedWorkers(CheckpointedWorkers):
 
     def teardown(self) -> None:
         """Undo :meth:`setup`."""
-        trainer = self._trainer
-        super().teardown()
-        if self._recalibration is not None:
-            with contextlib.suppress(ValueError):
-                trainer.callbacks.remove(self._recalibration)
-            self._recalibration.teardown(trainer, self.lightning_module, "fit")
-            self._recalibration = None
+        trainer, recalibration = self._trainer, self._recalibration
+        self._recalibration = None
+        try:
+            super().teardown()
+        finally:
+            if recalibration is not None:
+                with contextlib.suppress(ValueError):
+                    trainer.callbacks.remove(recalibration)
+                recalibration.teardown(trainer, self.lightning_module, "fit")
