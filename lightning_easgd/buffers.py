@@ -1,40 +1,13 @@
-"""What becomes common to all workers beside the parameters, such as BatchNorm's statistics: made when needed."""
+"""A module's buffers as they were: kept while it shows others, and put back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lightning_easgd.averagers.channel import Channel
-
-__all__ = ["KeptBuffer", "common_values", "keep_buffers", "load_buffers", "restore_buffers"]
-
-
-def common_values(tensors: Sequence[Tensor], channel: "Channel") -> list[Tensor]:
-    """One value of each tensor for all workers: the workers' mean, of integer tensors rank 0's value.
-
-    The mean is taken in float64, so that a tensor of float32 or less that is the same everywhere keeps its bits.
-
-    Args:
-        tensors: As many and of the same shapes on every worker.
-        channel: Reduces CPU tensors. All workers call this at the same point.
-
-    Returns:
-        One new tensor for each, of its shape, dtype and device.
-    """
-    values = [_as_real(tensor.detach()) for tensor in tensors]
-    real = [value for value in values if value.is_floating_point()]
-    whole = [value for value in values if not value.is_floating_point()]
-    means = iter(_sum(real, torch.float64, channel))
-    # Rank 0's integers plus the others' zeros.
-    firsts = iter(_sum(whole if channel.rank == 0 else [torch.zeros_like(w) for w in whole], torch.int64, channel))
-    return [
-        _like(next(means) / channel.size if value.is_floating_point() else next(firsts), original)
-        for value, original in zip(values, tensors, strict=True)
-    ]
+__all__ = ["FiniteBuffers", "KeptBuffer", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
 @final
@@ -60,33 +33,56 @@ def keep_buffers(module: nn.Module) -> list[KeptBuffer]:
 
 @torch.no_grad()
 def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
-    """Put remembered buffers back, values and objects; buffers that have come since stay as they are."""
-    for buffer in kept:
-        buffer.buffer.copy_(buffer.value)
-        buffer.owner._buffers[buffer.name] = buffer.buffer
+    """Put remembered buffers back, values and objects; buffers that have come since stay as they are.
+
+    A buffer that has got another shape or dtype gets its old one back.
+    """
+    for each in kept:
+        if (each.buffer.shape, each.buffer.dtype) != (each.value.shape, each.value.dtype):
+            each.buffer.data = each.value.clone()
+        elif not (_is_expanded(each.buffer) and torch.equal(each.buffer, each.value)):
+            each.buffer.copy_(each.value)
+        each.owner._buffers[each.name] = each.buffer
 
 
 @torch.no_grad()
-def load_buffers(module: nn.Module, values: Sequence[Tensor]) -> None:
-    """Copy values into the module's buffers, in the order of ``module.buffers()``."""
-    for buffer, value in zip(module.buffers(), values, strict=True):
-        buffer.copy_(value)
+def load_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the module's buffers of these names."""
+    buffers = dict(module.named_buffers())
+    for name in buffers.keys() & values.keys():
+        buffers[name].copy_(values[name])
 
 
-def _sum(tensors: list[Tensor], dtype: torch.dtype, channel: "Channel") -> list[Tensor]:
-    """The sum of each tensor over all workers, in this dtype and on the CPU."""
-    if not tensors:
-        return []
-    flat = torch.cat([tensor.to("cpu", dtype).flatten() for tensor in tensors])
-    channel.sum(flat).wait()
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+@final
+class FiniteBuffers:
+    """The last finite values of a module's floating-point buffers that are known to be good.
+
+    Args:
+        module: The module; its buffers are good now.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._values = {name: buffer.detach().clone() for name, buffer in self._buffers()}
+
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Remember other values of these names, whatever else is among them."""
+        self._values |= {name: values[name] for name in self._values.keys() & values.keys()}
+
+    @torch.no_grad()
+    def mend(self) -> None:
+        """Put the remembered values into buffers that are not finite any more."""
+        for name, buffer in self._buffers():
+            value = self._values.get(name)
+            if value is not None and value.shape == buffer.shape and not torch.isfinite(buffer).all():
+                buffer.copy_(value)
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        return [(name, buffer) for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
 
 
-def _as_real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _like(value: Tensor, original: Tensor) -> Tensor:
-    value = torch.view_as_complex(value) if original.is_complex() else value
-    return value.to(original.device, original.dtype)
+def _is_expanded(tensor: Tensor) -> bool:
+    """Whether elements share memory, so that the tensor cannot be written to."""
+    return tensor.layout is torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )

@@ -1,42 +1,41 @@
 """The center variable: flat storage with a named view for each parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import chain
 from typing import final
 
 import torch
 from torch import Tensor
 
-__all__ = ["FlatTensors", "center_dtype"]
+__all__ = ["FlatTensors", "as_parameter", "as_real", "center_dtype"]
 
 
 def center_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of the center of these parameters: float32, or float64 if one of them is that wide.
+    """The dtype of the center of these parameters: float32, or float64 if one of them, or its parts, is that wide.
 
     A center in bfloat16 would lose the differences α(x - x̃) to rounding.
-
-    Raises:
-        TypeError: If a parameter is not real floating-point.
     """
-    dtype = torch.float32
-    for tensor in tensors:
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"EASGDStrategy: a parameter of dtype {tensor.dtype} and shape {tuple(tensor.shape)} cannot be"
-                " averaged; keep it out of the optimizer, or store it as real floating-point numbers."
-            )
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+    return torch.float64 if any(as_real(tensor).dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A view of a complex tensor as a real one, whose last dimension is 2; a real tensor as it is."""
+    return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+
+
+def as_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value of the center in the parameter's shape: for a complex parameter a complex copy, else the value itself."""
+    return torch.view_as_complex(value.contiguous().clone()) if parameter.is_complex() else value
 
 
 @final
 class FlatTensors:
-    """One contiguous buffer, seen as one tensor for each parameter of an optimizer.
+    """One contiguous buffer, seen as one tensor for each parameter of an optimizer; complex ones as :func:`as_real`.
 
     The buffer is what travels and what whole-model arithmetic runs on: one kernel instead of one for each parameter.
 
     Args:
-        groups: The parameters, in the optimizer's groups. Only shapes and device are read.
+        groups: The parameters, in the optimizer's groups, real; there may be none. Only shapes and device are read.
         dtype: Dtype of the buffer.
         device: Where the buffer is; None for the parameters' device. Host memory beside a GPU is pinned.
         memory: A tensor to use as the buffer, of that dtype and size, instead of a new one, which is all zeros.
@@ -56,7 +55,8 @@ class FlatTensors:
     ) -> None:
         sizes = [[parameter.numel() for parameter in group] for group in groups]
         if memory is None:
-            place = next(chain.from_iterable(groups)).device
+            first = next(chain.from_iterable(groups), None)
+            place = torch.device("cpu") if first is None else first.device
             pinned = device == "cpu" and place.type == "cuda"
             memory = torch.zeros(sum(map(sum, sizes)), dtype=dtype, device=device or place, pin_memory=pinned)
         self.flat = memory
@@ -76,6 +76,12 @@ class FlatTensors:
             memory = torch.zeros_like(self.flat, pin_memory=self.flat.is_pinned())
         return FlatTensors(self.groups, self.flat.dtype, memory=memory)
 
+    def only(self, groups: Container[int]) -> "FlatTensors":
+        """The same buffer without the views of the other groups, which are empty then."""
+        part = FlatTensors(self.groups, self.flat.dtype, memory=self.flat)
+        part.groups = [group if number in groups else [] for number, group in enumerate(part.groups)]
+        return part
+
     @property
     def views(self) -> list[Tensor]:
         """The views of all groups in one list."""
@@ -83,8 +89,10 @@ class FlatTensors:
 
     def load_(self, tensors: Sequence[Tensor]) -> None:
         """Copy one tensor for each view into the buffer."""
-        torch._foreach_copy_(self.views, list(tensors))
+        if self.views:
+            torch._foreach_copy_(self.views, [as_real(tensor) for tensor in tensors])
 
     def store(self, tensors: Sequence[Tensor]) -> None:
         """Copy the buffer out into one tensor for each view, rounding to their dtypes."""
-        torch._foreach_copy_(list(tensors), self.views)
+        if self.views:
+            torch._foreach_copy_([as_real(tensor) for tensor in tensors], self.views)

@@ -5,9 +5,9 @@ Notation of Zhang, Choromanska and LeCun, *Deep learning with Elastic Averaging 
 elastic penalty :math:`\rho`, the worker's moving rate :math:`\alpha = \eta\rho`, the center's moving rate
 :math:`\beta = p\alpha`, momentum :math:`\delta`.
 
-A list holds one tensor per parameter; lists of one call have the same length and shapes. A function whose name
-ends in ``_`` writes to its first argument (:func:`elastic_exchange_` to its first two) and reads the others. When
-a worker has a narrower dtype than the center, arithmetic is done in the wider one and rounded once.
+A list holds one tensor per parameter, and may be empty; lists of one call have the same length and shapes. A function
+whose name ends in ``_`` writes to its first argument (:func:`elastic_exchange_` to its first two) and reads the others.
+When a worker has a narrower dtype than the center, arithmetic is done in the wider one and rounded once.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def elastic_difference(workers: Tensors, centers: Tensors) -> list[Tensor]:
     Returns:
         :math:`\Delta`, new tensors of the wider of the two dtypes.
     """
-    return list(torch._foreach_sub(list(workers), list(centers)))
+    return list(torch._foreach_sub(list(workers), list(centers))) if workers else []
 
 
 def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
@@ -56,7 +56,8 @@ def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
         differences: :math:`\Delta = x_{old} - \tilde x_{old}` of :func:`elastic_difference`.
         alpha: :math:`\alpha`, the worker's moving rate.
     """
-    torch._foreach_sub_(list(workers), list(differences), alpha=alpha)
+    if workers:
+        torch._foreach_sub_(list(workers), list(differences), alpha=alpha)
 
 
 def elastic_push_(centers: Tensors, differences: Tensors, alpha: float) -> None:
@@ -69,7 +70,8 @@ def elastic_push_(centers: Tensors, differences: Tensors, alpha: float) -> None:
         differences: :math:`\Delta` of the same exchange, hence of the same two old values.
         alpha: The rate of the center's move; :math:`\alpha` for the symmetric exchange.
     """
-    torch._foreach_add_(list(centers), list(differences), alpha=alpha)
+    if centers:
+        torch._foreach_add_(list(centers), list(differences), alpha=alpha)
 
 
 def elastic_exchange_(workers: Tensors, centers: Tensors, alpha: float, center_alpha: float | None = None) -> None:
@@ -102,7 +104,8 @@ def center_update_(centers: Tensors, worker_means: Tensors, beta: float) -> None
         worker_means: :math:`\frac1p\sum_i x^i`, all :math:`x^i` of before the workers' moves (Jacobi form).
         beta: :math:`\beta`, the center's moving rate; :math:`p\alpha` for the symmetric exchange.
     """
-    torch._foreach_lerp_(list(centers), list(worker_means), beta)
+    if centers:
+        torch._foreach_lerp_(list(centers), list(worker_means), beta)
 
 
 def nesterov_position_(look_ahead: Tensors, momentum_buffers: Tensors, lr_times_momentum: float) -> None:
@@ -118,7 +121,8 @@ def nesterov_position_(look_ahead: Tensors, momentum_buffers: Tensors, lr_times_
         momentum_buffers: :math:`b`.
         lr_times_momentum: :math:`\eta\delta` of the step that wrote :math:`b`.
     """
-    torch._foreach_add_(list(look_ahead), list(momentum_buffers), alpha=lr_times_momentum)
+    if look_ahead:
+        torch._foreach_add_(list(look_ahead), list(momentum_buffers), alpha=lr_times_momentum)
 
 
 def moving_rate_from_center_rate(beta: float, workers: int) -> float:

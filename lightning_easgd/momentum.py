@@ -1,46 +1,56 @@
 r"""Where a worker is: the point that it exchanges with the center, for plain and for Nesterov optimizers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_easgd.center import FlatTensors
+from lightning_easgd.center import FlatTensors, as_real
 from lightning_easgd.elastic import nesterov_position_
 
 __all__ = ["LookAheadPosition", "ParameterPosition", "Position", "make_nesterov"]
 
 
 class Position(ABC):
-    """Reads a worker's position x off its optimizer."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+    """Reads a worker's position x off its parameters and its optimizer."""
 
     @abstractmethod
-    def write(self, into: FlatTensors) -> None:
-        """Write x into a buffer with the optimizer's layout."""
+    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
+        """Write x into a buffer.
 
-    def after_step(self) -> None:  # noqa: B027 - most positions need no memory
-        """Take notice of a finished optimizer step."""
+        Args:
+            parameters: The averaged parameters.
+            into: A buffer with a view for each.
+        """
 
-    def state_dict(self) -> list[float]:
-        """What a resumed worker must know beside its optimizer's state."""
+    def follow(self, optimizer: Optimizer) -> None:  # noqa: B027 - most positions need nothing of it
+        """Go on with another optimizer of the same parameters, in place of the one before."""
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[float]:  # noqa: ARG002
+        """What a resumed worker must know beside its optimizer's state, of these parameters."""
         return []
 
-    def load_state_dict(self, state: list[float]) -> None:  # noqa: B027
-        """Take over what :meth:`state_dict` has returned."""
+    def load_state_dict(self, state: Sequence[float], parameters: Sequence[Tensor]) -> None:  # noqa: B027
+        """Take over what :meth:`state_dict` has returned of as many parameters."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of the optimizer."""
 
 
 @final
 class ParameterPosition(Position):
     """EASGD: the worker is where its parameters are."""
 
+    def __init__(self, optimizer: Optimizer) -> None:
+        del optimizer
+
     @override
-    def write(self, into: FlatTensors) -> None:
-        into.load_([parameter for group in self._optimizer.param_groups for parameter in group["params"]])
+    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
+        into.load_(parameters)
 
 
 @final
@@ -49,42 +59,80 @@ class LookAheadPosition(Position):
 
     With :math:`v = -\eta b` of ``torch.optim.SGD(nesterov=True)``, :math:`x = y + \eta\delta b`
     (:func:`~lightning_easgd.elastic.nesterov_position_`), where :math:`\eta` and :math:`\delta` are those of the step
-    that wrote :math:`b`: a scheduler may have changed both since.
+    that wrote :math:`b`. A scheduler may have changed both since, and steps that a gradient scaler skipped, or in which
+    the parameter had no gradient, have not written it.
+
+    Args:
+        optimizer: A ``torch.optim.SGD``; its steps are listened to.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(optimizer)
-        self._lr_times_momentum: list[float] = []
-        self.after_step()
+        # ηδ of the last step, by the identity of the group; beside the group, so that no other can get its identity.
+        self._of_groups: dict[int, tuple[Any, float]] = {}
+        self._of_parameters: dict[Tensor, float] = {}  # of those whose last step was made at another
+        self.follow(optimizer)
 
     @override
-    def after_step(self) -> None:
-        self._lr_times_momentum = [float(group["lr"]) * group["momentum"] for group in self._optimizer.param_groups]
+    def follow(self, optimizer: Optimizer) -> None:
+        self.close()
+        self._optimizer = optimizer
+        self._of_groups = {id(group): (group, _lr_times_momentum(group)) for group in optimizer.param_groups}
+        self._of_parameters.clear()
+        self._handle: RemovableHandle | None = optimizer.register_step_post_hook(self._after_step)
 
     @override
-    def state_dict(self) -> list[float]:
-        return list(self._lr_times_momentum)
+    def close(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle is not None:
+            handle.remove()
 
     @override
-    def load_state_dict(self, state: list[float]) -> None:
-        if state:  # else it was saved by workers without momentum
-            self._lr_times_momentum = list(state)
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[float]:
+        of_groups = {
+            parameter: self._of_group(group) for group in self._optimizer.param_groups for parameter in group["params"]
+        }
+        return [self._of_parameters.get(parameter, of_groups.get(parameter, 0.0)) for parameter in parameters]
 
     @override
-    def write(self, into: FlatTensors) -> None:
-        groups = self._optimizer.param_groups
-        into.load_([parameter for group in groups for parameter in group["params"]])
-        # A group added since the last step has no rate here, and no momentum either.
-        for group, views, rate in zip(groups, into.groups, self._lr_times_momentum, strict=False):
-            positions: list[Tensor] = []
-            buffers: list[Tensor] = []
-            for parameter, view in zip(group["params"], views, strict=True):
-                buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
-                if buffer is not None:  # a parameter that has had no gradient yet has v = 0
-                    positions.append(view)
-                    buffers.append(buffer.to(view.device))
-            if buffers:
-                nesterov_position_(positions, buffers, rate)
+    def load_state_dict(self, state: Sequence[float], parameters: Sequence[Tensor]) -> None:
+        if len(state) == len(parameters):  # else it was saved by workers without momentum
+            self._of_parameters = dict(zip(parameters, state, strict=True))
+
+    @override
+    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
+        into.load_(parameters)
+        pairs: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        for parameter, view, factor in zip(parameters, into.views, self.state_dict(parameters), strict=True):
+            buffer = self._optimizer.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:  # a parameter that has had no gradient yet has v = 0
+                positions, buffers = pairs.setdefault(factor, ([], []))
+                positions.append(view)
+                buffers.append(as_real(buffer).to(view.device))
+        for lr_times_momentum, (positions, buffers) in pairs.items():
+            nesterov_position_(positions, buffers, lr_times_momentum)
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Take notice of a step that was made: it wrote the buffers of the parameters that had a gradient."""
+        found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips the step itself
+        if found is not None and found.item():
+            return
+        for parameter in [each for each in self._of_parameters if each.grad is not None]:
+            del self._of_parameters[parameter]
+        for group in optimizer.param_groups:
+            now = _lr_times_momentum(group)
+            _, before = self._of_groups.get(id(group), (group, now))
+            self._of_groups[id(group)] = group, now
+            if before != now:
+                for parameter in group["params"]:
+                    if parameter.grad is None:
+                        self._of_parameters.setdefault(parameter, before)
+
+    def _of_group(self, group: Any) -> float:
+        return self._of_groups.get(id(group), (group, _lr_times_momentum(group)))[1]
+
+
+def _lr_times_momentum(group: Mapping[str, Any]) -> float:
+    return float(group["lr"]) * float(group["momentum"])
 
 
 def make_nesterov(optimizer: Optimizer, momentum: float) -> None:

@@ -1,7 +1,7 @@
 """Which weights the module shows: the worker's own, or the center's."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import torch
@@ -31,24 +31,30 @@ class ShownWeights:
         self._module = module
         self._averagers = averagers
         self._worker_buffers: list[KeptBuffer] = []
+        self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
+        self._common: Mapping[str, Tensor] = {}
         self.center = False
 
-    def show_center(self, buffers: Sequence[Tensor]) -> None:
-        """Show the center, with these values of the module's buffers."""
+    @torch.no_grad()
+    def show_center(self, common: Mapping[str, Tensor]) -> None:
+        """Show the center, with these values of buffers and parameters by their names, in place of the averagers'."""
         for averager in self._averagers:
             averager.show_center()
+        kept = {id(parameter) for averager in self._averagers for parameter in averager.parameters}
+        self._common = common
         self._worker_buffers = keep_buffers(self._module)
-        load_buffers(self._module, buffers)
+        self._worker_parameters = {
+            parameter: parameter.detach().clone() for parameter, _ in self._replaced() if id(parameter) not in kept
+        }
+        for parameter, value in self._replaced():
+            parameter.copy_(value)
+        load_buffers(self._module, common)
         self.center = True
 
-    def is_center(self, buffers: Sequence[Tensor]) -> bool:
-        """Whether the module holds the center and these buffers, bit for bit: nobody has written to it since."""
-        values = [value for averager in self._averagers for value in averager.center_values()]
-        held = [parameter.detach() for averager in self._averagers for parameter in averager.parameters]
-        pairs = zip([*values, *buffers], [*held, *self._module.buffers()], strict=True)
-        return self.center and all(
-            torch.equal(value.to(tensor.device, tensor.dtype), tensor) for value, tensor in pairs
-        )
+    def values(self) -> dict[Tensor, Tensor]:
+        """What is shown of each parameter that has a center or a common value."""
+        pairs = [pair for each in self._averagers for pair in zip(each.parameters, each.center_values(), strict=True)]
+        return dict(pairs) | dict(self._replaced())
 
     def show_worker(self) -> None:
         """Show the worker's own values, bit for bit those of before :meth:`show_center`."""
@@ -61,18 +67,27 @@ class ShownWeights:
         if not self.center:
             yield
             return
-        parameters = [parameter for averager in self._averagers for parameter in averager.parameters]
-        values = [parameter.detach().clone() for parameter in parameters]
+        shown = {parameter: parameter.detach().clone() for parameter in self.values()}
         buffers = keep_buffers(self._module)
         self._load_worker()
         try:
             yield
         finally:
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, values)
+            _load(shown)
             restore_buffers(buffers)
+
+    def _replaced(self) -> list[tuple[Tensor, Tensor]]:
+        parameters = dict(self._module.named_parameters())
+        return [(parameters[name], value) for name, value in self._common.items() if name in parameters]
 
     def _load_worker(self) -> None:
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
+        _load(self._worker_parameters)
         restore_buffers(self._worker_buffers)
+
+
+@torch.no_grad()
+def _load(values: Mapping[Tensor, Tensor]) -> None:
+    for tensor, value in values.items():
+        tensor.copy_(value)

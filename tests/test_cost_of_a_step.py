@@ -52,7 +52,7 @@ def all_reduced(events):
 def counted(make_sum, layers, headers):
     """The operations of begin and finish at each step of two periods, the optimizer's own left out."""
     module = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers)))
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-6)
     line = line_on(LoneChannel(headers), LoneChannel([]))
     averager = SynchronousAverager(optimizer, line, make_sum, number=0, tau=TAU, rates=MovingRates())
     headers.clear()

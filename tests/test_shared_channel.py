@@ -109,10 +109,10 @@ def test_other_sums_go_elsewhere():
     vectors = vectors_of(dist.HashStore(), 0, 1)
     vectors.attach()
     channel = SharedChannel(vectors, LoneChannel(events))
-    for other in (torch.zeros(3), torch.zeros(8, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
+    for other in (torch.zeros(3), torch.zeros(10, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)):
         channel.sum(other).wait()
     assert events == ["start", "wait"] * 3
-    channel.sum(torch.zeros(7, dtype=torch.int64)).wait()
+    channel.sum(torch.zeros(9, dtype=torch.int64)).wait()
     assert len(events) == 6
     channel.close()
 

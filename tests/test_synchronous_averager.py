@@ -130,11 +130,12 @@ def test_parameters_added_later_join_with_their_value_of_then():
     assert center != 1.0
     optimizer.add_param_group({"params": [b]})
     averager.begin()
-    assert averager.center.flat.tolist() == [center, 7.0, 7.0]
     b.grad = torch.ones(2)
     optimizer.step()
     averager.finish()
+    assert averager.center.flat.tolist() == [center], "the workers lay the center out anew at their next exchange"
     averager.begin()
+    assert averager.center.flat.tolist() == [center, 7.0, 7.0]
     averager.complete()
     assert averager.center.flat.tolist()[1:] == pytest.approx([6.9, 6.9])
 
@@ -156,12 +157,6 @@ def test_center_is_at_least_float32_and_the_worker_comes_back_bit_for_bit(dtype,
     assert torch.equal(x.detach(), averager.center.flat.to(dtype))
     averager.show_worker()
     assert torch.equal(x.detach(), before)
-
-
-def test_complex_parameters_are_refused():
-    line = line_on(LoneChannel([]), LoneChannel([]))
-    with pytest.raises(TypeError, match=r"EASGDStrategy.*complex64.*shape \(2,\)"):
-        averager_of([torch.ones(2, dtype=torch.complex64, requires_grad=True)], line)
 
 
 def test_workers_with_different_numbers_of_steps_meet():
@@ -230,7 +225,7 @@ def test_statistics_count_a_ring_all_reduce():
 
     for statistics in run_threads(work, 4):
         assert statistics.exchanges == 2
-        assert statistics.bytes_sent == 2 * round(1.5 * (4 * 1000 + 8 * 6))
+        assert statistics.bytes_sent == 2 * round(1.5 * (4 * 1000 + 8 * 9))
         assert statistics.seconds_waited >= 0
 
 

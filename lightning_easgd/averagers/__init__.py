@@ -1,5 +1,6 @@
 """When the workers and the center are averaged, and over which channel."""
 
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFiniteError, ResetIfAstray
 from lightning_easgd.averagers.asynchronous import AsynchronousAverager, elastic_rule
 from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
@@ -14,6 +15,7 @@ from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, compressed
 from lightning_easgd.averagers.synchronous import SynchronousAverager, SynchronousAveraging
 
 __all__ = [
+    "AstrayPolicy",
     "AsynchronousAverager",
     "Averager",
     "Averaging",
@@ -22,12 +24,15 @@ __all__ = [
     "DownpourAverager",
     "ExchangeError",
     "ExchangeLine",
+    "FailIfAstray",
     "FailOnLoss",
     "MakeSum",
     "Meeting",
     "MessageChannel",
+    "NonFiniteError",
     "ProcessGroupChannel",
     "ProcessGroupMessageChannel",
+    "ResetIfAstray",
     "ServedAverager",
     "ServedAveraging",
     "SharedChannel",

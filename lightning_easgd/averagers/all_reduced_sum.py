@@ -55,7 +55,7 @@ class AllReducedSum(DifferenceSum):
         self._steps: int | None = None  # since the exchange under way began
 
     @override
-    def renewed(self, center: FlatTensors) -> "AllReducedSum":
+    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "AllReducedSum":
         return AllReducedSum(center, self._channel, self._tau)
 
     @property
@@ -70,7 +70,6 @@ class AllReducedSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
-        self._norms = None
         self.norms()  # while the differences are there
         self._kept.copy_(self._buckets[0].wire)
         self._shares = shares
@@ -131,5 +130,6 @@ def _cut(center: FlatTensors, wire: FlatTensors, count: int) -> list[_Bucket]:
             if part.start < part.stop:
                 pieces.append((group, center.flat[part], wire.flat[part]))
         buckets.append(_Bucket(range(first, last), wire.flat[start:stop], pieces))
+    buckets = buckets or [_Bucket(range(0), wire.flat, [])]  # there is nothing to average, yet
     buckets.sort(key=lambda bucket: bucket.wire.numel())
     return [buckets[0], *reversed(buckets[1:])]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, final
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -52,6 +53,7 @@ class AsynchronousAverager(ServedAverager):
         self._rates = rates
         self._position = position(optimizer)
         self._alphas: list[float] = []
+        self._factors: list[float] = []  # by which each segment's difference in the wire was multiplied
 
     @override
     @torch.no_grad()
@@ -60,7 +62,7 @@ class AsynchronousAverager(ServedAverager):
             return
         workers = self._shared.workers()
         rates = self._rates.of_groups(self._optimizer, workers, self.clock)
-        self._position.write(self._wire)
+        self._position.write(self.parameters, self._wire)
         self._alphas = [alpha for alpha, _ in rates]
         self._send([beta / workers for _, beta in rates] if self._rates.is_asymmetric else self._alphas)
 
@@ -68,26 +70,42 @@ class AsynchronousAverager(ServedAverager):
     @torch.no_grad()
     def finish(self) -> None:
         self.complete()
-        self._position.after_step()
         self.clock += 1
 
     @override
+    def follow(self, optimizer: Optimizer) -> None:
+        super().follow(optimizer)
+        self._position.follow(optimizer)
+
+    @override
+    def close(self) -> None:
+        self._position.close()
+
+    @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"position": self._position.state_dict()}
+        return super().state_dict() | {"position": self._position.state_dict(self.parameters)}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._position.load_state_dict(state["position"])
+        self._position.load_state_dict(state["position"], self.parameters)
 
     @override
     def _apply(self) -> None:
         # The answer is the bare difference in an asymmetric exchange, else α times the difference.
         bare = self._rates.is_asymmetric
-        for parameters, answers, alpha in zip(self._groups, self._wire.groups, self._alphas, strict=True):
+        alphas = [self._alphas[self._served.group_of(number)] for number in range(len(self._wire.segments))]
+        for parameters, answers, alpha in zip(self._served.real, self._wire.groups, alphas, strict=True):
             elastic_pull_(parameters, answers, alpha if bare else 1.0)
+        self._factors = [1.0 if bare or alpha == 0 else alpha for alpha in alphas]
+
+    @override
+    def _measure(self) -> Tensor | None:
+        if not self._factors:
+            return None
         norms = [
-            torch.linalg.vector_norm(segment) / (1.0 if bare or alpha == 0 else alpha)
-            for segment, alpha in zip(self._wire.segments, self._alphas, strict=True)
+            torch.linalg.vector_norm(self._wire.segments[number]) / self._factors[number]
+            for number in self._served.exchanged
         ]
-        self._distance = torch.linalg.vector_norm(torch.stack(norms))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm

@@ -1,18 +1,19 @@
 """What every way of averaging has in common: one averager per optimizer, and workers that meet."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_easgd.averagers.astray import AstrayPolicy
 from lightning_easgd.averagers.channel import Channel
-from lightning_easgd.averagers.line import Meeting, Statistics
-from lightning_easgd.buffers import common_values
+from lightning_easgd.averagers.line import Header, Meeting, Statistics
+from lightning_easgd.common_values import CommonValues, common_values
 
-__all__ = ["Averager", "Averaging"]
+__all__ = ["Averager", "Averaging", "follow"]
 
 
 class Averager(ABC):
@@ -28,6 +29,14 @@ class Averager(ABC):
     @abstractmethod
     def parameters(self) -> list[Tensor]:
         """The averaged parameters, in the order of the optimizer's groups."""
+
+    @abstractmethod
+    def follow(self, optimizer: Optimizer) -> None:
+        """Go on with another optimizer in place of the one before, on the same clock."""
+
+    @abstractmethod
+    def is_finite(self) -> bool:
+        """Whether all of the worker's parameters are finite."""
 
     @abstractmethod
     def begin(self) -> None:
@@ -75,6 +84,9 @@ class Averager(ABC):
     def show_worker(self) -> None:
         """Put the values kept by :meth:`show_center` back into the parameters, bit for bit."""
 
+    def close(self) -> None:  # noqa: B027 - most own nothing
+        """Give back what it holds."""
+
 
 class Averaging(ABC):
     """The averaging of one fit: an averager for each optimizer, and the points at which all workers meet.
@@ -82,11 +94,13 @@ class Averaging(ABC):
     Attributes:
         control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
         statistics: What this worker has spent on communication.
+        on_astray: What a worker at a non-finite point means to the run.
         averagers: The averager of each optimizer; empty before :meth:`start`.
     """
 
     control: Channel
     statistics: Statistics
+    on_astray: AstrayPolicy
     averagers: Mapping[Optimizer, Averager] = MappingProxyType({})
 
     @property
@@ -95,8 +109,32 @@ class Averaging(ABC):
         """Whether a worker that waits for the others elsewhere would stop them."""
 
     @abstractmethod
-    def start(self, optimizers: Sequence[Optimizer]) -> None:
-        """Let the center begin where the workers are, and all clocks at 0. All workers call this at the same point."""
+    def start(
+        self,
+        optimizers: Sequence[Optimizer],
+        ignored: Collection[Tensor] = (),
+        name_of: Callable[[Tensor], str] = lambda _: "",
+    ) -> None:
+        """Let the center begin where the workers are, and all clocks at 0. All workers call this at the same point.
+
+        Args:
+            optimizers: The worker's optimizers.
+            ignored: Parameters that stay each worker's own.
+            name_of: A parameter's name in its module, empty if it has none there; for errors.
+        """
+
+    @abstractmethod
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Go on with other optimizers in place of those given to :meth:`start`, in their order.
+
+        Raises:
+            RuntimeError: If there are more or fewer of them.
+        """
+
+    @property
+    @abstractmethod
+    def has_exchanged(self) -> bool:
+        """Whether the center has moved since :meth:`start`; asked on all workers after they have met."""
 
     @abstractmethod
     def meet(self, meeting: Meeting) -> None:
@@ -128,9 +166,21 @@ class Averaging(ABC):
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
         """Let the center begin at a state that is not empty; all workers call it after :meth:`start`."""
 
-    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The workers' mean of each tensor, of integers rank 0's; called on all workers after they have met."""
+    def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:
+        """What the workers' values have in common; called on all workers after they have met."""
         return common_values(tensors, self.control)
+
+    def check_finite(self) -> None:
+        """Let the run end if a worker is not at a finite point; called on all workers after they have met.
+
+        Raises:
+            NonFiniteError: If it ends.
+        """
+        finite = all(averager.is_finite() for averager in self.averagers.values())
+        header = Header(self.control, finite=finite)
+        header.wait()
+        if header.astray is not None:
+            self.on_astray.hear(header.astray, max((each.clock for each in self.averagers.values()), default=0))
 
     def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
         """Tell the other workers that an error ends this one."""
@@ -138,3 +188,22 @@ class Averaging(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back what the averaging holds."""
+
+
+_Averager = TypeVar("_Averager", bound=Averager)
+
+
+def follow(averagers: Mapping[Optimizer, _Averager], optimizers: Sequence[Optimizer]) -> dict[Optimizer, _Averager]:
+    """Have each averager go on with the optimizer that stands in its optimizer's place.
+
+    Raises:
+        RuntimeError: If there are more or fewer of them.
+    """
+    if len(optimizers) != len(averagers):
+        raise RuntimeError(
+            f"EASGDStrategy: training started with {len(averagers)} optimizers and now there are {len(optimizers)}; an"
+            " optimizer that comes later has no center. Set up all of them in configure_optimizers."
+        )
+    for averager, optimizer in zip(averagers.values(), optimizers, strict=True):
+        averager.follow(optimizer)
+    return dict(zip(optimizers, averagers.values(), strict=True))

@@ -69,11 +69,12 @@ class CompressedSum(DifferenceSum):
         self._arrived: Callable[[], None] | None = None  # what to do when the messages under way are there
 
     @override
-    def renewed(self, center: FlatTensors) -> "CompressedSum":
+    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "CompressedSum":
         renewed = CompressedSum(center, self._channel, self._codec)
-        # New parameters come last in their group.
-        for group, new_group in zip(self._residual.groups, renewed._residual.groups, strict=False):
-            torch._foreach_copy_(new_group[: len(group)], group)
+        residuals = self._residual.views
+        for view, origin in zip(renewed._residual.views, origins, strict=True):
+            if origin is not None:
+                view.copy_(residuals[origin])
         return renewed
 
     @property
@@ -83,7 +84,6 @@ class CompressedSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
-        self._norms = None
         for residual, difference, share in zip(self._residual.segments, self.wire.segments, shares, strict=True):
             residual.add_(difference, alpha=share)
         for rank in self._others:

@@ -38,10 +38,14 @@ class DifferenceSum(ABC):
         self._norms: list[Tensor] | None = None
 
     @abstractmethod
-    def renewed(self, center: FlatTensors) -> "DifferenceSum":
+    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "DifferenceSum":
         """The sum that takes this one's place when the center has got another layout; with no exchange under way.
 
         Each worker makes it when it gets there, without waiting for one that has not. This one is closed.
+
+        Args:
+            center: The new center.
+            origins: For each view of the new center the number of its view in this one's; None for a new one.
         """
 
     @property
@@ -54,12 +58,13 @@ class DifferenceSum(ABC):
     def nbytes(self) -> int:
         """Bytes that this worker sends for an exchange."""
 
-    def make_room(self) -> None:  # noqa: B027 - where nobody else reads the wire
+    def make_room(self) -> None:
         """Return when ``wire`` may be written to.
 
         Raises:
             ExchangeError: If a worker that still reads it is lost.
         """
+        self._norms = None
 
     @property
     def has_room(self) -> bool:
@@ -87,7 +92,7 @@ class DifferenceSum(ABC):
         """
 
     def norms(self) -> list[Tensor]:
-        r"""The norm of each group of the last :math:`\Delta^i`, each a tensor of shape ()."""
+        r"""The norm of each group of the last :math:`\Delta^i`, each a tensor of shape (); taken once for each."""
         if self._norms is None:
             self._norms = [torch.linalg.vector_norm(segment) for segment in self.wire.segments]
         return self._norms

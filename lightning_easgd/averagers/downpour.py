@@ -3,6 +3,7 @@ r"""The DOWNPOUR family: workers add their updates to the served center and take
 from typing import Any, final
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -32,19 +33,19 @@ class DownpourAverager(ServedAverager):
 
     def __init__(self, optimizer: Optimizer, part: CenterPart, *, layout: FlatTensors, **keywords: Any) -> None:
         super().__init__(optimizer, part, layout=layout, **keywords)
-        self._taken_over = layout.flat.clone()
-        self._exchanged_at = 0
+        self._taken_over = layout.like(layout.flat.clone())
+        self._norm: Tensor | None = None
 
     @override
     @torch.no_grad()
     def begin(self) -> None:
-        if not self._is_due() or self._exchanged_at == self.clock:
+        if not self._is_due():
             return
-        self._exchanged_at = self.clock
         self._wire.load_(self.parameters)
-        self._wire.flat.sub_(self._taken_over)
-        self._distance = torch.linalg.vector_norm(self._wire.flat)
-        self._send([1.0] * len(self._groups))
+        for number in self._served.exchanged:
+            self._wire.segments[number].sub_(self._taken_over.segments[number])
+        self._norm = self._norm_of_update()
+        self._send([1.0] * len(self._optimizer.param_groups))
         self.complete()
 
     @override
@@ -59,22 +60,32 @@ class DownpourAverager(ServedAverager):
     @torch.no_grad()
     def start_at_center(self) -> None:
         super().start_at_center()
-        self._wire.load_(self.parameters)
-        self._taken_over.copy_(self._wire.flat)
+        self._take_over()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"taken_over": self._taken_over, "exchanged_at": self._exchanged_at}
+        return super().state_dict() | {"taken_over": self._taken_over.flat, "exchanged_at": self._begun_at}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._taken_over.copy_(state["taken_over"])
-        self._exchanged_at = state["exchanged_at"]
+        self._taken_over.flat.copy_(state["taken_over"])
+        self._begun_at = state["exchanged_at"]
 
     @override
     def _apply(self) -> None:
         self._wire.store(self.parameters)
-        # The parameters, not the answer: a narrow dtype has rounded them.
-        self._wire.load_(self.parameters)
-        self._taken_over.copy_(self._wire.flat)
+        self._take_over()
+
+    @override
+    def _measure(self) -> Tensor | None:
+        return self._norm
+
+    def _take_over(self) -> None:
+        """Let the next update begin at the parameters: where a narrow dtype has rounded them, not at the answer."""
+        self._taken_over.only(self._served.exchanged).load_(self.parameters)
+
+    def _norm_of_update(self) -> Tensor:
+        norms = [torch.linalg.vector_norm(self._wire.segments[number]) for number in self._served.exchanged]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm

@@ -15,11 +15,14 @@ from typing import Protocol, final
 
 import torch
 
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
 from lightning_easgd.averagers.channel import Channel, ExchangeError, Transfer
 
 __all__ = ["ExchangeLine", "Header", "Meeting", "Statistics", "WorkersStoppedError"]
 
 _MARK_BITS = 16
+_CENTER_BITS = 24
+_ONE_ASTRAY = 1 << 32
 
 
 class WorkersStoppedError(Exception):
@@ -38,14 +41,26 @@ class Meeting(IntEnum):
     BATCH_END = 7
 
 
+_READ_AT = (Meeting.VALIDATION, Meeting.CHECKPOINT, Meeting.TRAINING_END, Meeting.CENTER_WEIGHTS)
+"""The meetings after which the center is read: there all workers compare theirs."""
+
+
 class Exchanger(Protocol):
     """What the line needs of an averager: to take part in an exchange that other workers began."""
+
+    clock: int
 
     def complete(self) -> None:
         """Wait for the exchange under way and apply it."""
 
     def join(self) -> None:
         """Take part in an exchange without a gradient step of its own."""
+
+    def is_finite(self) -> bool:
+        """Whether the worker is at a finite point."""
+
+    def center_checksum(self) -> int:
+        """A checksum of the center."""
 
 
 @dataclass
@@ -70,14 +85,33 @@ class Statistics:
 
 @final
 class Header:
-    """The announcement of one exchange or meeting: six integers, summed over the workers.
+    """The announcement of one exchange or meeting: nine integers, summed over the workers.
 
     A value that all announcing workers must share travels as (count, Σ v, Σ v²): it is shared by all exactly if
     count · Σ v² = (Σ v)².
+
+    Args:
+        channel: What sums it up.
+        mark: What all workers at one exchange must share; 0 at a meeting.
+        meeting: The meeting; 0 at an exchange.
+        center: What all workers at one meeting must share of their centers, below 2^24; 0 for nothing.
+        stop: Whether this worker asks all to stop.
+        finite: Whether this worker is at a finite point.
     """
 
-    def __init__(self, channel: Channel, *, mark: int = 0, meeting: int = 0, stop: bool = False) -> None:
-        self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, int(stop)]  # by this worker, then by all
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        mark: int = 0,
+        meeting: int = 0,
+        center: int = 0,
+        stop: bool = False,
+        finite: bool = True,
+    ) -> None:
+        astray = 0 if finite else _ONE_ASTRAY + channel.rank
+        # By this worker, then by all.
+        self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, center, center**2, int(stop), astray]
         self._sums = torch.tensor(self._said)
         self._workers = channel.size
         self._transfer: Transfer | None = channel.sum(self._sums)
@@ -98,7 +132,7 @@ class Header:
         self._transfer.wait()
         self._transfer = None
         self._said = self._sums.tolist()
-        exchanging, mark, marks, meeting, meetings, _ = self._said
+        exchanging, mark, marks, meeting, meetings, center, centers, *_ = self._said
         if exchanging * marks != mark**2:
             raise ExchangeError(
                 "EASGDStrategy: the workers began different exchanges. Their optimizers are not stepped in the same"
@@ -113,6 +147,12 @@ class Header:
                 " validation, a checkpoint or max_time; set limit_train_batches to a number that every rank has, or"
                 " validate and save at the end of the epoch."
             )
+        if exchanging == 0 and self._workers * centers != center**2:
+            raise ExchangeError(
+                "EASGDStrategy: the workers' copies of the center differ, so that something else than the exchanges has"
+                " written to them on some rank. Nothing that this run saves from here on can be trusted: go on from the"
+                " last checkpoint, and leave the tensors of strategy.center as they are."
+            )
 
     @property
     def exchange(self) -> int | None:
@@ -123,7 +163,13 @@ class Header:
     @property
     def stop(self) -> bool:
         """Whether any worker asks all to stop."""
-        return bool(self._said[5])
+        return bool(self._said[7])
+
+    @property
+    def astray(self) -> str | None:
+        """The ranks of the workers that are not at a finite point, None if all are."""
+        count, rank = divmod(self._said[8], _ONE_ASTRAY)
+        return None if count == 0 else f"rank {rank}" if count == 1 else f"{count} ranks"
 
 
 @dataclass
@@ -135,6 +181,7 @@ class ExchangeLine:
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
+        on_astray: What a worker at a non-finite point means to the run.
         under_way: The averagers whose exchanges this worker has begun and not completed, in the order of their
             beginning, which is the same on all workers. They are completed in this order: an exchange may need the
             further steps of its own optimizer to go on, or somebody who waits for it, on every worker.
@@ -144,27 +191,36 @@ class ExchangeLine:
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
+    on_astray: AstrayPolicy = field(default_factory=FailIfAstray)
     under_way: list[Exchanger] = field(default_factory=list)
     _stop_heard: bool = False
 
-    def announce(self, averager: int, agreement: object) -> Header:
+    def announce(self, averager: int, agreement: object, finite: bool = True) -> Header:
         """Announce an exchange of the averager of this number; returns at once.
 
         Args:
             averager: The averager's place in the list given to :meth:`meet`.
             agreement: What all workers must have in common for the exchange to make sense; compared by its ``repr``.
+            finite: Whether this worker's difference is.
         """
         checksum = zlib.crc32(repr(agreement).encode()) >> (32 - _MARK_BITS)
-        return Header(self.control, mark=(averager + 1 << _MARK_BITS) + checksum, stop=self.stop_requested)
+        mark = (averager + 1 << _MARK_BITS) + checksum
+        return Header(self.control, mark=mark, stop=self.stop_requested, finite=finite)
 
-    def accept(self, header: Header) -> None:
+    def accept(self, header: Header, clock: int) -> None:
         """Wait for a header, and hear what it carries.
 
+        Args:
+            header: The header.
+            clock: This worker's clock t, for the error's text.
+
         Raises:
-            ExchangeError: See :meth:`Header.wait`.
+            ExchangeError: See :meth:`Header.wait`; or if the run cannot go on with a worker that has gone astray.
         """
         header.wait()
         self._stop_heard |= header.stop
+        if header.astray is not None and header.exchange is not None:
+            self.on_astray.hear(header.astray, clock)
 
     def agree(self) -> bool:
         """Whether to stop here; called only at points that all workers come to after the same header."""
@@ -179,17 +235,21 @@ class ExchangeLine:
 
         Raises:
             WorkersStoppedError: If all stop before.
-            ExchangeError: If a worker came to another meeting, or is lost.
+            ExchangeError: If a worker came to another meeting, or is lost, or if the workers' centers differ.
         """
         for averager in averagers:
             averager.complete()
+        clock = max((averager.clock for averager in averagers), default=0)
+        finite = all(averager.is_finite() for averager in averagers)
         while not self.agree():  # after a header that carries a request nobody announces another
-            header = Header(self.control, meeting=meeting, stop=self.stop_requested)
-            self.accept(header)
+            center = _combined(averagers) if meeting in _READ_AT else 0
+            header = Header(self.control, meeting=meeting, center=center, stop=self.stop_requested, finite=finite)
+            self.accept(header, clock)
             if header.exchange is None:
                 self.agree()
                 return
             averagers[header.exchange].join()
+            finite = finite or all(averager.is_finite() for averager in averagers)
         raise WorkersStoppedError
 
     def count(self, nbytes: int, header: Header | None) -> None:
@@ -203,3 +263,8 @@ class ExchangeLine:
         self.statistics.bytes_sent += nbytes
         if header is not None:
             self.statistics.bytes_sent += self.control.bytes_sent(header.nbytes)
+
+
+def _combined(averagers: Sequence[Exchanger]) -> int:
+    checksums = [averager.center_checksum() for averager in averagers]
+    return zlib.crc32(repr(checksums).encode()) >> (32 - _CENTER_BITS)

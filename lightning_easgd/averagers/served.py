@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, all_finite
 from lightning_easgd.averagers.base import Averager
 from lightning_easgd.averagers.line import Statistics
+from lightning_easgd.averagers.served_parameters import ServedParameters
 from lightning_easgd.averagers.staging import Staging, make_staging
 from lightning_easgd.averagers.turns import FreeOrder, Turns
-from lightning_easgd.center import FlatTensors
+from lightning_easgd.center import FlatTensors, as_parameter
 from lightning_easgd.service import CenterService
 
 __all__ = ["CenterPart", "ServedAverager"]
@@ -35,25 +37,24 @@ class CenterPart:
         self._service = service
         self._chunks = [chunk for chunk in service.order if service.layout.segments[chunk] in segments]
         self._segments = segments
-        self._start = min(service.chunks[chunk].start for chunk in self._chunks)
+        self._start = min((service.chunks[chunk].start for chunk in self._chunks), default=0)
         self._next_versions: dict[int, int] = {}
 
-    def exchange(self, messages: Tensor, rates: Sequence[float]) -> int:
-        """Exchange every chunk; the messages are replaced by the answers.
+    def exchange(self, messages: Tensor, rates: Mapping[int, float]) -> int:
+        """Exchange every chunk of some segments; the messages are replaced by the answers.
 
         Args:
             messages: Flat vector of this part, on the CPU.
-            rates: The rate of each of the segments.
+            rates: The rate of each segment that is exchanged, by its place in this part.
 
         Returns:
             The staleness: how many exchanges of other workers a chunk has taken since this worker's last one, of
             the chunk that has taken most.
         """
         begun = {
-            chunk: self._service.begin(
-                chunk, self._slice(messages, chunk), rates[self._service.layout.segments[chunk] - self._segments.start]
-            )
+            chunk: self._service.begin(chunk, self._slice(messages, chunk), rates[self._segment(chunk)])
             for chunk in self._chunks
+            if self._segment(chunk) in rates
         }
         staleness = 0
         for chunk, pending in begun.items():
@@ -62,10 +63,17 @@ class CenterPart:
             self._next_versions[chunk] = version + 1
         return staleness
 
-    def read(self, into: Tensor, store: int) -> None:
-        """Copy one store into a flat vector of this part; each chunk is consistent in itself."""
-        for chunk in self._chunks:
-            self._service.read(chunk, self._slice(into, chunk), store)
+    def read(self, into: Tensor, store: int) -> bool:
+        """Copy one store into a flat vector of this part; each chunk is consistent in itself.
+
+        Returns:
+            Whether any chunk has taken an exchange.
+        """
+        versions = [self._service.read(chunk, self._slice(into, chunk), store) for chunk in self._chunks]
+        return any(versions)
+
+    def _segment(self, chunk: int) -> int:
+        return self._service.layout.segments[chunk] - self._segments.start
 
     def _slice(self, flat: Tensor, chunk: int) -> Tensor:
         part = self._service.chunks[chunk]
@@ -77,29 +85,34 @@ class Surroundings:
     """What the averagers of one fit share.
 
     Attributes:
+        rank: This worker's rank.
         thread: Runs the exchanges, one after the other.
         statistics: What this worker has spent on communication.
         turns: The order of the workers' exchanges.
         check: Raises if the run must end because a worker is lost.
         workers: The number of workers p that live.
+        on_astray: What a worker at a non-finite point means to the run.
     """
 
+    rank: int
     thread: ThreadPoolExecutor
     check: Callable[[], None]
     workers: Callable[[], int]
     turns: Turns = field(default_factory=FreeOrder)
     statistics: Statistics = field(default_factory=Statistics)
+    on_astray: AstrayPolicy = field(default_factory=FailIfAstray)
 
 
 class ServedAverager(Averager):
     """Exchanges one optimizer's parameters with a served center, every τ of its steps, on this worker's own clock.
 
     Args:
-        optimizer: The worker's optimizer. Its parameters are fixed from here on.
+        optimizer: The worker's optimizer.
         part: The optimizer's part of the center.
         store: The store of the center that is evaluated: 0 for the center itself.
         tau: τ, the communication period in optimizer steps.
-        layout: A flat vector with the optimizer's layout, for the averager's own use.
+        parameters: The optimizer's parameters, which are fixed from here on.
+        layout: A flat vector of them, for the averager's own use.
         surroundings: What the averagers of one fit share.
     """
 
@@ -110,20 +123,26 @@ class ServedAverager(Averager):
         *,
         store: int,
         tau: int,
+        parameters: ServedParameters,
         layout: FlatTensors,
         surroundings: Surroundings,
     ) -> None:
         self._optimizer = optimizer
-        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._served = parameters
         self._part = part
         self._store = store
         self._tau = tau
-        self._wire = layout
-        self._staging: Staging = make_staging(layout.flat)
+        self._layout = layout
+        self._wire = self._layout.only(parameters.exchanged)
+        self._staging: Staging = make_staging(self._layout.flat)
         self._shared = surroundings
-        self._under_way: Future[int] | None = None
+        self._under_way: Future[int | None] | None = None
+        self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._snapshot: FlatTensors | None = None
-        self._distance: Tensor | None = None
+        self._distance: float | None = None
+        self._is_measured = True  # whether the distance is that of the last exchange
+        self.has_seen_exchange = False
+        """Whether the center, when it was last read, had taken an exchange of any worker."""
         self.clock = 0
 
     @property
@@ -133,21 +152,40 @@ class ServedAverager(Averager):
 
     @property
     def numel(self) -> int:
-        """Elements of all parameters together."""
-        return self._wire.flat.numel()
+        """Elements of all parameters together, also of those that are frozen."""
+        return self._layout.flat.numel()
+
+    @property
+    def _groups(self) -> list[list[Tensor]]:
+        return self._served.averaged
+
+    @override
+    def follow(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
+    @override
+    def is_finite(self) -> bool:
+        return all_finite(self.parameters)
 
     def _is_due(self) -> bool:
-        """Whether the clock says that an exchange is due, if the run can go on at all."""
+        """Whether an exchange is to be begun at this clock, if the run can go on at all."""
         self._shared.check()
         self._snapshot = None
-        if self.clock == 0 or self.clock % self._tau:
+        if self._served.unfreeze():
+            self._wire = self._layout.only(self._served.exchanged)
+        if self.clock % self._tau or self.clock == self._begun_at:
             return False
-        self._check_parameters()
-        return True
+        self._served.check(self._optimizer)
+        self._begun_at = self.clock
+        return bool(self._served.exchanged)
 
     @abstractmethod
     def _apply(self) -> None:
         """Apply the answers, which the wire holds."""
+
+    @abstractmethod
+    def _measure(self) -> Tensor | None:
+        """The norm of the last difference, shape (), which the wire may hold; None before the first."""
 
     @override
     @torch.no_grad()
@@ -157,18 +195,29 @@ class ServedAverager(Averager):
         started = time.monotonic()
         exchange, self._under_way = self._under_way, None
         statistics = self._shared.statistics
-        statistics.staleness += exchange.result()
-        self._staging.arrive()
+        staleness = exchange.result()
         statistics.seconds_waited += time.monotonic() - started
+        if staleness is None:
+            self.start_at_center()
+            self._shared.on_astray.reset(self._optimizer, self._shared.rank, self._begun_at)
+            return
+        statistics.staleness += staleness
+        self._staging.arrive()
         self._apply()
+        self._is_measured = False
 
     @override
     def center_values(self) -> list[Tensor]:
-        return (self._read(self._store) if self._snapshot is None else self._snapshot).views
+        values = (self._read(self._store) if self._snapshot is None else self._snapshot).views
+        return [as_parameter(value, parameter) for value, parameter in zip(values, self.parameters, strict=True)]
 
     @override
     def elastic_distance(self) -> float | None:
-        return None if self._distance is None else float(self._distance)
+        if not self._is_measured:
+            measured = self._measure()
+            self._distance = None if measured is None else float(measured)
+            self._is_measured = True
+        return self._distance
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -186,6 +235,7 @@ class ServedAverager(Averager):
     @torch.no_grad()
     def take_snapshot(self) -> None:
         """Read the center that :meth:`show_center` will show."""
+        self._served.check(self._optimizer)
         self._snapshot = self._read(self._store)
 
     @override
@@ -194,6 +244,7 @@ class ServedAverager(Averager):
         if self._snapshot is None:
             self.take_snapshot()
         assert self._snapshot is not None
+        self.elastic_distance()  # while the wire holds it
         # An idle wire holds the worker exactly. It is in use only when an error cut an exchange short.
         self._kept = self._wire if self._under_way is None else self._like_wire()
         self._kept.load_(self.parameters)
@@ -206,31 +257,34 @@ class ServedAverager(Averager):
         self._snapshot = None  # the center moves on
 
     def _send(self, rates: Sequence[float]) -> None:
-        """Send what the wire holds; :meth:`complete` waits for the answers."""
-        self._staging.depart()
-        self._shared.statistics.exchanges += 1
-        self._shared.statistics.bytes_sent += 2 * self._wire.flat.nbytes
-        self._under_way = self._shared.thread.submit(self._exchange, rates)
+        """Send what the wire holds; :meth:`complete` waits for the answers.
 
-    def _exchange(self, rates: Sequence[float]) -> int:
+        Args:
+            rates: The rate of each of the optimizer's groups.
+        """
+        self._staging.depart()
+        statistics = self._shared.statistics
+        statistics.exchanges += 1
+        statistics.bytes_sent += 2 * sum(self._wire.segments[number].nbytes for number in self._served.exchanged)
+        of_segments = {number: rates[self._served.group_of(number)] for number in self._served.exchanged}
+        self._under_way = self._shared.thread.submit(self._exchange, of_segments)
+
+    def _exchange(self, rates: Mapping[int, float]) -> int | None:
+        """Exchange on the thread; the staleness, or None if this worker has gone astray and starts at the center."""
+        messages = self._staging.messages()
+        parts = torch.split(messages, [segment.numel() for segment in self._wire.segments])
+        if not all_finite([parts[number] for number in rates]):
+            self._shared.on_astray.hear(f"rank {self._shared.rank}", self._begun_at)
+            return None
         with self._shared.turns.turn():
-            return self._part.exchange(self._staging.messages(), rates)
+            return self._part.exchange(messages, rates)
 
     def _read(self, store: int) -> FlatTensors:
         values = self._like_wire()
         on_host = torch.empty_like(values.flat, device="cpu")
-        self._part.read(on_host, store)
+        self.has_seen_exchange |= self._part.read(on_host, store)
         values.flat.copy_(on_host)
         return values
 
     def _like_wire(self) -> FlatTensors:
-        return FlatTensors(self._groups, self._wire.flat.dtype)
-
-    def _check_parameters(self) -> None:
-        groups = self._optimizer.param_groups
-        if [len(group["params"]) for group in groups] != [len(known) for known in self._groups]:
-            raise RuntimeError(
-                "EASGDStrategy(mode='async'): the optimizer has got or lost parameters since training started, and the"
-                " served center has a fixed size. Give it all parameters at the start (those that are frozen first may"
-                " have requires_grad=False), or use mode='sync'."
-            )
+        return self._layout.like().only(self._served.exchanged)

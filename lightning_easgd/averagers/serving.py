@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate, count, pairwise
@@ -17,12 +17,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.base import Averaging
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
+from lightning_easgd.averagers.base import Averaging, follow
 from lightning_easgd.averagers.channel import Channel, ExchangeError
 from lightning_easgd.averagers.line import Header, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
+from lightning_easgd.averagers.served_parameters import ServedParameters
 from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
-from lightning_easgd.center import FlatTensors, center_dtype
+from lightning_easgd.center import center_dtype
+from lightning_easgd.common_values import CommonValues
 from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.service.stores import own_client
 
@@ -101,9 +104,11 @@ class ServedAveraging(Averaging):
         node: This rank's node, any number that the ranks of one node share.
         timeout: How long a worker may be silent, a chunk held, or an answer under way.
         rule: What an exchange does at the center.
-        make_averager: Makes the averager of one optimizer, called as ``(optimizer, part, layout=, surroundings=)``.
+        make_averager: Makes the averager of one optimizer, called as
+            ``(optimizer, part, parameters=, layout=, surroundings=)``.
         make_turns: Makes the order of the exchanges.
         on_loss: What to do when a worker dies.
+        on_astray: What a worker at a non-finite point means to the run.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class ServedAveraging(Averaging):
         make_averager: MakeAverager,
         make_turns: MakeTurns = free_order,
         on_loss: LossPolicy | None = None,
+        on_astray: AstrayPolicy | None = None,
     ) -> None:
         self.control = control
         self.statistics = Statistics()
@@ -127,6 +133,7 @@ class ServedAveraging(Averaging):
         self._make_averager = make_averager
         self._make_turns = make_turns
         self._on_loss = on_loss or FailOnLoss()
+        self.on_astray = on_astray or FailIfAstray()
         self._center: ServedCenter | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._turns: Turns = FreeOrder()
@@ -135,14 +142,16 @@ class ServedAveraging(Averaging):
         self._stop_agreed = False
 
     @override
-    def start(self, optimizers: Sequence[Optimizer]) -> None:
+    def start(
+        self,
+        optimizers: Sequence[Optimizer],
+        ignored: Collection[Tensor] = (),
+        name_of: Callable[[Tensor], str] = lambda _: "",
+    ) -> None:
         self._let_go()
-        groups = [[list(group["params"]) for group in optimizer.param_groups] for optimizer in optimizers]
-        dtype = center_dtype([parameter for every in groups for group in every for parameter in group])
-        layouts = [FlatTensors(every, dtype) for every in groups]
-        for layout, every in zip(layouts, groups, strict=True):
-            with torch.no_grad():
-                layout.load_([parameter for group in every for parameter in group])
+        parameters = [ServedParameters(optimizer, ignored, name_of) for optimizer in optimizers]
+        dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
+        layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
         timeout = self._timeout
         # Keys of another fit in these processes must not be taken for those of this one.
@@ -160,16 +169,39 @@ class ServedAveraging(Averaging):
         self._turns = self._make_turns(own_client(self._keys), self._center, self.control, timeout)
         threads = torch.get_num_threads()  # a new thread would take all cores
         self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
-        surroundings = Surroundings(self._thread, self._check, self._living, self._turns, self.statistics)
+        surroundings = Surroundings(
+            self.control.rank,
+            self._thread,
+            self._check,
+            self._living,
+            turns=self._turns,
+            statistics=self.statistics,
+            on_astray=self.on_astray,
+        )
         firsts = accumulate((len(layout.segments) for layout in layouts), initial=0)
         self._served = [
             self._make_averager(
-                optimizer, CenterPart(self._center, range(first, last)), layout=layout, surroundings=surroundings
+                optimizer,
+                CenterPart(self._center, range(first, last)),
+                parameters=every,
+                layout=layout,
+                surroundings=surroundings,
             )
-            for optimizer, layout, (first, last) in zip(optimizers, layouts, pairwise(firsts), strict=True)
+            for optimizer, every, layout, (first, last) in zip(
+                optimizers, parameters, layouts, pairwise(firsts), strict=True
+            )
         ]
         self.averagers = dict(zip(optimizers, self._served, strict=True))
         self._stop_agreed = False
+
+    @override
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        self.averagers = follow(dict(zip(self.averagers, self._served, strict=True)), optimizers)
+
+    @property
+    @override
+    def has_exchanged(self) -> bool:
+        return any(averager.has_seen_exchange for averager in self._served)
 
     @override
     def center_state_dict(self) -> dict[str, Any]:
@@ -179,7 +211,7 @@ class ServedAveraging(Averaging):
             return {}
         stores = []
         for store in range(self._rule.stores):
-            flat = torch.empty(sum(parameter.numel() for parameter in parameters), dtype=center.dtype)
+            flat = torch.empty(sum(averager.numel for averager in self._served), dtype=center.dtype)
             versions = center.read_all(flat, store)
             stores.append(list(torch.split(flat, [averager.numel for averager in self._served])))
         return {"stores": stores, "versions": versions}
@@ -216,9 +248,9 @@ class ServedAveraging(Averaging):
         self._stop_agreed = self._opened.control.stop_requested
 
     @override
-    def common_values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:
         if self._lost:  # there is no channel any more that reaches exactly the living
-            return [tensor.detach().clone() for tensor in tensors]
+            return CommonValues()
         try:
             return super().common_values(tensors)
         except ExchangeError:
@@ -244,6 +276,8 @@ class ServedAveraging(Averaging):
 
     @override
     def close(self) -> None:
+        for averager in self._served:
+            averager.close()
         self._let_go()
         self.control.close()
 

@@ -12,14 +12,14 @@ from lightning_easgd.averagers.shared_vectors import SharedVectors
 
 __all__ = ["ROW", "SharedChannel"]
 
-_LONGEST = 7  # integers of a sum that fits
+_LONGEST = 9  # integers of a sum that fits
 ROW = 1 + _LONGEST
 """Elements of a vector that a sum takes: how many integers it has, then the integers."""
 
 
 @final
 class SharedChannel(Channel):
-    """A channel whose sums of vectors of up to seven int64 go through memory that all workers map; others go elsewhere.
+    """A channel whose sums of vectors of up to nine int64 go through memory that all workers map; others go elsewhere.
 
     Announcements are such sums. A process group takes some tenths of a millisecond for one, wherever the workers are,
     most of it in threads that wake each other up; here it takes some hundredths, in the callers' threads alone.

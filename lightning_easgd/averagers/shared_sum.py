@@ -43,7 +43,7 @@ class SharedSum(DifferenceSum):
         self._read = 0
 
     @override
-    def renewed(self, center: FlatTensors) -> "SharedSum":
+    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "SharedSum":
         self.make_room()
         self._blocks.clear()
         try:
@@ -61,6 +61,7 @@ class SharedSum(DifferenceSum):
 
     @override
     def make_room(self) -> None:
+        super().make_room()
         self._vectors.wait_until_read(self._exchange)
 
     @property
@@ -70,7 +71,6 @@ class SharedSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
-        self._norms = None
         self._shares = shares
         self._exchange += 1
         self._vectors.publish_written(self._exchange)

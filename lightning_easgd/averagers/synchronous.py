@@ -1,7 +1,7 @@
 r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.base import Averager, Averaging
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, all_finite
+from lightning_easgd.averagers.averaged_parameters import AveragedParameters
+from lightning_easgd.averagers.base import Averager, Averaging, follow
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sums import MakeSum
-from lightning_easgd.center import FlatTensors, center_dtype
+from lightning_easgd.center import FlatTensors, as_parameter, center_dtype
+from lightning_easgd.checksums import checksum
 from lightning_easgd.elastic import elastic_pull_
 from lightning_easgd.momentum import ParameterPosition, Position
 from lightning_easgd.rates import MovingRates
@@ -38,7 +41,8 @@ class SynchronousAverager(Averager):
     The step t = 0 makes no exchange: worker and center are equal there.
 
     Args:
-        optimizer: The worker's optimizer; its parameters are what is averaged, also those added to it later.
+        optimizer: The worker's optimizer; its :class:`AveragedParameters` are what is averaged, also those that come
+            later.
         line: The exchanges' common order.
         make_sum: Makes what sums up the differences.
         number: This averager's place in the list given to :meth:`ExchangeLine.meet`.
@@ -46,6 +50,7 @@ class SynchronousAverager(Averager):
         rates: α and β.
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
         center_device: Where the center and the differences are; None for where the parameters are.
+        ignored: Parameters that stay each worker's own.
 
     Attributes:
         clock: t, the optimizer's steps so far.
@@ -63,9 +68,12 @@ class SynchronousAverager(Averager):
         rates: MovingRates,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
+        ignored: Collection[Tensor] = (),
     ) -> None:
+        self.center: FlatTensors
         self._center_device = center_device
         self._optimizer = optimizer
+        self._averaged = AveragedParameters(optimizer, ignored)
         self._line = line
         self._number = number
         self._tau = tau
@@ -74,35 +82,46 @@ class SynchronousAverager(Averager):
         self._header: Header | None = None  # of the exchange under way, unless this worker only joined it
         self._in_flight = False
         self._pull_due: tuple[list[list[Tensor]], list[float]] | None = None  # differences and α of each group
-        self._exchanged: list[float] = []  # by what each group's last difference was multiplied
+        self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
+        self._distance: list[Tensor] = []  # norms of the last difference's groups
         self.clock = 0
-        self._lay_out({})
-        self._start_from_rank_zero()
+        self._lay_out([])
         self._sum = make_sum(self.center)
 
     @property
     @override
     def parameters(self) -> list[Tensor]:
-        return [parameter for group in self._groups for parameter in group]
+        return self._averaged.flat
 
+    @override
     @torch.no_grad()
     def begin(self) -> None:
         """Before an optimizer step, at the point where its gradient is taken: begin an exchange if one is due.
 
         Raises:
             ExchangeError: If the exchange before this one was never completed by all workers.
+            NonFiniteError: If this worker's difference is not finite, and the run cannot go on with it.
         """
-        self._pull()  # of a step whose exception was caught before it was finished
-        if self._parameters_added():
-            self._extend()
-        if self.clock == 0 or self.clock % self._tau:
+        self._averaged.watch()
+        if self.clock % self._tau or self.clock == self._begun_at:
             return
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
+        self._begun_at = self.clock
         rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
-        agreement = self.center.flat.numel(), self._rates.common(rates)
-        self._header = self._line.announce(self._number, agreement)
+        if self._averaged.have_changed:
+            agreement = self._averaged.selected_numel, self._rates.common(rates)
+            finite = self.is_finite()
+            self._line.accept(self._line.announce(self._number, agreement, finite), self.clock)
+            self._extend()
+            self._take_difference()
+        else:
+            finite = self._take_difference()
+            agreement = self.center.flat.numel(), self._rates.common(rates)
+            self._header = self._line.announce(self._number, agreement, finite)
+        if not finite:
+            self._start_again()
         self._start(rates)
 
     @torch.no_grad()
@@ -110,14 +129,17 @@ class SynchronousAverager(Averager):
         """After an optimizer step: pull the worker by the exchange that :meth:`begin` began, and count the step."""
         self._pull()
         self._sum.advance()
-        self._position.after_step()
         self.clock += 1
 
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        if self._parameters_added():
+        finite = self.is_finite()
+        if self._averaged.have_changed:
             self._extend()
+        self._take_difference()
+        if not finite:
+            self._start_again()
         self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
         self._pull()
         self.complete()
@@ -138,7 +160,7 @@ class SynchronousAverager(Averager):
             self._pull_due = [[each.clone() for each in group] for group in differences], alphas
         started = time.monotonic()
         if self._header is not None:
-            self._line.accept(self._header)
+            self._line.accept(self._header, self._begun_at)
             self._header = None
         self._sum.finish()
         self._in_flight = False
@@ -146,28 +168,40 @@ class SynchronousAverager(Averager):
         self._line.statistics.seconds_waited += time.monotonic() - started
 
     @override
+    def follow(self, optimizer: Optimizer) -> None:
+        self._optimizer = self._averaged.optimizer = optimizer
+        self._position.follow(optimizer)
+
+    @override
+    def is_finite(self) -> bool:
+        return all_finite(self.parameters)
+
+    def center_checksum(self) -> int:
+        """A checksum of the center, which is the same on all workers when no exchange is under way."""
+        return checksum(self.center.flat)
+
+    @override
     def settle(self) -> None:
         self.complete()
 
     @override
     def center_values(self) -> list[Tensor]:
-        return self.center.views
+        pairs = zip(self.center.views, self.parameters, strict=True)
+        return [as_parameter(value, parameter) for value, parameter in pairs]
 
     @override
     def elastic_distance(self) -> float | None:
-        if not self._exchanged:
-            return None
-        norms = [norm / (factor or 1.0) for norm, factor in zip(self._sum.norms(), self._exchanged, strict=True)]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        return float(torch.linalg.vector_norm(torch.stack(self._distance))) if self._distance else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self.clock, "position": self._position.state_dict(), "sum": self._sum.state_dict()}
+        position = self._position.state_dict(self.parameters)
+        return {"clock": self.clock, "position": position, "sum": self._sum.state_dict()}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = state["clock"]
-        self._position.load_state_dict(state["position"])
+        self._position.load_state_dict(state["position"], self.parameters)
         self._sum.load_state_dict(state.get("sum", {}))  # a checkpoint of version 0.1.0 has none
 
     @torch.no_grad()
@@ -180,7 +214,6 @@ class SynchronousAverager(Averager):
     def show_center(self) -> None:
         # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
         # when an error cut an exchange short.
-        self._sum.norms()  # of the difference that is overwritten
         self._kept = self._sum.wire if self._sum.has_room and not self._in_flight else self.center.like()
         self._kept.load_(self.parameters)
         self.center.store(self.parameters)
@@ -192,23 +225,41 @@ class SynchronousAverager(Averager):
 
     def close(self) -> None:
         """Give back what the sum holds."""
+        self._position.close()
         self._sum.close()
 
-    def _start(self, rates: list[tuple[float, float]]) -> None:
+    def _take_difference(self) -> bool:
+        """Write x - x̃ into the wire; whether it is finite."""
         started = time.monotonic()
         self._sum.make_room()
         self._line.statistics.seconds_waited += time.monotonic() - started
         wire = self._sum.wire
-        self._position.write(wire)
+        self._position.write(self.parameters, wire)
         wire.flat.sub_(self.center.flat)
+        self._distance = self._sum.norms()
+        return all_finite([wire.flat], self._distance)
+
+    def _start_again(self) -> None:
+        """Let a worker that has gone astray start again at the center; its difference counts as zero.
+
+        Raises:
+            NonFiniteError: If the run ends instead; all workers have heard of it then.
+        """
+        if self._header is not None:
+            header, self._header = self._header, None
+            self._line.accept(header, self.clock)
+        self._sum.wire.flat.zero_()
+        self.start_at_center()
+        self._line.on_astray.reset(self._optimizer, self._line.control.rank, self.clock)
+
+    def _start(self, rates: list[tuple[float, float]]) -> None:
+        wire = self._sum.wire
         if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
             for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
                 segment.mul_(alpha)
-            self._exchanged = [alpha for alpha, _ in rates]
             alphas = [1.0] * len(rates)
             shares = [1.0] * len(rates)
         else:
-            self._exchanged = [1.0] * len(rates)
             alphas = [alpha for alpha, _ in rates]
             shares = [beta / self._line.control.size for _, beta in rates]
         self._in_flight = True
@@ -220,40 +271,43 @@ class SynchronousAverager(Averager):
     def _pull(self) -> None:
         if self._pull_due is None:
             return
-        for parameters, differences, alpha in zip(self._groups, *self._pull_due, strict=True):
+        for parameters, differences, alpha in zip(self._averaged.real, *self._pull_due, strict=True):
             # The copies to a GPU need not be waited for: the next writer of the differences comes after a read of the
             # parameters, which waits for what is queued on their device.
             near = [d.to(p.device, non_blocking=True) for p, d in zip(parameters, differences, strict=True)]
             elastic_pull_(parameters, near, alpha)
         self._pull_due = None
 
-    def _parameters_added(self) -> bool:
-        groups = self._optimizer.param_groups
-        return len(groups) != len(self._groups) or any(
-            len(group["params"]) != len(known) for group, known in zip(groups, self._groups, strict=True)
-        )
-
     def _extend(self) -> None:
-        """Take in parameters added to the optimizer; their common value until now is their center's start."""
+        """Take in what has become of the optimizer's parameters; all workers do it at the same exchange."""
         self.complete()
-        self._lay_out(dict(zip(self.parameters, self.center.views, strict=True)))
-        self._sum = self._sum.renewed(self.center)
-        self._exchanged = []
+        before = self.parameters
+        self._averaged.take_in()
+        self._lay_out(before)
+        places = {id(parameter): number for number, parameter in enumerate(before)}
+        self._sum = self._sum.renewed(self.center, [places.get(id(parameter)) for parameter in self.parameters])
 
-    def _lay_out(self, centers: dict[Tensor, Tensor]) -> None:
-        self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        self.center = FlatTensors(self._groups, center_dtype(self.parameters), self._center_device)
+    def _lay_out(self, known: Sequence[Tensor]) -> None:
+        """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them."""
+        views = {id(parameter): view for parameter, view in zip(known, self.center.views if known else [], strict=True)}
+        parameters = self.parameters
+        self.center = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
+        entered = {id(p): self._averaged.entered_with(p) for p in parameters if id(p) not in views}
         with torch.no_grad():
-            self.center.load_([centers.get(parameter, parameter) for parameter in self.parameters])
+            self.center.load_([views.get(id(p), entered.get(id(p), p)) for p in parameters])
+            new = [view for view, p in zip(self.center.views, parameters, strict=True) if id(p) in entered]
+            self._take_from_rank_zero(new)
 
-    def _start_from_rank_zero(self) -> None:
-        """Make rank 0's center that of all workers, should they differ."""
+    def _take_from_rank_zero(self, values: list[Tensor]) -> None:
+        if not values:
+            return
         control = self._line.control
-        values = self.center.flat.to("cpu", copy=True) if control.rank == 0 else torch.zeros_like(
-            self.center.flat, device="cpu"
-        )  # fmt: skip
-        control.sum(values).wait()
-        self.center.flat.copy_(values)
+        flat = torch.cat([value.flatten() for value in values]).cpu()
+        if control.rank != 0:
+            flat.zero_()
+        control.sum(flat).wait()
+        for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
+            value.copy_(part.view(value.shape))
 
 
 @final
@@ -267,6 +321,7 @@ class SynchronousAveraging(Averaging):
         rates: α and β.
         position: What the workers exchange.
         center_device: Where the center and the differences are; None for where the parameters are.
+        on_astray: What a worker whose difference is not finite means to the run.
     """
 
     def __init__(
@@ -278,10 +333,12 @@ class SynchronousAveraging(Averaging):
         rates: MovingRates,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
+        on_astray: AstrayPolicy | None = None,
     ) -> None:
         self._center_device = center_device
         self.control = control
-        self._line = ExchangeLine(control)
+        self.on_astray = on_astray or FailIfAstray()
+        self._line = ExchangeLine(control, on_astray=self.on_astray)
         self._make_sum = make_sum
         self.statistics = self._line.statistics
         self._tau = tau
@@ -295,7 +352,12 @@ class SynchronousAveraging(Averaging):
         return True
 
     @override
-    def start(self, optimizers: Sequence[Optimizer]) -> None:
+    def start(
+        self,
+        optimizers: Sequence[Optimizer],
+        ignored: Collection[Tensor] = (),
+        name_of: Callable[[Tensor], str] = lambda _: "",
+    ) -> None:
         self.averagers = self._synchronous
         for number, optimizer in enumerate(optimizers):
             self._synchronous[optimizer] = SynchronousAverager(
@@ -307,7 +369,18 @@ class SynchronousAveraging(Averaging):
                 rates=self._rates,
                 position=self._position,
                 center_device=self._center_device,
+                ignored=ignored,
             )
+
+    @override
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        self._synchronous = follow(self._synchronous, optimizers)
+        self.averagers = self._synchronous
+
+    @property
+    @override
+    def has_exchanged(self) -> bool:
+        return self.statistics.exchanges > 0
 
     @override
     def center_state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What users read of the averaging, under a Trainer and under Fabric."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -35,11 +36,21 @@ class CenterReadings:
         return [] if self._averaging is None else list(self._averaging.averagers.values())
 
 
-def named_center(parameters: Iterable[tuple[str, nn.Parameter]], averagers: Iterable[Averager]) -> dict[str, Tensor]:
-    """The center of each averaged parameter, by the parameter's name or else its place in the optimizers."""
+def named_center(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    averagers: Iterable[Averager],
+    replaced: Mapping[Tensor, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
+    """The center of each averaged parameter, by the parameter's name or else its place in the optimizers.
+
+    Args:
+        parameters: The module's, by name.
+        averagers: What holds the center.
+        replaced: What is to stand for the center of some parameters.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in parameters}
     return {
-        names.get(parameter, f"optimizers.{number}.{index}"): value
+        names.get(parameter, f"optimizers.{number}.{index}"): replaced.get(parameter, value).to(value.dtype)
         for number, averager in enumerate(averagers)
         for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
     }

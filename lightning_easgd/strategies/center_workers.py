@@ -4,6 +4,7 @@ import contextlib
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,13 +14,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd._compat import is_without_steps
-from lightning_easgd.averagers import Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
-from lightning_easgd.buffers import load_buffers
+from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.buffers import FiniteBuffers, load_buffers
+from lightning_easgd.common_values import CommonValues
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
+from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
+from lightning_easgd.strategies.steps import Steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -36,6 +40,8 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
     _callback_class: ClassVar[type[CenterHooks]]
 
     tau: int
+    on_nonfinite: str
+    _finite_buffers: FiniteBuffers | None
 
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -48,7 +54,10 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._callback: Any = None
         self._validating = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
-        self._center_buffers: list[Tensor] = []
+        self._common = CommonValues()  # at the last meeting, of what no averager holds
+        self._outside: OutsideValues | None = None  # as long as the shown weights
+        self._steps: Steps | None = None  # from the start of training to teardown
+        self._steps_made = 0
         self._calibrate: Callable[[], None] | None = None
         self._final_center: Mapping[str, Tensor] | None = None
         self._statistics = Statistics()
@@ -165,11 +174,20 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         assert self.lightning_module is not None
         for optimizer in self.optimizers:  # once more: a resumed one has the settings of the run that saved it
             self.prepare_optimizer(optimizer)
-        trainable = [optimizer for optimizer in self.optimizers if optimizer.param_groups]
-        if not trainable:  # Lightning's stand-in where configure_optimizers returns None
-            return
-        self._averaging.start(trainable)
-        self._shown = ShownWeights(self.lightning_module, self._averagers)
+        module = self.lightning_module
+        self._averaging.start(self._trained_optimizers(), ignored_parameters(module), self._name_of)
+        self._shown = ShownWeights(module, self._averagers)
+        self._outside = OutsideValues(
+            module,
+            self._averagers,
+            self._trained_optimizers,
+            with_buffers=self._ddp_kwargs.get("broadcast_buffers", True),
+            strategy=type(self).__name__,
+        )
+        self._steps = Steps(self.before_step, self.after_step)
+        self._steps_made = 0
+        self._finite_buffers = FiniteBuffers(module) if self.on_nonfinite == "reset" else None
+        self._told_own = False
         self._training = True
         self._validating = self._replaced = False
         self._look_for_meetings()
@@ -182,21 +200,36 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         **kwargs: Any,
     ) -> Any:
         """Make one step of the worker, with an exchange around it if this optimizer's clock says so."""
-        if self._averaging is None or self._shown is None or is_without_steps(self._trainer):  # nothing is averaged
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
-        averager = self._averaging.averagers.get(optimizer)
-        if averager is None:
+        make = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
+        if self._steps is None or not self._is_averaging or not optimizer.param_groups:  # Lightning's stand-in for none
+            return make()
+        if self._averager_of(optimizer) is None:
             raise RuntimeError(
                 f"{type(self).__name__}: this {type(optimizer).__name__} was not there when training started, so that"
                 " it has no center; set up all optimizers in configure_optimizers."
             )
-        averager.begin()
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        return self._steps.make(optimizer, make)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
+        averager = self._averager_of(optimizer) if self._is_averaging else None
+        if averager is not None:
+            averager.begin()
+
+    def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
+        """Finish what the worker needs of the exchange; called after every step, however it was made."""
+        if not self._is_averaging:
+            return
+        averager = self._averager_of(optimizer)
+        if averager is None:
+            assert self._outside is not None
+            self._outside.note_step(optimizer)
+            return
         averager.finish()
-        if not self._trainer.lightning_module.automatic_optimization:
+        self._steps_made += 1
+        if not (had_closure and self._trainer.lightning_module.automatic_optimization):
             averager.look_ahead()
         self._stop_if_agreed()
-        return output
 
     def on_validation_start(self) -> None:
         """Let all ranks meet, and show the center to a validation that is part of a fit."""
@@ -223,14 +256,15 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
     def on_train_epoch_end(self) -> None:
         """Let ranks that end an epoch at different times meet; see whether the next epoch trains the worker."""
         self._replaced = is_without_steps(self._trainer)
+        self._check_outside()
         super().on_train_epoch_end()
 
     def on_train_end(self) -> None:
         """Let all ranks finish, and leave the center in the module, or what callbacks want there, the same on all."""
         super().on_train_end()
         if self._training:
-            self._warn_without_exchange()
             self._meet(Meeting.TRAINING_END)
+            self._warn_without_exchange()
             if not self._replaced:
                 self._show_calibrated_center()
             self._training = False
@@ -270,17 +304,48 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             averaging, self._averaging = self._averaging, None
             if averaging is not None:
                 averaging.close()
+            if self._steps is not None:
+                self._steps.close()
+                self._steps = None
             super().teardown()
 
     # The parts of the above
 
+    @property
+    def _is_averaging(self) -> bool:
+        """Whether a step is one of a worker's, which counts."""
+        return self._training and not is_without_steps(self._trainer)
+
+    def _trained_optimizers(self) -> list[Optimizer]:
+        """The optimizers, without Lightning's stand-in where configure_optimizers returns None."""
+        return [optimizer for optimizer in self.optimizers if optimizer.param_groups]
+
+    def _averager_of(self, optimizer: Optimizer) -> Averager | None:
+        """The averager of an optimizer, which may have been made anew since training started."""
+        assert self._averaging is not None
+        averagers = self._averaging.averagers
+        if optimizer not in averagers and any(optimizer is known for known in self.optimizers):
+            for each in self._trained_optimizers():
+                self.prepare_optimizer(each)
+            self._averaging.follow(self._trained_optimizers())
+        return self._averaging.averagers.get(optimizer)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        assert self.lightning_module is not None
+        return next((name for name, each in self.lightning_module.named_parameters() if each is parameter), "")
+
+    @property
+    def _center_has_moved(self) -> bool:
+        """Whether the center holds something of what the workers have learnt; asked after all have met."""
+        assert self._averaging is not None
+        return self._averaging.has_exchanged
+
     def _warn_without_exchange(self) -> None:
-        steps = max((averager.clock for averager in self._averagers), default=0)
-        if steps and not self._statistics.exchanges and not self._trainer.fast_dev_run:
+        if self._steps_made and not self._center_has_moved and not self._trainer.fast_dev_run:
             rank_zero_warn(
-                f"{type(self).__name__}(tau={self.tau}): this fit ended after {steps} optimizer steps, before the first"
-                " exchange, so that the center, which the module holds now, is still where training began; make more"
-                f" than {self.tau} steps, or lower tau."
+                f"{type(self).__name__}(tau={self.tau}): this fit ended after {self._steps_made} optimizer steps,"
+                " before the first exchange, so that the workers have trained apart; the module holds the mean of"
+                f" their weights. Make more than {self.tau} steps, or lower tau."
             )
 
     def _leave(self) -> None:
@@ -289,19 +354,20 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         # After an error the other ranks may be anywhere, and a served center out of reach.
         with contextlib.suppress(CenterError):
             if not (self._shown.center or self._replaced):
-                self._keep_buffers()
+                self._common = CommonValues()  # there can be no meeting: what no averager holds is this rank's
                 self._show_center()
-            named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
+            replaced = self._shown.values() if self._shown.center else {}
+            named = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
             self._final_center = MappingProxyType(named)
         ended_well = not self._training and not self._interrupted
-        self._shown = None
+        self._shown = self._outside = None
         self._training = self._validating = False
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)
 
-    def _named_center(self) -> dict[str, Tensor]:
+    def _named_center(self, replaced: Mapping[Tensor, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
         assert self.lightning_module is not None
-        return named_center(self.lightning_module.named_parameters(), self._averagers)
+        return named_center(self.lightning_module.named_parameters(), self._averagers, replaced)
 
     def _state_dict_of_center(self) -> dict[str, Any]:
         """The module's state at the center, which the module is not touched for; buffers are this rank's."""
@@ -317,16 +383,35 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return copy.deepcopy(state)
 
     def _meet(self, meeting: Meeting) -> None:
-        """Wait for all ranks, and make what belongs to the center beside its parameters."""
+        """Wait for all ranks, and find what belongs to the center beside what the averagers hold of it.
+
+        Before the first exchange the center is where training began, and the workers' mean is what is shown.
+        """
+        self._check_outside()
         self._wait_for_all(meeting)
         assert self._averaging is not None
-        assert self.lightning_module is not None
-        self._center_buffers = self._averaging.common_values(list(self.lightning_module.buffers()))
+        assert self._outside is not None
+        tensors = self._outside.tensors()
+        if not self._center_has_moved:
+            self._averaging.check_finite()
+            tensors |= self._outside.averaged()
+        self._common = self._averaging.common_values(tensors)
+        self._same_everywhere = self._common.same & self._outside.tensors().keys()
+        if self._finite_buffers is not None:
+            self._finite_buffers.update(self._common.values)
+        self._tell_own()
 
-    def _keep_buffers(self) -> None:
-        """In place of a meeting that cannot be: this rank's buffers stand for the center's."""
-        assert self.lightning_module is not None
-        self._center_buffers = [buffer.detach().clone() for buffer in self.lightning_module.buffers()]
+    def _check_outside(self) -> None:
+        if self._training and self._outside is not None:
+            self._outside.check()
+
+    def _tell_own(self) -> None:
+        if self._common.own and not self._told_own:
+            self._told_own = True
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(sorted(self._common.own))} differ between the ranks in shape or"
+                " dtype, or are not there on all of them. Each rank keeps its own, and checkpoints hold rank 0's."
+            )
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:
@@ -335,7 +420,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             yield
             return
         if self._interrupted:
-            self._keep_buffers()
+            self._common = CommonValues()
             self._show_center()
         else:
             self._meet(meeting)
@@ -352,13 +437,10 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         Both averages are linear: the mean of the workers' averages is the average of the workers' mean.
         """
         assert self._averaging is not None
-        assert self._shown is not None
-        assert self.lightning_module is not None
-        changed = not self._shown.is_center(self._center_buffers)
-        (share,) = self._averaging.common_values([torch.tensor(float(changed))])
-        if share > 0:
-            tensors = [*self.lightning_module.parameters(), *self.lightning_module.buffers()]
-            torch._foreach_copy_(tensors, self._averaging.common_values(tensors))
+        assert self._outside is not None
+        tensors = self._outside.tensors() | self._outside.averaged()
+        for name, value in self._averaging.common_values(tensors).values.items():
+            tensors[name].copy_(value)
 
     def _show_calibrated_center(self) -> None:
         """Show the center after a meeting: here all ranks may communicate."""
@@ -366,11 +448,12 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         if self._calibrate is None:
             return
         assert self._averaging is not None
+        assert self._outside is not None
         assert self.lightning_module is not None
         self._calibrate()
-        self._center_buffers = self._averaging.common_values(list(self.lightning_module.buffers()))
-        load_buffers(self.lightning_module, self._center_buffers)
+        of_buffers = self._averaging.common_values(self._outside.buffers()).values
+        load_buffers(self.lightning_module, of_buffers)
 
     def _show_center(self) -> None:
         assert self._shown is not None
-        self._shown.show_center(self._center_buffers)
+        self._shown.show_center(self._common.values)

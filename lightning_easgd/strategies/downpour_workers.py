@@ -20,7 +20,7 @@ from lightning_easgd.service import (
 )
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
-from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
+from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
 
 __all__ = ["DownpourWorkers"]
 
@@ -54,6 +54,9 @@ class DownpourWorkers(ServedWorkers):
             what validation, checkpoints and the module after ``fit`` hold.
         order: "free": every worker on its own clock. "round_robin": turns pass from rank to rank.
         on_worker_loss: "fail" or "continue", when a worker dies.
+        on_nonfinite: What happens when a worker's difference from the center is not finite: "fail" ends the run on all
+            ranks, with the last finite center; "reset" lets that worker start again at the center. The center is never
+            touched by such a difference.
         evaluate: Weights that validation during ``fit`` uses: "center" or "worker" (each rank its own).
         worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
             from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
@@ -84,6 +87,7 @@ class DownpourWorkers(ServedWorkers):
         average: Literal["polyak"] | float | None = None,
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
+        on_nonfinite: OnNonFinite = "fail",
         evaluate: Literal["center", "worker"] = "center",
         worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
@@ -99,6 +103,7 @@ class DownpourWorkers(ServedWorkers):
             precision_plugin,
             order=order,
             on_worker_loss=on_worker_loss,
+            on_nonfinite=on_nonfinite,
             evaluate=evaluate,
             worker_state=worker_state,
             process_group_backend=process_group_backend,

@@ -31,7 +31,7 @@ from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.schedules import Schedule
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
-from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
+from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
 
 __all__ = ["ElasticWorkers"]
 
@@ -82,6 +82,9 @@ class ElasticWorkers(ServedWorkers):
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
             names it, "continue" lets the others go on, where the launcher does.
+        on_nonfinite: What happens when a worker's difference from the center is not finite: "fail" ends the run on all
+            ranks, with the last finite center; "reset" lets that worker start again at the center. The center is never
+            touched by such a difference.
         center_device: With mode="sync", where the center and the wire of an exchange are: None (where the
             parameters are), or "cpu", which frees two float32 copies of the parameters on a GPU; x then travels to
             pinned host memory and its difference back, and the workers' sum is made by gloo. The numbers are the same.
@@ -125,6 +128,7 @@ class ElasticWorkers(ServedWorkers):
         wire_dtype: WireDtype | None = None,
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
+        on_nonfinite: OnNonFinite = "fail",
         center_device: Literal["cpu"] | None = None,
         evaluate: Literal["center", "worker"] = "center",
         recalibrate_batchnorm: int = 0,
@@ -142,6 +146,7 @@ class ElasticWorkers(ServedWorkers):
             precision_plugin,
             order=order,
             on_worker_loss=on_worker_loss,
+            on_nonfinite=on_nonfinite,
             evaluate=evaluate,
             recalibrate_batchnorm=recalibrate_batchnorm,
             worker_state=worker_state,
@@ -202,6 +207,7 @@ class ElasticWorkers(ServedWorkers):
             rates=self.rates,
             position=position,
             center_device=self.center_device,
+            on_astray=self._astray_policy(),
         )
 
     def _make_sums(self, control: Channel, timeout: timedelta, number: int) -> MakeSum:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
+from lightning_easgd.buffers import FiniteBuffers
 from lightning_easgd.checkpointing import random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
+from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
 from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
+from lightning_easgd.strategies.steps import Steps
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy as _Base
@@ -48,6 +52,9 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     the random number generators.
     """
 
+    on_nonfinite: str
+    _finite_buffers: FiniteBuffers | None
+
     def __init__(
         self, *arguments: Any, evaluate: str = "center", recalibrate_batchnorm: int = 0, **keywords: Any
     ) -> None:
@@ -67,6 +74,8 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._optimizers: list[Optimizer] = []
         self._averaging: Averaging | None = None  # from the first step to finalize
         self._shown: ShownWeights | None = None  # while the modules show the center
+        self._outside: OutsideValues | None = None  # as long as the averaging
+        self._steps: Steps | None = None  # from the first optimizer's setup to finalize
         self._final_center: Mapping[str, Tensor] | None = None
         self._resumed: tuple[dict[str, Any], dict[str, Any] | None] = {}, None  # the center's and the own state
         self._statistics = Statistics()
@@ -130,13 +139,16 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         if not self._optimizers:
             return
         averaging = self._started()
-        averaging.meet(Meeting.TRAINING_END)
-        self._show_center(averaging)
-        named = {name: tensor.cpu().clone() for name, tensor in self._named_center().items()}
+        self._meet(averaging, Meeting.TRAINING_END)
+        assert self._shown is not None
+        named = {name: tensor.cpu().clone() for name, tensor in self._named_center(self._shown.values()).items()}
         self._final_center = MappingProxyType(named)
         self._shown = None
         self._modules.clear()
         self._optimizers.clear()
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
         self._end()
 
     # Fabric's hooks
@@ -160,6 +172,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             )
         self.prepare_optimizer(optimizer)
         self._optimizers.append(optimizer)
+        self._steps = self._steps or Steps(self.before_step, self.after_step)
         optimizer = super().setup_optimizer(optimizer)
         _, own = self._resumed
         if own is not None and len(self._optimizers) == len(own["optimizer_states"]):
@@ -177,18 +190,34 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
                 f"{type(self).__name__}: a step of a {type(optimizer).__name__} that is not being trained with; set it"
                 " up with fabric.setup, after strategy.finalize() anew."
             )
+        assert self._steps is not None
+        # Until a step without a closure the worker is where its gradient was taken.
+        step = partial(super().optimizer_step, optimizer, **kwargs)
+        return self._steps.make(optimizer, step, had_closure="closure" in kwargs)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
+        if optimizer not in self._optimizers:
+            return
         if self._shown is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: an optimizer step inside center_weights() would be taken at the center, not at"
                 " the worker; leave the context first."
             )
-        averager = self._started().averagers[optimizer]
-        averager.begin()
-        output = super().optimizer_step(optimizer, **kwargs)
+        self._started().averagers[optimizer].begin()
+
+    def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
+        """Finish what the worker needs of the exchange; called after every step, however it was made."""
+        if self._averaging is None:
+            return
+        averager = self._averaging.averagers.get(optimizer)
+        if averager is None:
+            assert self._outside is not None
+            self._outside.note_step(optimizer)
+            return
         averager.finish()
-        if "closure" not in kwargs:
+        if not had_closure:
             averager.look_ahead()
-        return output
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """A module's state at the center. All ranks ask for it at the same point of their work."""
@@ -230,9 +259,18 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             averaging = self._make_averaging(self._optimizers)
             for optimizer in self._optimizers:  # once more: a loaded one has the settings of the run that saved it
                 self.prepare_optimizer(optimizer)
-            averaging.start(self._optimizers)
+            modules = self._all_modules
+            averaging.start(self._optimizers, ignored_parameters(modules), self._name_of)
             self._statistics = averaging.statistics
             self._averaging = averaging
+            self._outside = OutsideValues(
+                modules,
+                self._averagers,
+                lambda: self._optimizers,
+                with_buffers=self._ddp_kwargs.get("broadcast_buffers", True),
+                strategy=type(self).__name__,
+            )
+            self._finite_buffers = FiniteBuffers(modules) if self.on_nonfinite == "reset" else None
             self._resume(averaging, *self._resumed)
             self._resumed = {}, None
         return self._averaging
@@ -269,6 +307,9 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         if averaging is not None:
             averaging.close()
 
+    def _name_of(self, parameter: Tensor) -> str:
+        return next((name for name, each in self._all_modules.named_parameters() if each is parameter), "")
+
     def _has(self, module: nn.Module) -> bool:
         return module in self._modules or getattr(module, "module", None) in self._modules
 
@@ -276,13 +317,22 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     def _all_modules(self) -> nn.Module:
         return self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules)
 
-    def _named_center(self) -> dict[str, Tensor]:
-        return named_center(self._all_modules.named_parameters(), self._averagers)
+    def _named_center(self, replaced: Mapping[Tensor, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+        return named_center(self._all_modules.named_parameters(), self._averagers, replaced)
 
-    def _show_center(self, averaging: Averaging) -> None:
-        modules = self._all_modules
-        self._shown = ShownWeights(modules, self._averagers)
-        self._shown.show_center(averaging.common_values(list(modules.buffers())))
+    def _meet(self, averaging: Averaging, meeting: Meeting) -> None:
+        """Wait for all ranks, and show the center; before the first exchange the workers' mean."""
+        assert self._outside is not None
+        self._outside.check()
+        averaging.meet(meeting)
+        tensors = self._outside.tensors()
+        if not averaging.has_exchanged:
+            averaging.check_finite()
+            tensors |= self._outside.averaged()
+        common = averaging.common_values(tensors)
+        self._same_everywhere = common.same & self._outside.tensors().keys()
+        self._shown = ShownWeights(self._all_modules, self._averagers)
+        self._shown.show_center(common.values)
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:
@@ -290,8 +340,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             yield
             return
         averaging = self._started()
-        averaging.meet(meeting)
-        self._show_center(averaging)
+        self._meet(averaging, meeting)
         try:
             yield
         finally:

@@ -47,6 +47,7 @@ else:
 class KeptStates(_Base):
     """Says where the workers' states are kept, and which of them a resumed worker may go on from."""
 
+    _same_everywhere: frozenset[str] = frozenset()  # names of tensors that no averager holds, at the last meeting
     _method: ClassVar[str]
     """Workers of one method can go on where workers of the same method stopped."""
 

@@ -7,22 +7,27 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import (
+    AstrayPolicy,
     Averaging,
     ContinueOnLoss,
+    FailIfAstray,
     FailOnLoss,
     ProcessGroupChannel,
+    ResetIfAstray,
     ServedAverager,
     ServedAveraging,
     free_order,
     round_robin,
 )
+from lightning_easgd.buffers import FiniteBuffers
 from lightning_easgd.service import CenterRule
 from lightning_easgd.strategies.processes import WorkerProcesses
 
-__all__ = ["OnWorkerLoss", "Order", "ServedWorkers", "check_period"]
+__all__ = ["OnNonFinite", "OnWorkerLoss", "Order", "ServedWorkers", "check_period"]
 
 Order = Literal["free", "round_robin"]
 OnWorkerLoss = Literal["fail", "continue"]
+OnNonFinite = Literal["fail", "reset"]
 
 _ORDERS = {"free": free_order, "round_robin": round_robin}
 _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
@@ -31,14 +36,26 @@ _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 class ServedWorkers(WorkerProcesses):
     """Workers that may exchange with a served center, each on its own clock."""
 
-    def __init__(self, *arguments: Any, order: str = "free", on_worker_loss: str = "fail", **keywords: Any) -> None:
+    _finite_buffers: FiniteBuffers | None = None
+
+    def __init__(
+        self,
+        *arguments: Any,
+        order: str = "free",
+        on_worker_loss: str = "fail",
+        on_nonfinite: str = "fail",
+        **keywords: Any,
+    ) -> None:
         super().__init__(*arguments, **keywords)
         name = type(self).__name__
         if order not in _ORDERS:
             raise ValueError(f"{name}(order={order!r}): unknown order; use 'free' or 'round_robin'.")
         if on_worker_loss not in _POLICIES:
             raise ValueError(f"{name}(on_worker_loss={on_worker_loss!r}): unknown; use 'fail' or 'continue'.")
+        if on_nonfinite not in ("fail", "reset"):
+            raise ValueError(f"{name}(on_nonfinite={on_nonfinite!r}): unknown; use 'fail' or 'reset'.")
         self.order = order
+        self.on_nonfinite = on_nonfinite
         self.on_worker_loss = on_worker_loss
 
     @property
@@ -69,7 +86,16 @@ class ServedWorkers(WorkerProcesses):
             make_averager=averager,
             make_turns=_ORDERS[self.order],
             on_loss=_POLICIES[self.on_worker_loss](),
+            on_astray=self._astray_policy(),
         )
+
+    def _astray_policy(self) -> AstrayPolicy:
+        name = type(self).__name__
+        return FailIfAstray(name) if self.on_nonfinite == "fail" else ResetIfAstray(name, self._mend_buffers)
+
+    def _mend_buffers(self) -> None:
+        if self._finite_buffers is not None:
+            self._finite_buffers.mend()
 
 
 def check_period(strategy: str, tau: object) -> None:

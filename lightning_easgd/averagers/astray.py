@@ -1,0 +1,109 @@
+"""What becomes of a worker that has gone astray: whose difference from the center is not finite."""
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.averagers.channel import ExchangeError
+from lightning_easgd.center import as_real
+
+__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray", "all_finite"]
+
+
+class NonFiniteError(ExchangeError):
+    """The difference of a worker from the center is infinite or not a number; the center is as it was before."""
+
+
+class AstrayPolicy(ABC):
+    """What a non-finite difference means to the run. Whatever it is, the center is not touched by it."""
+
+    @abstractmethod
+    def hear(self, who: str, clock: int) -> None:
+        """Called on a worker that hears of an exchange in which others, or itself, have gone astray.
+
+        Args:
+            who: Whose difference is not finite.
+            clock: The clock t of the exchange.
+
+        Raises:
+            NonFiniteError: If the run ends.
+        """
+
+    @abstractmethod
+    def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
+        """Called on the worker that has gone astray, when its parameters have been put where the center is."""
+
+
+@final
+class FailIfAstray(AstrayPolicy):
+    """End the run on all ranks.
+
+    Args:
+        strategy: Name of the strategy, for the error.
+    """
+
+    def __init__(self, strategy: str = "EASGDStrategy") -> None:
+        self._strategy = strategy
+
+    @override
+    def hear(self, who: str, clock: int) -> None:
+        raise NonFiniteError(
+            f"{self._strategy}(on_nonfinite='fail'): the weights of {who} were not finite at the exchange after step"
+            f" {clock}; the center is still that of the exchange before. Lower the learning rate, clip gradients, or"
+            " look for the batch; on_nonfinite='reset' lets such a worker start again at the center."
+        )
+
+    @override
+    def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
+        self.hear(f"rank {rank}", clock)
+
+
+@final
+class ResetIfAstray(AstrayPolicy):
+    """Let that worker start again at the center, with an optimizer that knows nothing of the steps before.
+
+    Args:
+        strategy: Name of the strategy, for the warning.
+        mend: Puts right what else of the worker is not finite.
+    """
+
+    def __init__(self, strategy: str = "EASGDStrategy", mend: Callable[[], None] = lambda: None) -> None:
+        self._strategy = strategy
+        self._mend = mend
+
+    @override
+    def hear(self, who: str, clock: int) -> None:
+        pass
+
+    @override
+    def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
+        optimizer.state.clear()  # what led there, or came of it, is in momentum and averages, too
+        self._mend()
+        warnings.warn(
+            f"{self._strategy}(on_nonfinite='reset'): the weights of rank {rank} were not finite at the exchange after"
+            f" step {clock}; it starts again at the center, and so does the state of its {type(optimizer).__name__}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def all_finite(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> bool:
+    """Whether all elements are finite; it waits for the tensors' device.
+
+    Args:
+        tensors: Floating-point or complex ones.
+        norms: Norms of their parts, where they have been taken: if these are finite, the tensors are.
+    """
+    tensors = [as_real(tensor).detach() for tensor in tensors]
+    if norms is None:
+        norms = list(torch._foreach_norm(tensors)) if tensors else []
+    if all(math.isfinite(norm) for norm in norms):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # large squares may have been too large
