@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FiniteBuffers", "KeptBuffer", "keep_buffers", "load_buffers", "restore_buffers"]
+__all__ = ["FiniteBuffers", "KeptBuffer", "can_be_written", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
 @final
@@ -40,7 +40,7 @@ def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
     for each in kept:
         if (each.buffer.shape, each.buffer.dtype) != (each.value.shape, each.value.dtype):
             each.buffer.data = each.value.clone()
-        elif not (_is_expanded(each.buffer) and torch.equal(each.buffer, each.value)):
+        elif can_be_written(each.buffer) or each.buffer.layout is not torch.strided:
             each.buffer.copy_(each.value)
         each.owner._buffers[each.name] = each.buffer
 
@@ -81,8 +81,8 @@ class FiniteBuffers:
         return [(name, buffer) for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
 
 
-def _is_expanded(tensor: Tensor) -> bool:
-    """Whether elements share memory, so that the tensor cannot be written to."""
-    return tensor.layout is torch.strided and any(
+def can_be_written(tensor: Tensor) -> bool:
+    """Whether values can be copied into a tensor: it is dense, and no elements share memory (``expand``)."""
+    return tensor.layout is torch.strided and not any(
         size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )

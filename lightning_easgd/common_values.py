@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from lightning_easgd.buffers import can_be_written
 from lightning_easgd.center import as_real
 from lightning_easgd.checksums import checksum
 
@@ -28,7 +29,8 @@ class CommonValues:
     Attributes:
         values: Of those that differ between the workers: the mean, of integers rank 0's; on the tensor's device.
         same: Names of those that are the same on all workers.
-        own: Names of those whose shape, dtype or presence differs between the workers: each worker keeps its own.
+        own: Names of those whose shape, dtype or presence differs between the workers, or that differ and cannot be
+            written to: each worker keeps its own.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -61,7 +63,7 @@ def common_values(tensors: Mapping[str, Tensor], channel: "Channel") -> CommonVa
         names = shared
     rows = _gather(channel, [number for name, number in zip(sorted(tensors), checksums, strict=True) if name in names])
     different = [name for name, column in zip(names, zip(*rows, strict=True), strict=True) if len(set(column)) > 1]
-    unlike = frozenset(name for name in different if tensors[name].layout is not torch.strided)
+    unlike = frozenset(name for name in different if not can_be_written(tensors[name]))
     different = [name for name in different if name not in unlike]
     values = _common([tensors[name].detach() for name in different], channel)
     return CommonValues(

@@ -18,17 +18,24 @@ __all__ = ["LookAheadPosition", "ParameterPosition", "Position", "make_nesterov"
 class Position(ABC):
     """Reads a worker's position x off its parameters and its optimizer."""
 
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+
     @abstractmethod
-    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
+    def write(self, into: FlatTensors, parameters: Sequence[Tensor] | None = None) -> None:
         """Write x into a buffer.
 
         Args:
-            parameters: The averaged parameters.
-            into: A buffer with a view for each.
+            into: A buffer with a view for each parameter.
+            parameters: Those of the optimizer's parameters that are averaged; None for all.
         """
 
-    def follow(self, optimizer: Optimizer) -> None:  # noqa: B027 - most positions need nothing of it
+    def follow(self, optimizer: Optimizer) -> None:
         """Go on with another optimizer of the same parameters, in place of the one before."""
+        self._optimizer = optimizer
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def state_dict(self, parameters: Sequence[Tensor]) -> list[float]:  # noqa: ARG002
         """What a resumed worker must know beside its optimizer's state, of these parameters."""
@@ -45,12 +52,9 @@ class Position(ABC):
 class ParameterPosition(Position):
     """EASGD: the worker is where its parameters are."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        del optimizer
-
     @override
-    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
-        into.load_(parameters)
+    def write(self, into: FlatTensors, parameters: Sequence[Tensor] | None = None) -> None:
+        into.load_(self._all_parameters() if parameters is None else parameters)
 
 
 @final
@@ -70,19 +74,21 @@ class LookAheadPosition(Position):
         # ηδ of the last step, by the identity of the group; beside the group, so that no other can get its identity.
         self._of_groups: dict[int, tuple[Any, float]] = {}
         self._of_parameters: dict[Tensor, float] = {}  # of those whose last step was made at another
+        self._handle: RemovableHandle | None = None
+        super().__init__(optimizer)
         self.follow(optimizer)
 
     @override
     def follow(self, optimizer: Optimizer) -> None:
         self.close()
-        self._optimizer = optimizer
+        super().follow(optimizer)
         self._of_groups = {id(group): (group, _lr_times_momentum(group)) for group in optimizer.param_groups}
         self._of_parameters.clear()
-        self._handle: RemovableHandle | None = optimizer.register_step_post_hook(self._after_step)
+        self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @override
     def close(self) -> None:
-        handle, self._handle = getattr(self, "_handle", None), None
+        handle, self._handle = self._handle, None
         if handle is not None:
             handle.remove()
 
@@ -99,7 +105,8 @@ class LookAheadPosition(Position):
             self._of_parameters = dict(zip(parameters, state, strict=True))
 
     @override
-    def write(self, parameters: Sequence[Tensor], into: FlatTensors) -> None:
+    def write(self, into: FlatTensors, parameters: Sequence[Tensor] | None = None) -> None:
+        parameters = self._all_parameters() if parameters is None else parameters
         into.load_(parameters)
         pairs: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
         for parameter, view, factor in zip(parameters, into.views, self.state_dict(parameters), strict=True):

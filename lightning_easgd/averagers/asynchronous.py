@@ -62,7 +62,7 @@ class AsynchronousAverager(ServedAverager):
             return
         workers = self._shared.workers()
         rates = self._rates.of_groups(self._optimizer, workers, self.clock)
-        self._position.write(self.parameters, self._wire)
+        self._position.write(self._wire, self.parameters)
         self._alphas = [alpha for alpha, _ in rates]
         self._send([beta / workers for _, beta in rates] if self._rates.is_asymmetric else self._alphas)
 

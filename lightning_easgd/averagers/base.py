@@ -156,15 +156,20 @@ class Averaging(ABC):
 
     @abstractmethod
     def center_state_dict(self) -> dict[str, Any]:
-        """What the center is beyond the parameters' values at the center; called after all workers have met.
+        """What the center is, beside the module's state; called after all workers have met.
 
-        It is empty where those values say it all. Else ``stores``: for each store of the center (the center first)
-        one flat tensor for each averager; and ``versions`` of a served center's chunks.
+        ``stores``: for each store of the center (the center first) one flat tensor for each averager; and ``versions``
+        of a served center's chunks.
         """
+
+    @property
+    @abstractmethod
+    def is_in_parameters(self) -> bool:
+        """Whether the parameters' values at the center say all that :meth:`center_state_dict` does."""
 
     @abstractmethod
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the center begin at a state that is not empty; all workers call it after :meth:`start`."""
+        """Let the center begin at a state; all workers call it after :meth:`start`."""
 
     def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:
         """What the workers' values have in common; called on all workers after they have met."""

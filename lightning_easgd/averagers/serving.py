@@ -24,7 +24,7 @@ from lightning_easgd.averagers.line import Header, Meeting, Statistics, WorkersS
 from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
 from lightning_easgd.averagers.served_parameters import ServedParameters
 from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
-from lightning_easgd.center import center_dtype
+from lightning_easgd.center import as_real, center_dtype
 from lightning_easgd.common_values import CommonValues
 from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.service.stores import own_client
@@ -163,7 +163,7 @@ class ServedAveraging(Averaging):
             segments=list(pairwise(accumulate(sizes, initial=0))),
             dtype=dtype,
             rule=self._rule,
-            initial=torch.cat([layout.flat.cpu() for layout in layouts]),
+            initial=torch.cat([torch.empty(0, dtype=dtype), *(layout.flat.cpu() for layout in layouts)]),
             timeout=timeout,
         )
         self._turns = self._make_turns(own_client(self._keys), self._center, self.control, timeout)
@@ -206,15 +206,18 @@ class ServedAveraging(Averaging):
     @override
     def center_state_dict(self) -> dict[str, Any]:
         center = self._opened
-        parameters = [parameter for averager in self._served for parameter in averager.parameters]
-        if self._rule.stores == 1 and all(parameter.dtype == center.dtype for parameter in parameters):
-            return {}
         stores = []
         for store in range(self._rule.stores):
             flat = torch.empty(sum(averager.numel for averager in self._served), dtype=center.dtype)
             versions = center.read_all(flat, store)
             stores.append(list(torch.split(flat, [averager.numel for averager in self._served])))
         return {"stores": stores, "versions": versions}
+
+    @property
+    @override
+    def is_in_parameters(self) -> bool:
+        parameters = [parameter for averager in self._served for parameter in averager.parameters]
+        return self._rule.stores == 1 and all(as_real(p).dtype == self._opened.dtype for p in parameters)
 
     @override
     def load_center_state_dict(self, state: dict[str, Any]) -> None:

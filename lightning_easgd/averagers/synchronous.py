@@ -15,7 +15,7 @@ from lightning_easgd.averagers.base import Averager, Averaging, follow
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sums import MakeSum
-from lightning_easgd.center import FlatTensors, as_parameter, center_dtype
+from lightning_easgd.center import FlatTensors, as_parameter, as_real, center_dtype
 from lightning_easgd.checksums import checksum
 from lightning_easgd.elastic import elastic_pull_
 from lightning_easgd.momentum import ParameterPosition, Position
@@ -234,7 +234,7 @@ class SynchronousAverager(Averager):
         self._sum.make_room()
         self._line.statistics.seconds_waited += time.monotonic() - started
         wire = self._sum.wire
-        self._position.write(self.parameters, wire)
+        self._position.write(wire, self.parameters)
         wire.flat.sub_(self.center.flat)
         self._distance = self._sum.norms()
         return all_finite([wire.flat], self._distance)
@@ -384,10 +384,13 @@ class SynchronousAveraging(Averaging):
 
     @override
     def center_state_dict(self) -> dict[str, Any]:
-        averagers = list(self._synchronous.values())
-        if all(each.center.flat.dtype == parameter.dtype for each in averagers for parameter in each.parameters):
-            return {}
-        return {"stores": [[each.center.flat for each in averagers]]}
+        return {"stores": [[each.center.flat for each in self._synchronous.values()]]}
+
+    @property
+    @override
+    def is_in_parameters(self) -> bool:
+        averagers = self._synchronous.values()
+        return all(each.center.flat.dtype == as_real(p).dtype for each in averagers for p in each.parameters)
 
     @override
     def load_center_state_dict(self, state: dict[str, Any]) -> None:

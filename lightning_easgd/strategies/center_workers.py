@@ -340,6 +340,12 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         assert self._averaging is not None
         return self._averaging.has_exchanged
 
+    @property
+    def _is_center_in_module(self) -> bool:
+        """Whether the module's state at a meeting says all about the center; asked after all have met."""
+        assert self._averaging is not None
+        return self._center_has_moved and self._averaging.is_in_parameters
+
     def _warn_without_exchange(self) -> None:
         if self._steps_made and not self._center_has_moved and not self._trainer.fast_dev_run:
             rank_zero_warn(

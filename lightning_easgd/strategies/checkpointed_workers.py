@@ -79,7 +79,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         assert self._averaging is not None
         assert self.lightning_module is not None
         return {
-            "center": self._averaging.center_state_dict(),
+            "center": {} if self._is_center_in_module else self._averaging.center_state_dict(),
             "tensors": named_tensors(self.lightning_module),
             "averagers": [averager.state_dict() for averager in self._averagers],
         }
@@ -167,12 +167,11 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         was_training = self._training
         super().on_train_end()
         if was_training and self.worker_state != "none":
+            assert self._averaging is not None
             with self.worker_weights():
-                state = apply_to_collection(self._averaging_state(), Tensor, _copy_on_host)
-            if not state["center"]:  # callbacks such as EMA may yet leave something else in the module
-                values = [[value.flatten() for value in averager.center_values()] for averager in self._averagers]
-                state["center"] = {"stores": [[torch.cat(each).cpu() for each in values]]}
-            self._final = state
+                # Callbacks such as EMA may yet leave something else than the center in the module.
+                state = self._averaging_state() | {"center": self._averaging.center_state_dict()}
+                self._final = apply_to_collection(state, Tensor, _copy_on_host)
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
-from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
+from lightning_easgd.strategies.processes import WorkerProcesses
 from lightning_easgd.strategies.steps import Steps
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class FabricWorkers(WorkerProcesses, _Base):
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
         """Leave the module as it is, but give all ranks rank 0's weights."""
-        broadcast_states(module)
+        self._share_start(module)
         return module
 
 
@@ -231,8 +231,11 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
         with self._at_center(Meeting.CHECKPOINT):
             if self._shown is not None and any(isinstance(value, Optimizer) for value in state.values()):
-                assert self._averaging is not None
-                state = state | {KEY: self._keep(self._averaging.center_state_dict(), self._own_state(), str(path))}
+                averaging = self._averaging
+                assert averaging is not None
+                in_module = averaging.has_exchanged and averaging.is_in_parameters
+                center = {} if in_module else averaging.center_state_dict()
+                state = state | {KEY: self._keep(center, self._own_state(), str(path))}
             super().save_checkpoint(path, state, *arguments, **keywords)
 
     def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
-from torch.distributed.distributed_c10d import _get_default_group
-from torch.distributed.utils import _sync_module_states
 
 from lightning_easgd.strategies.class_trees import check_tree, describe
+from lightning_easgd.strategies.common_start import broadcast_states
 
-__all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses", "broadcast_states"]
+__all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses"]
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -24,8 +23,6 @@ _IGNORED_DDP_ARGUMENTS = frozenset(
     ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers")
 )
 _REFUSED_DDP_ARGUMENTS = frozenset(("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"))
-_BROADCAST_BYTES = 250 * 1024 * 1024
-
 if TYPE_CHECKING:
 
     class _Base:
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
         num_nodes: int
         root_device: torch.device
         _timeout: timedelta | None
+        _ddp_kwargs: dict[str, Any]
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
@@ -96,6 +94,11 @@ class WorkerProcesses(_Base):
             start_method=start_method,
         )
 
+    def _share_start(self, module: nn.Module) -> None:
+        """Give all ranks rank 0's weights."""
+        buffers: bool = self._ddp_kwargs.get("broadcast_buffers", True)
+        broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
+
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
         return describe(self)
@@ -109,11 +112,6 @@ class WorkerProcesses(_Base):
                     " use Trainer(accelerator='cpu')."
                 )
         super()._configure_launcher()
-
-
-def broadcast_states(module: nn.Module) -> None:
-    """Give all ranks rank 0's parameters and buffers, as DDP's constructor does."""
-    _sync_module_states(module, _get_default_group(), _BROADCAST_BYTES, 0, [])
 
 
 def _check_timeout(strategy: str, timeout: object) -> None:

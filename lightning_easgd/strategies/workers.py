@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lightning_easgd._compat import free_running, request_stop
 from lightning_easgd.checkpointing import random_state, set_random_state
-from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
+from lightning_easgd.strategies.processes import WorkerProcesses
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base
@@ -41,7 +41,7 @@ class LocalWorkers(WorkerProcesses, _Base):
         DDP's constructor does so; here it comes before the optimizers, which may copy the parameters.
         """
         assert self.lightning_module is not None
-        broadcast_states(self.lightning_module)
+        self._share_start(self.lightning_module)
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDPStrategy does; for a fit, let the ranks run freely."""

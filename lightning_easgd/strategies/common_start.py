@@ -1,0 +1,57 @@
+"""The point from which all workers start: rank 0's."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_group
+from torch.distributed.utils import _sync_params_and_buffers
+
+from lightning_easgd.buffers import can_be_written
+from lightning_easgd.strategies.outside_values import ignored_names
+
+__all__ = ["broadcast_states"]
+
+_BROADCAST_BYTES = 250 * 1024 * 1024
+
+
+def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) -> None:
+    """Give all ranks rank 0's parameters and buffers, as DDP's constructor does; all ranks call it.
+
+    A buffer that has another shape or dtype on some rank, is not there, or cannot be written to stays each rank's own;
+    so does what the module's author keeps out of DDP.
+
+    Args:
+        module: The module.
+        with_buffers: Whether buffers are given, too.
+        strategy: Name of the strategy, for errors.
+
+    Raises:
+        RuntimeError: If the parameters differ between the ranks in name, shape or dtype.
+    """
+    if dist.get_world_size() == 1:
+        return
+    ignored = ignored_names(module)
+    parameters = {name: p.detach() for name, p in module.named_parameters() if name not in ignored}
+    buffers = {name: b.detach() for name, b in module.named_buffers() if name not in ignored} if with_buffers else {}
+    own = _described(parameters), _described(buffers)
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, own)
+    for rank, (theirs, _) in enumerate(everyones):
+        unlike = sorted(name for name, _ in set(theirs.items()) ^ set(own[0].items()))
+        if unlike:
+            raise RuntimeError(
+                f"{strategy}: the parameter {unlike[0]} is {own[0].get(unlike[0], 'not there')} on rank"
+                f" {dist.get_rank()} and {theirs.get(unlike[0], 'not there')} on rank {rank}; build the same model on"
+                " every rank."
+            )
+    common = [
+        buffer
+        for name, buffer in buffers.items()
+        if all(each.get(name) == own[1][name] for _, each in everyones) and can_be_written(buffer)
+    ]
+    _sync_params_and_buffers(_get_default_group(), [*parameters.values(), *common], _BROADCAST_BYTES, 0)
+
+
+def _described(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items()}

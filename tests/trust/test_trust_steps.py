@@ -1,0 +1,460 @@
+"""Steps that nobody counts: every step of a worker's optimizer takes part, however it is made, and once."""
+
+import contextlib
+from datetime import timedelta
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.plugins.precision import MixedPrecision
+from ranks import end_ranks, run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+from toys import quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.averagers import ExchangeLine, SynchronousAverager, all_reduced_sums
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.momentum import LookAheadPosition, make_nesterov
+from lightning_easgd.rates import MovingRates
+
+pytestmark = pytest.mark.timeout(120)
+NO_OPTIMIZER = pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
+TIMEOUT = timedelta(seconds=30)
+STRATEGIES = {
+    "sync": lambda: EASGDStrategy(tau=2, timeout=TIMEOUT),
+    "eamsgd": lambda: EASGDStrategy(tau=2, momentum=0.9, timeout=TIMEOUT),
+    "round_robin": lambda: EASGDStrategy(tau=2, mode="async", order="round_robin", timeout=TIMEOUT),
+    "downpour": lambda: DownpourStrategy(tau=2, order="round_robin", timeout=TIMEOUT),
+}
+
+
+class Net(L.LightningModule):
+    """Two layers on data of each rank's own; writes down its weights after each batch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.trace = []
+
+    def loss(self, batch):
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def train_dataloader(self):
+        data = torch.randn(56, 4, generator=torch.Generator().manual_seed(self.trainer.global_rank))
+        return DataLoader(data, batch_size=8)
+
+    def on_train_batch_end(self, *_):
+        self.trace.append(nn.utils.parameters_to_vector(self.parameters()).detach().numpy().tobytes())
+
+
+class Wrapped(Net):
+    automatic_optimization = False
+    wrapped = True
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
+        optimizer.zero_grad()
+        self.manual_backward(self.loss(batch))
+        optimizer.step()
+
+
+class Bare(Wrapped):
+    wrapped = False
+
+
+class WrappedWithClosure(Wrapped):
+    def training_step(self, batch, index):
+        optimizer = self.optimizers(use_pl_optimizer=self.wrapped)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = self.loss(batch)
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure)
+
+
+class BareWithClosure(WrappedWithClosure):
+    wrapped = False
+
+
+class Overridden(Net):
+    """What many projects do to schedule the learning rate."""
+
+    def optimizer_step(self, epoch, batch_index, optimizer, closure):
+        optimizer.optimizer.step(closure=closure)
+
+
+class ClosureFirst(Net):
+    def optimizer_step(self, epoch, batch_index, optimizer, closure):
+        closure()
+        optimizer.optimizer.step()
+
+
+class Nested(torch.optim.SGD):
+    """torch's hooks are called once more for the parent's step."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class NestedBare(Bare):
+    def configure_optimizers(self):
+        torch.optim.SGD(self.parameters(), lr=0.05)  # so that the parent's step has torch's hooks, too
+        return Nested(self.parameters(), lr=0.05)
+
+
+class NestedWrapped(NestedBare):
+    wrapped = True
+
+
+def fitted(kind, strategy):
+    module = kind()
+    trainer = quiet_trainer(strategy=STRATEGIES[strategy](), devices=2, use_distributed_sampler=False)
+    trainer.fit(module)
+    return module.trace, trainer.strategy.communication.exchanges, module.state_dict()["net.0.weight"].tolist()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    ("bare", "wrapped"),
+    [(Bare, Wrapped), (BareWithClosure, WrappedWithClosure), (Overridden, Net), (ClosureFirst, Net),
+     (NestedBare, Wrapped), (NestedWrapped, Wrapped)],
+)  # fmt: skip
+def test_a_bare_step_is_a_step_like_any_other(strategy, bare, wrapped):
+    if strategy == "downpour" and bare is ClosureFirst:
+        pytest.skip("a gradient that is taken before the step: DOWNPOUR takes the center over a hook earlier")
+    expected = run_ranks(fitted, 2, wrapped, strategy)
+    assert run_ranks(fitted, 2, bare, strategy) == expected
+    assert expected[0][0] != expected[1][0], "the workers do not differ: the test shows nothing"
+    assert all(exchanges == 3 for _, exchanges, _ in expected)
+
+
+class Pair(Net):
+    """Two optimizers, of which one is stepped bare."""
+
+    automatic_optimization = False
+    wrapped = (True, True)
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        loss = self.loss(batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer, wrapped in zip(optimizers, self.wrapped, strict=True):
+            (optimizer if wrapped else optimizer.optimizer).step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (0, 2)]
+
+
+class HalfBare(Pair):
+    wrapped = (True, False)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_of_two_optimizers_one_is_stepped_bare(strategy):
+    assert run_ranks(fitted, 2, HalfBare, strategy) == run_ranks(fitted, 2, Pair, strategy)
+
+
+def test_bare_steps_under_fabric():
+    def train(bare):
+        torch.manual_seed(0)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2, timeout=TIMEOUT))
+        fabric.launch()
+        model, optimizer = fabric.setup(net := nn.Linear(4, 1), torch.optim.SGD(net.parameters(), lr=0.05))
+        for batch in torch.randn(7, 8, 4, generator=torch.Generator().manual_seed(fabric.global_rank)):
+            optimizer.zero_grad()
+            fabric.backward((model(batch) - 1).square().mean())
+            (optimizer.optimizer if bare else optimizer).step()
+        fabric.strategy.finalize()
+        return fabric.strategy.communication.exchanges, model.state_dict()["weight"].tolist()
+
+    assert run_ranks(train, 2, True) == run_ranks(train, 2, False)
+    assert run_ranks(train, 2, True)[0][0] == 3
+
+
+class Unknown(Net):
+    """An optimizer of the module's own, which configure_optimizers does not return."""
+
+    automatic_optimization = False
+    clear = False
+
+    def on_fit_start(self):
+        self.own = torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    def training_step(self, batch, index):
+        self.own.zero_grad()
+        self.loss(batch).backward()
+        self.own.step()
+        if self.clear:
+            self.own.zero_grad()
+
+    def configure_optimizers(self):
+        return None
+
+
+class UnknownAndCleared(Unknown):
+    clear = True
+
+
+class UnknownBeside(Unknown):
+    """One layer has an optimizer that the strategy knows."""
+
+    def on_fit_start(self):
+        self.own = torch.optim.Adam(self.net[2].parameters(), lr=0.05)
+
+    def training_step(self, batch, index):
+        super().training_step(batch, index)
+        self.optimizers().step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.05)
+
+
+class ByHand(Unknown):
+    def training_step(self, batch, index):
+        self.zero_grad()
+        self.loss(batch).backward()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.sub_(parameter.grad, alpha=0.05)
+
+
+@NO_OPTIMIZER
+@pytest.mark.parametrize("strategy", ["sync", "round_robin", "downpour"])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [(Unknown, "net.0.weight"), (UnknownAndCleared, "net.0.weight"), (UnknownBeside, "net.2.weight"),
+     (ByHand, "net.0.weight")],
+)  # fmt: skip
+def test_parameters_that_an_unknown_optimizer_trains_are_named(strategy, kind, names):
+    outcomes = end_ranks(fitted, 2, kind, strategy, timeout=60)
+    assert all(outcome.exitcode for outcome in outcomes)
+    for outcome in outcomes:
+        assert names in outcome.error
+        assert "configure_optimizers" in outcome.error
+        assert ("DownpourStrategy" if strategy == "downpour" else "EASGDStrategy") in outcome.error
+
+
+class Unused(Net):
+    """Gradients that nobody applies are nobody's training."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[2].parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_gradients_that_nobody_applies_are_no_error(strategy):
+    first, second = run_ranks(fitted, 2, Unused, strategy)
+    assert first[2] == second[2] == Unused().state_dict()["net.0.weight"].tolist()
+
+
+class Nothing(Net):
+    """There is nothing to train."""
+
+    def training_step(self, batch, index):
+        return None
+
+    def configure_optimizers(self):
+        return None
+
+
+@NO_OPTIMIZER
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_a_module_without_optimizers_runs(strategy):
+    class Quiet(Nothing):
+        automatic_optimization = False
+
+    assert run_ranks(fitted, 2, Quiet, strategy)[0][1] == 0
+
+
+# A step that ends with an exception
+
+
+def linear(rank):
+    """The gradient of rank i's linear loss."""
+    return float(rank + 1)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin", "async"])
+@pytest.mark.parametrize("failing", [(2,), (2, 2, 4), (3, 4, 6)])
+def test_a_step_that_is_tried_again_exchanges_once(strategy, failing):
+    """Σ x_i + x̃ changes by the gradient steps alone, whatever the closures raise."""
+
+    class Linear(L.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.ones(1))
+            self.failures = list(failing)
+
+        def training_step(self, batch, index):
+            optimizer = self.optimizers()
+
+            def closure():
+                if index in self.failures:
+                    self.failures.remove(index)
+                    raise ValueError("the batch is corrupt")
+                self.x.grad = torch.full((1,), linear(self.trainer.global_rank))
+
+            for _ in range(4):
+                with contextlib.suppress(ValueError):
+                    optimizer.step(closure=closure)
+                    break
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        def train_dataloader(self):
+            return DataLoader(torch.zeros(8, 1), batch_size=1)
+
+        def on_train_end(self):
+            with self.trainer.strategy.worker_weights():
+                self.final = self.x.item()
+
+    def train():
+        module = Linear()
+        mode = "sync" if strategy == "sync" else "async"
+        order = "round_robin" if strategy == "round_robin" else "free"
+        easgd = EASGDStrategy(tau=2, alpha=0.25, mode=mode, order=order, timeout=TIMEOUT)
+        quiet_trainer(strategy=easgd, devices=2, use_distributed_sampler=False).fit(module)
+        return module.final, easgd.center["x"].item(), easgd.communication.exchanges
+
+    (x0, center, exchanges), (x1, same, _) = run_ranks(train, 2)
+    assert center == same
+    assert exchanges == 3
+    assert x0 + x1 + center == pytest.approx(3 - 0.1 * 8 * (linear(0) + linear(1)), abs=1e-5)
+
+
+# The position of EAMSGD
+
+
+class Lone:
+    rank, size = 0, 1
+
+    def sum(self, buffer):
+        return self
+
+    def wait(self):
+        pass
+
+    def bytes_sent(self, nbytes):
+        return 0
+
+
+def averager_of(optimizer):
+    make_nesterov(optimizer, 0.9)
+    sums = all_reduced_sums(Lone, 100)
+    return SynchronousAverager(
+        optimizer, ExchangeLine(Lone()), sums, number=0, tau=100, rates=MovingRates(), position=LookAheadPosition
+    )
+
+
+def position(averager):
+    into = averager.center.like()
+    with torch.no_grad():
+        averager._position.write(into, averager.parameters)
+    return into.flat.tolist()
+
+
+def test_a_step_that_was_skipped_leaves_the_position_under_a_changing_learning_rate():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    averager = averager_of(optimizer)
+    for lr in (0.1, 0.05):
+        optimizer.param_groups[0]["lr"] = lr
+        averager.begin()
+        x.grad = torch.ones(1)
+        optimizer.step()
+        averager.finish()
+    before = position(averager)
+    for lr in (0.01, 0.001):
+        optimizer.param_groups[0]["lr"] = lr
+        averager.begin()  # a gradient scaler has found an inf: no step
+        averager.finish()
+        assert position(averager) == before
+
+
+def test_a_parameter_without_gradient_keeps_the_factor_of_its_own_last_step():
+    a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([a, b], lr=0.1)
+    averager = averager_of(optimizer)
+    velocity = {a: 0.0, b: 0.0}
+    x = {a: 1.0, b: 1.0}
+    for lr, with_gradient in ((0.1, (a, b)), (0.1, (a,)), (0.01, (a,)), (0.001, (a,)), (0.001, (b,)), (0.5, (a, b))):
+        optimizer.param_groups[0]["lr"] = lr
+        averager.begin()
+        for parameter in (a, b):
+            has = any(parameter is each for each in with_gradient)
+            parameter.grad = torch.ones(1) if has else None
+        optimizer.step()
+        averager.finish()
+        for parameter in with_gradient:  # b' = 0.9 b + g; y' = y - lr (g + 0.9 b'); x' = y' + lr 0.9 b' = y - lr g
+            before = x[parameter] - velocity[parameter]  # y, in torch's coordinates
+            momentum = optimizer.state[parameter]["momentum_buffer"].item()
+            x[parameter] = before - lr
+            velocity[parameter] = lr * 0.9 * momentum
+        assert position(averager) == pytest.approx([x[a], x[b]], abs=1e-6)
+
+
+def test_factors_are_those_of_the_run_that_is_resumed():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    averager = averager_of(optimizer)
+    x.grad = torch.ones(1)
+    averager.begin(), optimizer.step(), averager.finish()
+    optimizer.param_groups[0]["lr"] = 0.001
+    expected, state, of_optimizer = position(averager), averager.state_dict(), optimizer.state_dict()
+    other = torch.optim.SGD([x], lr=0.001)
+    resumed = averager_of(other)
+    other.load_state_dict(of_optimizer)  # its groups are new objects
+    resumed.load_state_dict(state)
+    assert position(resumed) == expected
+
+
+def test_an_inf_under_a_real_gradient_scaler():
+    class Scaled(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1))
+            self.positions = []
+
+        def training_step(self, batch, index):
+            loss = 0.5 * (self.w - 3).square().sum()
+            return loss * float("inf") if index == 4 else loss
+
+        def on_train_batch_end(self, outputs, batch, index):
+            (averager,) = self.trainer.strategy._averaging.averagers.values()
+            self.positions.append((self.w.item(), position(averager)[0]))
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD([self.w], lr=0.1)
+            scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [4], 0.1)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+        def train_dataloader(self):
+            return DataLoader(torch.zeros(14, 1), batch_size=1)
+
+    def train():
+        module = Scaled()
+        precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=4.0))
+        strategy = EASGDStrategy(tau=100, momentum=0.9, timeout=TIMEOUT)
+        quiet_trainer(strategy=strategy, devices=2, plugins=[precision]).fit(module)
+        return module.positions
+
+    positions = run_ranks(train, 2)[0]
+    assert positions[4] == positions[3], "the skipped step moved the worker"
+    assert positions[5] != positions[4]

@@ -1,0 +1,722 @@
+"""Values that no averager holds, and parameters that are not what they were: nothing is mixed up or left behind."""
+
+import os
+import warnings
+from datetime import timedelta
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric import Fabric
+from ranks import end_ranks, run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+from toys import quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+
+pytestmark = pytest.mark.timeout(120)
+TIMEOUT = timedelta(seconds=20)
+STRATEGIES = {
+    "sync": lambda **more: EASGDStrategy(tau=2, timeout=TIMEOUT, **more),
+    "async": lambda **more: EASGDStrategy(tau=2, mode="async", timeout=TIMEOUT, **more),
+    "eamsgd": lambda **more: EASGDStrategy(tau=2, momentum=0.9, timeout=TIMEOUT, **more),
+    "rho": lambda **more: EASGDStrategy(tau=2, rho=2.0, timeout=TIMEOUT, **more),
+    "int8": lambda **more: EASGDStrategy(tau=2, wire_dtype="int8", timeout=TIMEOUT, **more),
+    "cpu": lambda **more: EASGDStrategy(tau=2, center_device="cpu", timeout=TIMEOUT, **more),
+    "gloo": lambda **more: EASGDStrategy(tau=2, process_group_backend="gloo", timeout=TIMEOUT, **more),
+    "eamsgd_async": lambda **more: EASGDStrategy(tau=2, mode="async", momentum=0.9, timeout=TIMEOUT, **more),
+    "downpour": lambda **more: DownpourStrategy(tau=2, timeout=TIMEOUT, **more),
+    "adownpour": lambda **more: DownpourStrategy(tau=2, average="polyak", timeout=TIMEOUT, **more),
+    "ddp": lambda **more: "ddp",
+}
+MODES = ["sync", "async"]
+
+
+class Net(L.LightningModule):
+    """Each rank has data of its own, and validates on all of it."""
+
+    def __init__(self, batches=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.batches = batches
+
+    def loss(self, batch):
+        return (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def on_train_end(self):
+        self.distance = self.trainer.strategy.elastic_distance()
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1 + self.trainer.global_rank)
+        return DataLoader(torch.randn(self.batches * 8, 4, generator=generator), batch_size=8)
+
+    def val_dataloader(self):
+        return DataLoader(torch.randn(16, 4, generator=torch.Generator().manual_seed(9)), batch_size=8)
+
+
+def fit(module, strategy, *, ranks=2, more=None, **trainer):
+    """The warnings of this package that the fit gave."""
+    options = {"num_sanity_val_steps": 0, "use_distributed_sampler": False} | trainer
+    made = quiet_trainer(strategy=STRATEGIES[strategy](**(more or {})), devices=ranks, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.fit(module)
+    return [str(each.message) for each in caught if "Strategy" in str(each.message)]
+
+
+def bits(tensors):
+    return {name: tensor.detach().clone().numpy().tobytes() for name, tensor in tensors.items()}
+
+
+# Teachers, targets, momentum networks
+
+
+class Taught(Net):
+    """A teacher outside of the optimizer, which follows the student by hand after each batch."""
+
+    grad = False
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.teacher = nn.Linear(4, 8).requires_grad_(self.grad)
+        self.teacher.load_state_dict(self.net[0].state_dict())
+        self.seen, self.before, self.after = [], [], []
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    def on_train_batch_start(self, batch, index):
+        if len(self.after) < len(self.before):
+            self.after.append(bits(self.state_dict()))
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for target, source in zip(self.teacher.parameters(), self.net[0].parameters(), strict=True):
+                target.mul_(0.9).add_(source, alpha=0.1)
+        self.own = self.teacher.weight.detach().clone()
+        self.last = bits(self.state_dict())
+
+    def on_validation_epoch_start(self):
+        self.before.append(self.last)
+        self.seen.append(self.teacher.weight.detach().clone())
+
+
+class TaughtWithGrad(Taught):
+    """A teacher that was never told to have no gradient."""
+
+    grad = True
+
+
+class SwappedData(Taught):
+    """A teacher that is written to through ``data``, which leaves no trace in its version."""
+
+    def on_train_batch_end(self, *_):
+        self.teacher.weight.data = self.teacher.weight.data * 0.9 + self.net[0].weight.data * 0.1
+        self.own = self.teacher.weight.detach().clone()
+        self.last = bits(self.state_dict())
+
+
+@pytest.mark.parametrize("strategy", [*MODES, "downpour"])
+@pytest.mark.parametrize("kind", [Taught, TaughtWithGrad, SwappedData])
+def test_a_teacher_outside_of_optimizers_is_the_workers_mean(strategy, kind, tmp_path):
+    def train():
+        module = kind(batches=6)
+        fit(module, strategy, max_epochs=2, val_check_interval=3)
+        module.trainer.save_checkpoint(tmp_path / "after.ckpt")
+        return module.seen, module.own, module.teacher.weight.detach().clone(), module.before[:3] == module.after[:3]
+
+    (seen, own, final, restored), (seen2, own2, final2, restored2) = run_ranks(train, 2)
+    assert not own.equal(own2), "the workers' teachers do not differ: the test shows nothing"
+    assert all(a.equal(b) for a, b in zip(seen, seen2, strict=True))
+    assert final.equal(final2)
+    assert torch.allclose(final, (own + own2) / 2)
+    assert restored
+    assert restored2
+    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
+    assert saved["state_dict"]["teacher.weight"].equal(final)
+
+
+@pytest.mark.parametrize("strategy", MODES)
+def test_a_frozen_base_is_compared_and_not_sent(strategy, monkeypatch):
+    """What is the same everywhere costs a checksum: no tensor of it travels, at no meeting."""
+
+    class Based(Net):
+        def __init__(self):
+            super().__init__()
+            self.base = nn.Linear(1000, 1000).requires_grad_(False)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.parameters(), lr=0.05)
+
+    def train():
+        from lightning_easgd.averagers import ProcessGroupChannel
+
+        sent = []
+        monkeypatch.setattr(
+            ProcessGroupChannel, "sum", lambda self, buffer, sum=ProcessGroupChannel.sum: (
+                sent.append(buffer.numel()), sum(self, buffer)
+            )[1]
+        )  # fmt: skip
+        module = Based()
+        fit(module, strategy, max_epochs=2)
+        return max(sent)
+
+    assert max(run_ranks(train, 2)) < 1000
+
+
+def test_a_teacher_under_fabric():
+    def train():
+        torch.manual_seed(0)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2, timeout=TIMEOUT))
+        fabric.launch()
+        net = nn.ModuleDict({"student": nn.Linear(4, 1), "teacher": nn.Linear(4, 1).requires_grad_(False)})
+        model, optimizer = fabric.setup(net, torch.optim.SGD(net["student"].parameters(), lr=0.05))
+        for batch in torch.randn(5, 8, 4, generator=torch.Generator().manual_seed(fabric.global_rank)):
+            optimizer.zero_grad()
+            fabric.backward((net["student"](batch) - 1).square().mean())
+            optimizer.step()
+            with torch.no_grad():
+                net["teacher"].weight.lerp_(net["student"].weight, 0.1)
+        own = net["teacher"].weight.clone()
+        with fabric.strategy.center_weights(model):
+            seen = net["teacher"].weight.clone()
+        back = net["teacher"].weight.equal(own)
+        fabric.strategy.finalize()
+        return own, seen, net["teacher"].weight.detach().clone(), back
+
+    (own, seen, final, back), (own2, seen2, final2, back2) = run_ranks(train, 2)
+    assert not own.equal(own2)
+    assert seen.equal(seen2)
+    assert final.equal(final2)
+    assert torch.allclose(final, (own + own2) / 2)
+    assert back
+    assert back2
+
+
+class KeptOut(Taught):
+    """The teacher and a buffer are kept out of DDP by name."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("counts", torch.zeros(2))
+        self._ddp_params_and_buffers_to_ignore = ["teacher.weight", "counts", "net.2.bias"]
+
+    def on_train_batch_end(self, *_):
+        super().on_train_batch_end()
+        self.counts += 1.0 + self.trainer.global_rank
+
+
+@pytest.mark.parametrize("strategy", MODES)
+def test_what_is_kept_out_of_ddp_stays_each_ranks_own(strategy):
+    def train():
+        module = KeptOut()
+        told = fit(module, strategy, max_epochs=1)
+        return bits(module.state_dict()), told, list(module.trainer.strategy.center), module.counts
+
+    (first, told, center, counts), (second, *_, counts2) = run_ranks(train, 2)
+    different = {name for name in first if first[name] != second[name]}
+    assert different == {"teacher.weight", "counts", "net.2.bias"}
+    assert (counts.tolist(), counts2.tolist()) == ([8.0, 8.0], [16.0, 16.0])
+    assert "net.2.bias" not in center
+    assert told == []
+
+
+# Buffers
+
+
+class Normed(Net):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.net.insert(1, nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("strategy", MODES)
+def test_broadcast_buffers_false_leaves_them_to_each_rank(strategy):
+    def train(value):
+        module = Normed()
+        module.register_buffer("seed", torch.tensor(float(module_rank())))
+        told = fit(module, strategy, more={"broadcast_buffers": value})
+        return module.net[1].running_mean.tolist(), module.seed.item(), module.net[0].weight.tolist(), told
+
+    (mean, seed, weight, told), (mean2, seed2, weight2, _) = run_ranks(train, 2, False)
+    assert mean != mean2
+    assert (seed, seed2) == (0.0, 1.0)
+    assert weight == weight2
+    assert not any("broadcast_buffers" in text for text in told)
+    (mean, seed, *_), (mean2, seed2, *_) = run_ranks(train, 2, True)
+    assert (mean, seed) == (mean2, seed2)
+
+
+def module_rank():
+    return int(os.environ["RANK"])
+
+
+class Cached(Net):
+    """A cache that is made anew for longer sequences: ranks see sequences of different lengths."""
+
+    lengths = (4, 6)
+    dtype = torch.float32
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("cache", torch.zeros(2, dtype=self.dtype), persistent=False)
+
+    def training_step(self, batch, index):
+        length = self.lengths[self.trainer.global_rank]
+        if len(self.cache) < length:
+            value = torch.full((length,), self.trainer.global_rank + 1).to(self.dtype)
+            self.register_buffer("cache", value, persistent=False)
+        return super().training_step(batch, index)
+
+
+class CachedBool(Cached):
+    dtype = torch.bool
+
+
+class CachedOnOne(Cached):
+    lengths = (2, 6)
+
+
+class Pairwise(Cached):
+    """Two buffers whose sizes differ and whose sum does not: a flat sum would mix them."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("other", torch.zeros(2))
+
+    def training_step(self, batch, index):
+        rank = self.trainer.global_rank
+        self.register_buffer("cache", torch.full((4 if rank else 2,), 1.0 + 2 * rank))
+        self.register_buffer("other", torch.full((2 if rank else 4,), 1.0 + 2 * rank))
+        return super().training_step(batch, index)
+
+
+class Present(Cached):
+    """A buffer that one rank has and the other has not."""
+
+    def training_step(self, batch, index):
+        if self.trainer.global_rank == 1:
+            self.register_buffer("extra", torch.ones(3))
+        return Net.training_step(self, batch, index)
+
+
+class Typed(Cached):
+    """Same shape, another dtype."""
+
+    def training_step(self, batch, index):
+        self.register_buffer(
+            "cache", torch.full((2,), 7).to(torch.int64 if self.trainer.global_rank else torch.float32)
+        )
+        return Net.training_step(self, batch, index)
+
+
+class Sparse(Cached):
+    """Sparse, and different on each rank."""
+
+    def training_step(self, batch, index):
+        self.register_buffer("cache", (torch.eye(4) * (1 + self.trainer.global_rank)).to_sparse(), persistent=False)
+        return Net.training_step(self, batch, index)
+
+
+@pytest.mark.parametrize("strategy", MODES)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [(Cached, {"cache"}), (CachedBool, {"cache"}), (CachedOnOne, {"cache"}), (Pairwise, {"cache", "other"}),
+     (Present, {"extra"}), (Typed, {"cache"}), (Sparse, {"cache"})],
+)  # fmt: skip
+def test_buffers_of_different_shapes_stay_each_ranks_own(strategy, kind, names):
+    def train():
+        module = kind()
+        seen = []
+        module.on_validation_epoch_start = lambda: seen.append({n: b.clone() for n, b in module.named_buffers()})
+        module.on_train_batch_end = lambda *_: setattr(
+            module, "latest", {n: b.clone() for n, b in module.named_buffers()}
+        )
+        told = fit(module, strategy, max_epochs=2)
+        final = dict(module.named_buffers())
+        own = {n: module.latest[n] for n in final}
+        same = [{n: torch.equal(a[n].to_dense(), own[n].to_dense()) for n in own} for a in (*seen[-1:], final)]
+        return told, same, module.net[0].weight.tolist()
+
+    first, second = run_ranks(train, 2, timeout=60)
+    assert first[2] == second[2]
+    for _, same, _ in (first, second):
+        assert all(all(each[name] for name in names & each.keys()) for each in same)
+    about = [text for text in first[0] if "differ between the ranks" in text]
+    assert len(about) == 1
+    assert all(name in about[0] for name in names)
+
+
+@pytest.mark.parametrize("strategy", MODES)
+def test_buffers_that_differ_where_training_starts(strategy):
+    class Odd(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.arange(3.0 + module_rank()))
+            self.register_buffer("common", torch.full((2,), float(module_rank())))
+
+    def train():
+        module = Odd()
+        fit(module, strategy)
+        return module.cache.tolist(), module.common.tolist(), module.net[0].weight.tolist()
+
+    first, second = run_ranks(train, 2, timeout=60)
+    assert (first[0], second[0]) == ([0.0, 1.0, 2.0], [0.0, 1.0, 2.0, 3.0])
+    assert first[1:] == second[1:]
+    assert first[1] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("strategy", [*MODES, "downpour"])
+def test_parameters_that_differ_where_training_starts_are_named(strategy):
+    class Odd(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(2 + module_rank(), 3)
+
+    outcomes = end_ranks(lambda: fit(Odd(), strategy), 2, timeout=60)
+    for outcome in outcomes:
+        assert outcome.exitcode
+        assert "the parameter head.weight is" in outcome.error
+
+
+class Resized(Net):
+    """A buffer that is resized in place in validation, as observers do, and one that is replaced."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.register_buffer("low", torch.zeros(0))
+        self.register_buffer("high", torch.tensor([1.0]))
+        self.register_buffer("mask", torch.ones(3).expand(2, 3))
+        self.training_shapes = []
+
+    def validation_step(self, batch, index):
+        self.low.resize_(4)
+        self.low.copy_(batch.min(0).values)
+        self.high = batch.max(0).values
+        super().validation_step(batch, index)
+
+    def on_train_batch_start(self, batch, index):
+        self.training_shapes.append((tuple(self.low.shape), self.high.tolist(), tuple(self.mask.shape)))
+
+
+@pytest.mark.parametrize("strategy", MODES)
+def test_a_buffer_that_is_resized_in_validation_comes_back(strategy):
+    def train():
+        module = Resized()
+        fit(module, strategy, val_check_interval=2)
+        return set(map(str, module.training_shapes)), module.net[0].weight.tolist()
+
+    first, second = run_ranks(train, 2)
+    assert first == second
+    assert first[0] == {"((0,), [1.0], (2, 3))"}
+
+
+# Parameters of unusual kinds
+
+
+class EmptyGroup(Net):
+    """The decay / no-decay split of a model that has nothing in one of the groups."""
+
+    first = False
+
+    def configure_optimizers(self):
+        groups = [{"params": list(self.net.parameters())}, {"params": [], "weight_decay": 0.0}]
+        return torch.optim.SGD(groups[::-1] if self.first else groups, lr=0.05)
+
+
+class EmptyFirst(EmptyGroup):
+    first = True
+
+
+class ZeroSize(Net):
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.nothing, self.none = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(0))
+
+    def training_step(self, batch, index):
+        return self.loss(batch) + self.nothing.sum() + self.none.sum()
+
+
+class OnlyZeroSize(ZeroSize):
+    """One optimizer has nothing but parameters without elements."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [
+            torch.optim.SGD(self.net.parameters(), lr=0.05),
+            torch.optim.SGD([self.nothing, self.none], lr=0.05),
+            torch.optim.SGD([{"params": []}], lr=0.05),
+        ]
+
+
+class Counting(Net):
+    """An integer parameter, which counts by hand, given to the optimizer or not."""
+
+    given = True
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.count = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+
+    def training_step(self, batch, index):
+        self.count += 1 + self.trainer.global_rank
+        return super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters() if self.given else self.net.parameters(), lr=0.05)
+
+
+class CountingApart(Counting):
+    given = False
+
+
+class Complex(Net):
+    """A complex parameter behind one with an odd number of elements."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.odd = nn.Parameter(torch.zeros(1))
+        self.z = nn.Parameter(torch.full((3,), 1 + 1j))
+
+    def training_step(self, batch, index):
+        goal = 0.5 - 0.5j * self.trainer.global_rank
+        return self.loss(batch) + (self.z - goal).abs().square().sum() + self.odd.square().sum()
+
+
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp"])
+@pytest.mark.parametrize("kind", [EmptyGroup, EmptyFirst, ZeroSize, OnlyZeroSize, Counting, CountingApart, Complex])
+def test_parameters_of_every_kind_train(strategy, kind):
+    def train():
+        module = kind()
+        start = bits(module.state_dict())
+        fit(module, strategy)
+        final = {name: value.clone() for name, value in module.state_dict().items()}
+        return start, bits(final), final, module.trainer.strategy.communication.exchanges, module.distance
+
+    first, second = run_ranks(train, 2, timeout=60)
+    assert first[1] == second[1]
+    assert first[0]["net.0.weight"] != first[1]["net.0.weight"]
+    assert first[3] > 0
+    assert first[4] > 0
+    if kind in (Counting, CountingApart):
+        assert first[2]["count"].tolist() == [8, 8]  # rank 0's
+    if kind is Complex:
+        assert not first[2]["z"].equal(torch.full((3,), 1 + 1j))
+        assert first[2]["z"].isfinite().all()
+
+
+def test_a_complex_parameter_is_pulled_as_its_two_parts_are():
+    class Parts(Complex):
+        def __init__(self):
+            super().__init__()
+            del self.z
+            self.re, self.im = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+
+        @property
+        def z(self):
+            return torch.complex(self.re, self.im)
+
+        @z.deleter
+        def z(self):
+            del self._parameters["z"]
+
+    def train(kind, strategy):
+        module = kind()
+        fit(module, strategy)
+        center = module.trainer.strategy.center
+        z = center["z"] if "z" in center else torch.complex(center["re"], center["im"])
+        return torch.view_as_real(z)
+
+    for strategy in ("sync", "eamsgd"):
+        of_complex, of_parts = run_ranks(train, 2, Complex, strategy)[0], run_ranks(train, 2, Parts, strategy)[0]
+        assert torch.allclose(of_complex, of_parts, atol=1e-6)
+
+
+class Frozen(Net):
+    """A large frozen layer that is given to the optimizer with the rest."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.base = nn.Linear(100, 100).requires_grad_(False)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "async", "downpour"])
+def test_frozen_parameters_of_an_optimizer_do_not_travel(strategy):
+    def train(kind):
+        module = kind()
+        fit(module, strategy)
+        return module.trainer.strategy.communication.bytes_sent
+
+    with_base, without = run_ranks(train, 2, Frozen)[0], run_ranks(train, 2, Net)[0]
+    assert with_base == without
+
+
+@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "async"])
+def test_a_frozen_parameter_takes_part_when_it_is_unfrozen(strategy):
+    class Thawed(Frozen):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.base.requires_grad_(True)
+
+        def training_step(self, batch, index):
+            shift = self.base(torch.ones(100)).mean() - self.trainer.global_rank
+            return self.loss(batch) + shift.square()
+
+    def train():
+        module = Thawed(batches=5)
+        start = module.base.weight.detach().clone()
+        fit(module, strategy, max_epochs=4)
+        return start, module.trainer.strategy.center["base.weight"], module.base.weight.detach().clone()
+
+    (start, named, final), (*_, final2) = run_ranks(train, 2)
+    assert not start.equal(final)
+    assert final.equal(final2)
+    assert named.equal(final)
+
+
+# Parameters that are not what they were: the identity counts, not the number
+
+
+class Changed(Net):
+    """Does something to the optimizer at the start of the second epoch."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.apart = []
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.change(self.trainer.optimizers[0])
+
+    def on_train_end(self):
+        super().on_train_end()
+        self.final_averaged = set(self.trainer.strategy.center)
+
+    def new(self, rank):
+        return nn.Parameter(torch.full((1,), 5.0 + rank))
+
+
+class Replaced(Changed):
+    def change(self, optimizer):
+        self.net[2].bias = self.new(self.trainer.global_rank)
+        optimizer.param_groups[0]["params"][-1] = self.net[2].bias
+
+
+class Added(Changed):
+    def change(self, optimizer):
+        self.extra = self.new(self.trainer.global_rank)
+        optimizer.add_param_group({"params": [self.extra]})
+
+    def training_step(self, batch, index):
+        extra = getattr(self, "extra", None)
+        return self.loss(batch) + (0 if extra is None else extra.square().sum())
+
+
+class Deleted(Changed):
+    def configure_optimizers(self):
+        return torch.optim.SGD([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}], lr=0.05)
+
+    def change(self, optimizer):
+        del optimizer.param_groups[0]
+
+
+class Swapped(Changed):
+    """The same parameters in another order."""
+
+    def change(self, optimizer):
+        optimizer.param_groups[0]["params"].reverse()
+
+
+class Anew(Changed):
+    """All optimizers are made anew, as to reset them."""
+
+    def change(self, optimizer):
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+class AnewWithOther(Changed):
+    def change(self, optimizer):
+        self.net[2].bias = self.new(self.trainer.global_rank)
+        self.trainer.strategy.setup_optimizers(self.trainer)
+
+
+def changed(kind, strategy):
+    module = kind()
+    fit(module, strategy, max_epochs=4)
+    strategy = module.trainer.strategy
+    return bits(dict(module.named_parameters())), module.final_averaged, strategy.communication.exchanges
+
+
+@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "eamsgd", "async"])
+@pytest.mark.parametrize("kind", [Replaced, Added, Deleted, Swapped, Anew, AnewWithOther])
+def test_parameters_that_change_in_mid_training(strategy, kind):
+    """Averaged from then on, or refused by name: never each rank its own."""
+    outcomes = end_ranks(changed, 2, kind, strategy, timeout=60)
+    if strategy == "async" and kind in (Replaced, Added, AnewWithOther, Deleted, Swapped):
+        assert all(outcome.exitcode for outcome in outcomes)
+        names = {Replaced: "net.2.bias", Added: "extra", AnewWithOther: "net.2.bias", Deleted: "net.0.weight"}
+        assert all(names.get(kind, "") in outcome.error for outcome in outcomes)
+        assert all("fixed size" in outcome.error for outcome in outcomes)
+        return
+    assert [outcome.exitcode for outcome in outcomes] == [0, 0], [outcome.error for outcome in outcomes]
+    (first, averaged, exchanges), (second, *_) = (outcome.value for outcome in outcomes)
+    assert first == second
+    assert exchanges == 15
+    assert ("net.0.weight" in averaged) == (kind is not Deleted)
+    assert "net.2.bias" in averaged
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_a_new_parameter_begins_at_rank_zeros_value(backend):
+    """The center of what is added starts where rank 0 has it; each worker is pulled there from its own."""
+
+    class Still(Changed):
+        def change(self, optimizer):
+            self.extra = self.new(self.trainer.global_rank)
+            optimizer.add_param_group({"params": [self.extra], "lr": 0.0})
+
+        def training_step(self, batch, index):
+            extra = getattr(self, "extra", None)
+            return self.loss(batch) + (0 if extra is None else extra.sum())
+
+        def on_train_batch_end(self, outputs, batch, index):
+            if "extra" in self.trainer.strategy.center:
+                self.apart.append((self.extra.item(), self.trainer.strategy.center["extra"].item()))
+
+    def train():
+        module = Still(batches=3)
+        fit(module, "sync", max_epochs=3, more={"alpha": 0.25, "process_group_backend": backend}, limit_val_batches=0)
+        return module.apart
+
+    first, second = run_ranks(train, 2)
+    x, center = [5.0, 6.0], 5.0
+    expected = []
+    for exchange in range(3):  # at t = 4, 6, 8
+        differences = [value - center for value in x]
+        x = [value - 0.25 * difference for value, difference in zip(x, differences, strict=True)]
+        center += 0.25 * sum(differences)
+        expected += [(*x, center)] * (2 if exchange < 2 else 1)
+    assert [a for a, _ in first] == pytest.approx([row[0] for row in expected])
+    assert [a for a, _ in second] == pytest.approx([row[1] for row in expected])
+    assert [c for _, c in first] == pytest.approx([row[2] for row in expected])
