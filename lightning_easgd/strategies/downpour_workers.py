@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -18,6 +18,7 @@ from lightning_easgd.service import (
     NesterovDownpourRule,
     PolyakRate,
 )
+from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
@@ -71,6 +72,7 @@ class DownpourWorkers(ServedWorkers):
 
     _method = "DOWNPOUR"
 
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -89,7 +91,7 @@ class DownpourWorkers(ServedWorkers):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         super().__init__(
             accelerator,

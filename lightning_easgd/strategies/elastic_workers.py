@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -29,6 +29,7 @@ from lightning_easgd.compression import WireDtype, make_codec
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.schedules import Schedule
+from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnWorkerLoss, Order, ServedWorkers, check_period
@@ -97,8 +98,10 @@ class ElasticWorkers(ServedWorkers):
             lets them do both through process groups.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
-        **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
+        **ddp_arguments: The further arguments of ``DDPStrategy``, by name. With ``broadcast_buffers=False`` each rank's
+            buffers stay its own, and checkpoints hold rank 0's. Those of the DDP wrapper, such as
+            ``find_unused_parameters``, have no effect, and warn; those that change how it reduces gradients
+            (``ddp_comm_...``, ``model_averaging_period``) are refused.
 
     Raises:
         TypeError: If ``tau`` is not an int, a rate is neither number nor schedule, an argument is unknown, changes how
@@ -108,6 +111,7 @@ class ElasticWorkers(ServedWorkers):
 
     _method = "elastic averaging"
 
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -132,7 +136,7 @@ class ElasticWorkers(ServedWorkers):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         super().__init__(
             accelerator,

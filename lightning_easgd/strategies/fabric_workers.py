@@ -35,7 +35,7 @@ class FabricWorkers(WorkerProcesses, _Base):
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
         """Leave the module as it is, but give all ranks rank 0's weights."""
-        broadcast_states(module)
+        broadcast_states(module, broadcast_buffers=self._ddp_kwargs.get("broadcast_buffers", True))
         return module
 
 

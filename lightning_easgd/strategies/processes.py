@@ -1,17 +1,20 @@
 """The processes of the workers: the part that all strategies of this package share, in every class tree."""
 
-import inspect
 from datetime import timedelta
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_module_states
 
 from lightning_easgd.strategies.class_trees import check_tree, describe
+from lightning_easgd.strategies.ddp_arguments import (
+    DDPArguments,
+    check_ddp_arguments,
+    takes_ddp_arguments,
+    warn_without_effect,
+)
 
 __all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses", "broadcast_states"]
 
@@ -20,10 +23,6 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Of ``torch.distributed`` and so of DDPStrategy."""
 
-_IGNORED_DDP_ARGUMENTS = frozenset(
-    ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers")
-)
-_REFUSED_DDP_ARGUMENTS = frozenset(("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"))
 _BROADCAST_BYTES = 250 * 1024 * 1024
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
         num_nodes: int
         root_device: torch.device
         _timeout: timedelta | None
+        _ddp_kwargs: dict[str, Any]
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
@@ -62,14 +62,37 @@ class WorkerProcesses(_Base):
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
-        **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
+        ddp_comm_state: Refused unless None: it changes how DDP reduces gradients, and here they are not reduced.
+        ddp_comm_hook: Refused unless None, as ``ddp_comm_state``.
+        ddp_comm_wrapper: Refused unless None, as ``ddp_comm_state``.
+        model_averaging_period: Refused unless None, as ``ddp_comm_state``; ``tau`` is the period here.
+        broadcast_buffers: False: each rank's buffers stay its own; checkpoints hold rank 0's.
+        forward_sync_buffers: What newer releases of torch call ``broadcast_buffers``.
+        find_unused_parameters: Of the DDP wrapper: no effect.
+        static_graph: Of the DDP wrapper: no effect.
+        gradient_as_bucket_view: Of the DDP wrapper: no effect.
+        init_sync: Of the DDP wrapper: no effect, all ranks start with rank 0's weights.
+        bucket_cap_mb: Of the DDP wrapper: no effect.
+        bucket_cap_mb_list: Of the DDP wrapper: no effect.
+        batched_grad_copy: Of the DDP wrapper: no effect.
+        check_reduction: Of the DDP wrapper: no effect.
+        skip_all_reduce_unused_params: Of the DDP wrapper: no effect.
+        delay_all_reduce_named_params: Of the DDP wrapper: no effect.
+        param_to_hook_all_reduce: Of the DDP wrapper: no effect.
+        mixed_precision: Of the DDP wrapper: no effect, ``Trainer(precision=...)`` has one.
+        dim: Of the DDP wrapper: no effect.
+        output_device: Of the DDP wrapper: no effect.
+        process_group: Of the DDP wrapper: no effect.
+        device_mesh: Of the DDP wrapper: no effect.
 
     Raises:
         TypeError: If an argument is unknown, or changes how DDP reduces gradients.
         ValueError: If ``timeout`` is not positive.
     """
 
+    _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
+
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -81,10 +104,10 @@ class WorkerProcesses(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         _check_timeout(type(self).__name__, timeout)
-        _check_ddp_arguments(type(self), ddp_arguments)
+        given = check_ddp_arguments(type(self), ddp_arguments)
         super().__init__(
             accelerator,
             parallel_devices,
@@ -94,7 +117,19 @@ class WorkerProcesses(_Base):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            **given,
         )
+        without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
+        warn_without_effect(type(self).__name__, without_effect)
+
+    @property
+    def has_common_buffers(self) -> bool:
+        """Whether buffers are of the center, as DDP would broadcast them, and not each rank's own.
+
+        That is ``broadcast_buffers``, or ``forward_sync_buffers``, which torch prefers where both are given.
+        """
+        broadcast = self._ddp_kwargs.get("broadcast_buffers", True)
+        return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
@@ -111,9 +146,13 @@ class WorkerProcesses(_Base):
         super()._configure_launcher()
 
 
-def broadcast_states(module: nn.Module) -> None:
-    """Give all ranks rank 0's parameters and buffers, as DDP's constructor does."""
-    _sync_module_states(module, _get_default_group(), _BROADCAST_BYTES, 0, [])
+def broadcast_states(module: nn.Module, *, broadcast_buffers: bool = True) -> None:
+    """Give all ranks rank 0's parameters and buffers, as DDP's constructor does.
+
+    What ``_ddp_params_and_buffers_to_ignore`` of the module names stays each rank's own.
+    """
+    ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+    _sync_module_states(module, _get_default_group(), _BROADCAST_BYTES, 0, ignored, broadcast_buffers)
 
 
 def _check_timeout(strategy: str, timeout: object) -> None:
@@ -123,21 +162,3 @@ def _check_timeout(strategy: str, timeout: object) -> None:
         )
     if timeout <= timedelta(0):
         raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")
-
-
-def _check_ddp_arguments(cls: type, arguments: dict[str, Any]) -> None:
-    strategy = cls.__name__
-    for name, value in arguments.items():
-        if name in _REFUSED_DDP_ARGUMENTS:
-            raise TypeError(
-                f"{strategy}({name}={value!r}): this argument changes how DDP reduces gradients, and here gradients"
-                " are not reduced; remove it, or use strategy='ddp'."
-            )
-        if name not in _IGNORED_DDP_ARGUMENTS:
-            known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
-            hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
-            raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
-        rank_zero_warn(
-            f"{strategy}({name}={value!r}) has no effect: it is an argument of the DDP wrapper, which this strategy"
-            " does not use; remove it."
-        )

@@ -31,6 +31,8 @@ _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 class ServedWorkers(WorkerProcesses):
     """Workers that may exchange with a served center, each on its own clock."""
 
+    _ddp_arguments_with_effect = frozenset({"broadcast_buffers", "forward_sync_buffers"})
+
     def __init__(self, *arguments: Any, order: str = "free", on_worker_loss: str = "fail", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         name = type(self).__name__

@@ -41,7 +41,7 @@ class LocalWorkers(WorkerProcesses, _Base):
         DDP's constructor does so; here it comes before the optimizers, which may copy the parameters.
         """
         assert self.lightning_module is not None
-        broadcast_states(self.lightning_module)
+        broadcast_states(self.lightning_module, broadcast_buffers=self._ddp_kwargs.get("broadcast_buffers", True))
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDPStrategy does; for a fit, let the ranks run freely."""
