@@ -108,22 +108,21 @@ class DownpourWorkers(ServedWorkers):
             start_method=start_method,
             **ddp_arguments,
         )
-        check_period(type(self).__name__, tau)
-        check_number("DownpourStrategy", "momentum", momentum)
+        name = type(self).__name__
+        check_period(name, tau)
+        check_number(name, "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
-                f"DownpourStrategy(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for"
-                " DOWNPOUR."
+                f"{name}(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for DOWNPOUR."
             )
         if momentum is not None and tau > 1:
             raise ValueError(
-                f"DownpourStrategy(momentum={momentum}, tau={tau}): momentum at the center is defined for tau=1 only;"
+                f"{name}(momentum={momentum}, tau={tau}): momentum at the center is defined for tau=1 only;"
                 " set tau=1, or momentum=None."
             )
         if average is not None and average != "polyak" and not (_is_number(average) and 0 < average <= 1):
             raise ValueError(
-                f"DownpourStrategy(average={average!r}): unknown average; use None, 'polyak', or a rate in (0, 1] such"
-                " as 0.001."
+                f"{name}(average={average!r}): unknown average; use None, 'polyak', or a rate in (0, 1] such as 0.001."
             )
         self.tau = tau
         self.momentum = momentum
@@ -136,7 +135,7 @@ class DownpourWorkers(ServedWorkers):
             return
         if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
             raise TypeError(
-                f"DownpourStrategy(momentum={self.momentum}): the center has the momentum and the workers send"
+                f"{type(self).__name__}(momentum={self.momentum}): the center has the momentum and the workers send"
                 f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
             )
 
