@@ -100,10 +100,20 @@ class PostLocalSGDStrategy(DDPStrategy):
         self._own: list[Tensor] | None = None  # this worker's values while the module holds the mean
         self._fitting = False
         self._statistics = Statistics()
+        self._is_rank = False
 
     @property
     def communication(self) -> Statistics:
-        """What this rank has spent on averaging in the latest fit, and sent for it and for DDP's gradients."""
+        """What this rank has spent on averaging in the latest fit, and sent for it and for DDP's gradients.
+
+        Raises:
+            RuntimeError: If this process only spawns or forks the ranks.
+        """
+        if self._start_method != "popen" and not self._is_rank:
+            raise RuntimeError(
+                "PostLocalSGDStrategy.communication: the ranks spend it, and this process only spawns or forks them;"
+                " read it in a callback."
+            )
         return self._statistics
 
     def elastic_distance(self) -> None:
@@ -133,6 +143,11 @@ class PostLocalSGDStrategy(DDPStrategy):
             yield
         finally:
             _copy(self._tensors(), mean)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._is_rank = True
 
     @override
     def setup(self, trainer: L.Trainer) -> None:

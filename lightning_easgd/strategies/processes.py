@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         root_device: torch.device
         _timeout: timedelta | None
         _ddp_kwargs: dict[str, Any]
+        _start_method: StartMethod
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         @property
         def node_rank(self) -> int: ...
         def _configure_launcher(self) -> None: ...
+        def setup_environment(self) -> None: ...
         @property
         def process_group_backend(self) -> str | None: ...
 else:
@@ -90,6 +92,8 @@ class WorkerProcesses(_Base):
         ValueError: If ``timeout`` is not positive.
     """
 
+    _is_rank = False
+
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
     @takes_ddp_arguments
@@ -121,6 +125,16 @@ class WorkerProcesses(_Base):
         )
         without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
         warn_without_effect(type(self).__name__, without_effect)
+
+    def setup_environment(self) -> None:
+        """Become a rank; the process that only spawns or forks the ranks never does."""
+        super().setup_environment()
+        self._is_rank = True
+
+    @property
+    def only_launches(self) -> bool:
+        """Whether this process only spawned or forked the ranks, or is to do so."""
+        return self._start_method != "popen" and not self._is_rank
 
     @property
     def has_common_buffers(self) -> bool:
