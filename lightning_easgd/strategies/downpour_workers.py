@@ -128,6 +128,10 @@ class DownpourWorkers(ServedWorkers):
         self.momentum = momentum
         self.average = average
 
+    @property
+    def _registered_name(self) -> str:
+        return "downpour" if self.momentum is None else "mdownpour"
+
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
         super().prepare_optimizer(optimizer)

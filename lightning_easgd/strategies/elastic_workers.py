@@ -186,6 +186,10 @@ class ElasticWorkers(ServedWorkers):
             make_nesterov(optimizer, self.momentum)
 
     @property
+    def _registered_name(self) -> str:
+        return ("easgd" if self.momentum is None else "eamsgd") + ("_async" if self.is_served else "")
+
+    @property
     def _count_of_workers(self) -> int:
         return self.num_nodes * self.num_processes
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_module_states
 
-from lightning_easgd.strategies.class_trees import check_tree, describe
+from lightning_easgd._compat import interactive_error
+from lightning_easgd.strategies.class_trees import check_tree, describe, tree_of
 from lightning_easgd.strategies.ddp_arguments import (
     DDPArguments,
     check_ddp_arguments,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
         def num_processes(self) -> int: ...
         @property
         def node_rank(self) -> int: ...
+        @property
+        def launcher(self) -> Any: ...
         def _configure_launcher(self) -> None: ...
         def setup_environment(self) -> None: ...
         @property
@@ -158,6 +161,24 @@ class WorkerProcesses(_Base):
                     " use Trainer(accelerator='cpu')."
                 )
         super()._configure_launcher()
+        self._check_interactive()
+
+    def _check_interactive(self) -> None:
+        """Raise where Lightning is about to, but name what this package has for notebooks."""
+        error = interactive_error(tree_of(type(self)))
+        if error is None or self.launcher is None or self.launcher.is_interactive_compatible:
+            return
+        cls, start_method = type(self).__name__, self._start_method
+        registered = f"strategy='{self._registered_name}_notebook' or " if self._registered_name else ""
+        raise error(
+            f"{cls}(start_method={start_method!r}): a notebook or prompt cannot start its ranks so; use"
+            f" {registered}{cls}(start_method='fork'), or run the code as a script."
+        )
+
+    @property
+    def _registered_name(self) -> str | None:
+        """The name under which this strategy is registered with these arguments, as far as it is."""
+        return None
 
 
 def broadcast_states(module: nn.Module, *, broadcast_buffers: bool = True) -> None:
