@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -11,6 +12,7 @@ __all__ = [
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
+    "interactive_error",
     "is_without_steps",
     "reads_common_clock",
     "renew_training_iterator",
@@ -171,3 +173,18 @@ def saves_after_batch(callback: Any, step: int) -> bool:
 def is_without_steps(trainer: Any) -> bool:
     """Whether this epoch makes no gradient steps: SWA then holds its average in the module, for BatchNorm's sake."""
     return bool(trainer.fit_loop._skip_backward)
+
+
+def interactive_error(tree: str | None) -> type[Exception] | None:
+    """The error with which Lightning refuses a launcher in a notebook or at a prompt; None where this is neither.
+
+    Args:
+        tree: The package of a class tree, as of :func:`~lightning_easgd.strategies.class_trees.tree_of`.
+    """
+    connector = sys.modules.get(f"{tree}.connector") or sys.modules.get(
+        f"{tree}.trainer.connectors.accelerator_connector"
+    )
+    if not getattr(connector, "_IS_INTERACTIVE", False):
+        return None
+    error: type[Exception] = getattr(connector, "MisconfigurationException", RuntimeError)  # Fabric has none
+    return error

@@ -1,12 +1,12 @@
 """Registers the names in each of Lightning's class trees, whether it is imported before or after this package."""
 
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, final
 
@@ -46,7 +46,10 @@ def _register(tree: str) -> None:
 
 @final
 class _AfterImport(MetaPathFinder):
-    """Waits for one tree to be imported, registers, and is gone."""
+    """Waits for one tree to be executed, registers, and is gone.
+
+    Who only asks where the tree is (``importlib.util.find_spec``, ``pkgutil``) gets an answer, any number of times.
+    """
 
     def __init__(self, tree: str) -> None:
         self.tree = tree
@@ -57,24 +60,30 @@ class _AfterImport(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != self.tree:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is None or spec.loader is None:
-            sys.meta_path.insert(0, self)
-        else:
-            self._follow(spec.loader)
-        return spec
+        for finder in list(sys.meta_path):
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                self._follow(spec.loader)
+                return spec
+        return None
 
     def _follow(self, loader: Any) -> None:
-        execute = loader.exec_module
+        execute = getattr(loader, "exec_module", None)
+        if execute is None:  # of a package without an __init__
+            return
 
         def exec_module(module: ModuleType) -> None:
-            loader.exec_module = execute
-            try:
-                execute(module)
-            except BaseException:
-                sys.meta_path.insert(0, self)  # it may be tried again
-                raise
-            _register(self.tree)
+            execute(module)  # where it raises, it may be tried again
+            if module.__name__ == self.tree:  # a loader may be that of a whole archive
+                vars(loader).pop("exec_module", None)
+                self._register()
 
-        loader.exec_module = exec_module
+        with contextlib.suppress(AttributeError):  # of a loader that is closed to us the user's import still works
+            loader.exec_module = exec_module
+
+    def _register(self) -> None:
+        with contextlib.suppress(ValueError):
+            sys.meta_path.remove(self)
+        _register(self.tree)

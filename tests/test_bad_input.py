@@ -97,9 +97,7 @@ def test_momentum_at_the_center_needs_plain_sgd(optimizer):
         assert "TypeError: DownpourStrategy(momentum=0.9): the center has the momentum" in outcome.error
 
 
-@pytest.mark.parametrize(
-    "name", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers"]
-)
+@pytest.mark.parametrize("name", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
 def test_arguments_of_the_ddp_wrapper_warn(name):
     with pytest.warns(UserWarning, match=rf"EASGDStrategy\({name}=True\) has no effect"):
         EASGDStrategy(**{name: True})

@@ -70,6 +70,7 @@ def test_private_hooks_that_the_strategies_share_with_lightning():
         "_configure_launcher",
         "_ddp_comm_hook",  # of post-local SGD, as the two below
         "_ddp_comm_state",
+        "_ddp_kwargs",
         "_launcher",
         "_layer_sync",
         "_model_averager",

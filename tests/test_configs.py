@@ -17,11 +17,13 @@ from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.command_errors import explain
 from lightning_easgd.data import DataError
 from lightning_easgd.evaluate import evaluate
+from lightning_easgd.strategies.ddp_arguments import known_ddp_arguments
 from lightning_easgd.train import build_model, build_strategy, build_trainer, train
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
-# What the Trainer gives to a strategy itself.
+# What the Trainer gives to a strategy itself, and what it takes for the sake of projects that ran with DDP.
 FROM_TRAINER = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
+FROM_TRAINER |= set(known_ddp_arguments())
 QUICK = (
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",

@@ -181,7 +181,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             module,
             self._averagers,
             self._trained_optimizers,
-            with_buffers=self._ddp_kwargs.get("broadcast_buffers", True),
+            with_buffers=self.has_common_buffers,
             strategy=type(self).__name__,
         )
         self._steps = Steps(self.before_step, self.after_step)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch.optim import SGD, Optimizer
@@ -18,6 +18,7 @@ from lightning_easgd.service import (
     NesterovDownpourRule,
     PolyakRate,
 )
+from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
@@ -74,6 +75,7 @@ class DownpourWorkers(ServedWorkers):
 
     _method = "DOWNPOUR"
 
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -93,7 +95,7 @@ class DownpourWorkers(ServedWorkers):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         super().__init__(
             accelerator,
@@ -111,26 +113,29 @@ class DownpourWorkers(ServedWorkers):
             start_method=start_method,
             **ddp_arguments,
         )
-        check_period(type(self).__name__, tau)
-        check_number("DownpourStrategy", "momentum", momentum)
+        name = type(self).__name__
+        check_period(name, tau)
+        check_number(name, "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
-                f"DownpourStrategy(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for"
-                " DOWNPOUR."
+                f"{name}(momentum={momentum}): the center's momentum lies in (0, 1); leave it None for DOWNPOUR."
             )
         if momentum is not None and tau > 1:
             raise ValueError(
-                f"DownpourStrategy(momentum={momentum}, tau={tau}): momentum at the center is defined for tau=1 only;"
+                f"{name}(momentum={momentum}, tau={tau}): momentum at the center is defined for tau=1 only;"
                 " set tau=1, or momentum=None."
             )
         if average is not None and average != "polyak" and not (_is_number(average) and 0 < average <= 1):
             raise ValueError(
-                f"DownpourStrategy(average={average!r}): unknown average; use None, 'polyak', or a rate in (0, 1] such"
-                " as 0.001."
+                f"{name}(average={average!r}): unknown average; use None, 'polyak', or a rate in (0, 1] such as 0.001."
             )
         self.tau = tau
         self.momentum = momentum
         self.average = average
+
+    @property
+    def _registered_name(self) -> str:
+        return "downpour" if self.momentum is None else "mdownpour"
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
@@ -139,7 +144,7 @@ class DownpourWorkers(ServedWorkers):
             return
         if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
             raise TypeError(
-                f"DownpourStrategy(momentum={self.momentum}): the center has the momentum and the workers send"
+                f"{type(self).__name__}(momentum={self.momentum}): the center has the momentum and the workers send"
                 f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
             )
 

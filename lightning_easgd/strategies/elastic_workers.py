@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -29,6 +29,7 @@ from lightning_easgd.compression import WireDtype, make_codec
 from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.rates import MovingRates, check_number
 from lightning_easgd.schedules import Schedule
+from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
@@ -100,8 +101,10 @@ class ElasticWorkers(ServedWorkers):
             lets them do both through process groups.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
-        **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
+        **ddp_arguments: The further arguments of ``DDPStrategy``, by name. With ``broadcast_buffers=False`` each rank's
+            buffers stay its own, and checkpoints hold rank 0's. Those of the DDP wrapper, such as
+            ``find_unused_parameters``, have no effect, and warn; those that change how it reduces gradients
+            (``ddp_comm_...``, ``model_averaging_period``) are refused.
 
     Raises:
         TypeError: If ``tau`` is not an int, a rate is neither number nor schedule, an argument is unknown, changes how
@@ -111,6 +114,7 @@ class ElasticWorkers(ServedWorkers):
 
     _method = "elastic averaging"
 
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -136,7 +140,7 @@ class ElasticWorkers(ServedWorkers):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         super().__init__(
             accelerator,
@@ -155,17 +159,18 @@ class ElasticWorkers(ServedWorkers):
             start_method=start_method,
             **ddp_arguments,
         )
-        check_period(type(self).__name__, tau)
-        _check_mode(mode, order, on_worker_loss)
-        _check_wire_dtype(wire_dtype, mode)
-        _check_center_device(center_device, mode)
-        check_number("EASGDStrategy", "momentum", momentum)
+        name = type(self).__name__
+        check_period(name, tau)
+        _check_mode(name, mode, order, on_worker_loss)
+        _check_wire_dtype(name, wire_dtype, mode)
+        _check_center_device(name, center_device, mode)
+        check_number(name, "momentum", momentum)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
-                f"EASGDStrategy(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
+                f"{name}(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
             )
         self.tau = tau
-        self.rates = MovingRates(alpha=alpha, beta=beta, rho=rho)
+        self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", owner=name)
         self.mode = mode
         self.momentum = momentum
         self.wire_dtype = wire_dtype
@@ -174,15 +179,24 @@ class ElasticWorkers(ServedWorkers):
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
-        problem = self.rates.instability(self.num_nodes * self.num_processes)
+        problem = self.rates.instability(self._count_of_workers)
         if problem is not None:
             rank_zero_warn(problem)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
-        """Check an optimizer, and for EAMSGD make it Nesterov."""
+        """Check an optimizer and the rates that follow from it, and for EAMSGD make it Nesterov."""
         super().prepare_optimizer(optimizer)
+        self.rates.warn_of(optimizer, self._count_of_workers)
         if self.momentum is not None:
             make_nesterov(optimizer, self.momentum)
+
+    @property
+    def _registered_name(self) -> str:
+        return ("easgd" if self.momentum is None else "eamsgd") + ("_async" if self.is_served else "")
+
+    @property
+    def _count_of_workers(self) -> int:
+        return self.num_nodes * self.num_processes
 
     @property
     def is_served(self) -> bool:
@@ -226,41 +240,41 @@ class ElasticWorkers(ServedWorkers):
         return all_reduced
 
 
-def _check_mode(mode: object, order: str, on_worker_loss: str) -> None:
+def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) -> None:
     if mode not in ("sync", "async"):
-        raise ValueError(f"EASGDStrategy(mode={mode!r}): unknown mode; use 'sync' or 'async'.")
+        raise ValueError(f"{strategy}(mode={mode!r}): unknown mode; use 'sync' or 'async'.")
     if mode == "sync" and order != "free":
         raise ValueError(
-            f"EASGDStrategy(order={order!r}, mode='sync'): synchronous workers exchange all at once; use mode='async'."
+            f"{strategy}(order={order!r}, mode='sync'): synchronous workers exchange all at once; use mode='async'."
         )
     if mode == "sync" and on_worker_loss != "fail":
         raise ValueError(
-            f"EASGDStrategy(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
+            f"{strategy}(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
             " mode='async'."
         )
 
 
-def _check_wire_dtype(wire_dtype: object, mode: str) -> None:
+def _check_wire_dtype(strategy: str, wire_dtype: object, mode: str) -> None:
     if wire_dtype not in (None, "bfloat16", "int8"):
         raise ValueError(
-            f"EASGDStrategy(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
+            f"{strategy}(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
             " differences as they are."
         )
     if wire_dtype is not None and mode == "async":
         raise ValueError(
-            f"EASGDStrategy(wire_dtype={wire_dtype!r}, mode='async'): a worker that does not know the served center as"
+            f"{strategy}(wire_dtype={wire_dtype!r}, mode='async'): a worker that does not know the served center as"
             " it is now cannot round its difference from it; use mode='sync', or leave wire_dtype out."
         )
 
 
-def _check_center_device(center_device: object, mode: str) -> None:
+def _check_center_device(strategy: str, center_device: object, mode: str) -> None:
     if center_device not in (None, "cpu"):
         raise ValueError(
-            f"EASGDStrategy(center_device={center_device!r}): unknown place; use 'cpu', or None for where the"
+            f"{strategy}(center_device={center_device!r}): unknown place; use 'cpu', or None for where the"
             " parameters are."
         )
     if center_device is not None and mode == "async":
         raise ValueError(
-            f"EASGDStrategy(center_device={center_device!r}, mode='async'): a served center is in host memory anyway;"
+            f"{strategy}(center_device={center_device!r}, mode='async'): a served center is in host memory anyway;"
             " leave it out."
         )

@@ -270,7 +270,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
                 modules,
                 self._averagers,
                 lambda: self._optimizers,
-                with_buffers=self._ddp_kwargs.get("broadcast_buffers", True),
+                with_buffers=self.has_common_buffers,
                 strategy=type(self).__name__,
             )
             self._finite_buffers = FiniteBuffers(modules) if self.on_nonfinite == "reset" else None

@@ -1,8 +1,14 @@
 """How ranks that the Trainer's own launcher spawned or forked end, free of a class tree."""
 
+import dataclasses
 import signal
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
+from lightning_easgd.averagers import Statistics
+from lightning_easgd.strategies.center_readings import CenterReadings
 from lightning_easgd.strategies.workers import LocalWorkers
 
 if TYPE_CHECKING:
@@ -13,13 +19,36 @@ else:
 __all__ = ["RankLauncher"]
 
 
+_KEY = "easgd_communication"
+
+
 class RankLauncher(_Base):
     """Ends a spawned or forked rank like a process of its own; Lightning handles errors in the parent alone.
 
-    It is mixed into the ``_MultiProcessingLauncher`` of a class tree.
+    The parent gets what rank 0 has spent on communication. It is mixed into the
+    ``_MultiProcessingLauncher`` of a class tree.
     """
 
     _sigterm_exception: ClassVar[type[SystemExit]]
+
+    @override
+    def launch(self, function: Callable[..., Any], *arguments: Any, trainer: Any = None, **keywords: Any) -> Any:
+        if isinstance(self._strategy, CenterReadings) and trainer is not None and trainer.state.fn == "fit":
+            self._strategy.take_launched(None)  # of an earlier fit
+        return super().launch(function, *arguments, trainer=trainer, **keywords)
+
+    @override
+    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
+        extra = super().get_extra_results(trainer)
+        if isinstance(self._strategy, CenterReadings) and trainer.state.fn == "fit":
+            extra[_KEY] = dataclasses.asdict(self._strategy.communication)
+        return extra
+
+    @override
+    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
+        if isinstance(self._strategy, CenterReadings) and _KEY in extra:
+            self._strategy.take_launched(Statistics(**extra[_KEY]))
+        super().update_main_process_results(trainer, extra)
 
     def _wrapping_function(self, *arguments: Any, **keywords: Any) -> None:
         try:

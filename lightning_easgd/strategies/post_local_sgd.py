@@ -5,7 +5,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, final
+from typing import Any, Unpack, final
 
 import lightning as L
 import torch
@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_easgd.averagers import Statistics
 from lightning_easgd.callbacks.recording import ddp_bytes
+from lightning_easgd.strategies.ddp_arguments import DDPArguments, check_ddp_arguments, takes_ddp_arguments
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.served_workers import check_period
 
@@ -51,12 +52,14 @@ class PostLocalSGDStrategy(DDPStrategy):
         process_group_backend: As for ``DDPStrategy``.
         timeout: As for ``DDPStrategy``.
         start_method: As for ``DDPStrategy``.
+        **ddp_arguments: Arguments of the DDP wrapper, as for ``DDPStrategy``; buffers are never broadcast.
 
     Raises:
-        TypeError: If ``tau`` is not an int.
+        TypeError: If ``tau`` is not an int, or an argument is unknown or one of those that make this post-local SGD.
         ValueError: If ``tau`` < 1 or ``warmup_steps`` < 0.
     """
 
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -70,6 +73,7 @@ class PostLocalSGDStrategy(DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         check_period("PostLocalSGDStrategy", tau)
         if warmup_steps < 0:
@@ -88,6 +92,7 @@ class PostLocalSGDStrategy(DDPStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            **check_ddp_arguments(type(self), ddp_arguments),
         )
         self.tau = tau
         self.warmup_steps = warmup_steps
@@ -95,10 +100,20 @@ class PostLocalSGDStrategy(DDPStrategy):
         self._own: list[Tensor] | None = None  # this worker's values while the module holds the mean
         self._fitting = False
         self._statistics = Statistics()
+        self._is_rank = False
 
     @property
     def communication(self) -> Statistics:
-        """What this rank has spent on averaging in the latest fit, and sent for it and for DDP's gradients."""
+        """What this rank has spent on averaging in the latest fit, and sent for it and for DDP's gradients.
+
+        Raises:
+            RuntimeError: If this process only spawns or forks the ranks.
+        """
+        if self._start_method != "popen" and not self._is_rank:
+            raise RuntimeError(
+                "PostLocalSGDStrategy.communication: the ranks spend it, and this process only spawns or forks them;"
+                " read it in a callback."
+            )
         return self._statistics
 
     def elastic_distance(self) -> None:
@@ -128,6 +143,11 @@ class PostLocalSGDStrategy(DDPStrategy):
             yield
         finally:
             _copy(self._tensors(), mean)
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        self._is_rank = True
 
     @override
     def setup(self, trainer: L.Trainer) -> None:

@@ -1,16 +1,20 @@
 """The processes of the workers: the part that all strategies of this package share, in every class tree."""
 
-import inspect
 from datetime import timedelta
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_easgd.strategies.class_trees import check_tree, describe
+from lightning_easgd._compat import interactive_error
+from lightning_easgd.strategies.class_trees import check_tree, describe, tree_of
 from lightning_easgd.strategies.common_start import broadcast_states
+from lightning_easgd.strategies.ddp_arguments import (
+    DDPArguments,
+    check_ddp_arguments,
+    takes_ddp_arguments,
+    warn_without_effect,
+)
 
 __all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses"]
 
@@ -19,10 +23,6 @@ StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Of ``torch.distributed`` and so of DDPStrategy."""
 
-_IGNORED_DDP_ARGUMENTS = frozenset(
-    ("find_unused_parameters", "static_graph", "gradient_as_bucket_view", "broadcast_buffers")
-)
-_REFUSED_DDP_ARGUMENTS = frozenset(("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"))
 if TYPE_CHECKING:
 
     class _Base:
@@ -33,13 +33,17 @@ if TYPE_CHECKING:
         root_device: torch.device
         _timeout: timedelta | None
         _ddp_kwargs: dict[str, Any]
+        _start_method: StartMethod
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
         def num_processes(self) -> int: ...
         @property
         def node_rank(self) -> int: ...
+        @property
+        def launcher(self) -> Any: ...
         def _configure_launcher(self) -> None: ...
+        def setup_environment(self) -> None: ...
         @property
         def process_group_backend(self) -> str | None: ...
 else:
@@ -60,14 +64,39 @@ class WorkerProcesses(_Base):
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
-        **ddp_arguments: Arguments of the DDP wrapper. ``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view`` and ``broadcast_buffers`` are accepted and have no effect.
+        ddp_comm_state: Refused unless None: it changes how DDP reduces gradients, and here they are not reduced.
+        ddp_comm_hook: Refused unless None, as ``ddp_comm_state``.
+        ddp_comm_wrapper: Refused unless None, as ``ddp_comm_state``.
+        model_averaging_period: Refused unless None, as ``ddp_comm_state``; ``tau`` is the period here.
+        broadcast_buffers: False: each rank's buffers stay its own; checkpoints hold rank 0's.
+        forward_sync_buffers: What newer releases of torch call ``broadcast_buffers``.
+        find_unused_parameters: Of the DDP wrapper: no effect.
+        static_graph: Of the DDP wrapper: no effect.
+        gradient_as_bucket_view: Of the DDP wrapper: no effect.
+        init_sync: Of the DDP wrapper: no effect, all ranks start with rank 0's weights.
+        bucket_cap_mb: Of the DDP wrapper: no effect.
+        bucket_cap_mb_list: Of the DDP wrapper: no effect.
+        batched_grad_copy: Of the DDP wrapper: no effect.
+        check_reduction: Of the DDP wrapper: no effect.
+        skip_all_reduce_unused_params: Of the DDP wrapper: no effect.
+        delay_all_reduce_named_params: Of the DDP wrapper: no effect.
+        param_to_hook_all_reduce: Of the DDP wrapper: no effect.
+        mixed_precision: Of the DDP wrapper: no effect, ``Trainer(precision=...)`` has one.
+        dim: Of the DDP wrapper: no effect.
+        output_device: Of the DDP wrapper: no effect.
+        process_group: Of the DDP wrapper: no effect.
+        device_mesh: Of the DDP wrapper: no effect.
 
     Raises:
         TypeError: If an argument is unknown, or changes how DDP reduces gradients.
         ValueError: If ``timeout`` is not positive.
     """
 
+    _is_rank = False
+
+    _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
+
+    @takes_ddp_arguments
     def __init__(
         self,
         accelerator: Any = None,
@@ -79,10 +108,10 @@ class WorkerProcesses(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
-        **ddp_arguments: Any,
+        **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         _check_timeout(type(self).__name__, timeout)
-        _check_ddp_arguments(type(self), ddp_arguments)
+        given = check_ddp_arguments(type(self), ddp_arguments)
         super().__init__(
             accelerator,
             parallel_devices,
@@ -92,12 +121,33 @@ class WorkerProcesses(_Base):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            **given,
         )
+        without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
+        warn_without_effect(type(self).__name__, without_effect)
+
+    def setup_environment(self) -> None:
+        """Become a rank; the process that only spawns or forks the ranks never does."""
+        super().setup_environment()
+        self._is_rank = True
+
+    @property
+    def only_launches(self) -> bool:
+        """Whether this process only spawned or forked the ranks, or is to do so."""
+        return self._start_method != "popen" and not self._is_rank
+
+    @property
+    def has_common_buffers(self) -> bool:
+        """Whether buffers are of the center, as DDP would broadcast them, and not each rank's own.
+
+        That is ``broadcast_buffers``, or ``forward_sync_buffers``, which torch prefers where both are given.
+        """
+        broadcast = self._ddp_kwargs.get("broadcast_buffers", True)
+        return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
     def _share_start(self, module: nn.Module) -> None:
         """Give all ranks rank 0's weights."""
-        buffers: bool = self._ddp_kwargs.get("broadcast_buffers", True)
-        broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
+        broadcast_states(module, with_buffers=self.has_common_buffers, strategy=type(self).__name__)
 
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
@@ -112,6 +162,24 @@ class WorkerProcesses(_Base):
                     " use Trainer(accelerator='cpu')."
                 )
         super()._configure_launcher()
+        self._check_interactive()
+
+    def _check_interactive(self) -> None:
+        """Raise where Lightning is about to, but name what this package has for notebooks."""
+        error = interactive_error(tree_of(type(self)))
+        if error is None or self.launcher is None or self.launcher.is_interactive_compatible:
+            return
+        cls, start_method = type(self).__name__, self._start_method
+        registered = f"strategy='{self._registered_name}_notebook' or " if self._registered_name else ""
+        raise error(
+            f"{cls}(start_method={start_method!r}): a notebook or prompt cannot start its ranks so; use"
+            f" {registered}{cls}(start_method='fork'), or run the code as a script."
+        )
+
+    @property
+    def _registered_name(self) -> str | None:
+        """The name under which this strategy is registered with these arguments, as far as it is."""
+        return None
 
 
 def _check_timeout(strategy: str, timeout: object) -> None:
@@ -121,21 +189,3 @@ def _check_timeout(strategy: str, timeout: object) -> None:
         )
     if timeout <= timedelta(0):
         raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")
-
-
-def _check_ddp_arguments(cls: type, arguments: dict[str, Any]) -> None:
-    strategy = cls.__name__
-    for name, value in arguments.items():
-        if name in _REFUSED_DDP_ARGUMENTS:
-            raise TypeError(
-                f"{strategy}({name}={value!r}): this argument changes how DDP reduces gradients, and here gradients"
-                " are not reduced; remove it, or use strategy='ddp'."
-            )
-        if name not in _IGNORED_DDP_ARGUMENTS:
-            known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
-            hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
-            raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
-        rank_zero_warn(
-            f"{strategy}({name}={value!r}) has no effect: it is an argument of the DDP wrapper, which this strategy"
-            " does not use; remove it."
-        )

@@ -36,6 +36,7 @@ _POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 class ServedWorkers(WorkerProcesses):
     """Workers that may exchange with a served center, each on its own clock."""
 
+    _ddp_arguments_with_effect = frozenset({"broadcast_buffers", "forward_sync_buffers"})
     _finite_buffers: FiniteBuffers | None = None
 
     def __init__(

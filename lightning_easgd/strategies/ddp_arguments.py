@@ -1,0 +1,101 @@
+"""The arguments of ``DDPStrategy`` that belong to its DDP wrapper: one list for every strategy of this package."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import cache
+from typing import Any, ParamSpec, TypedDict, TypeVar
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["DDPArguments", "check_ddp_arguments", "known_ddp_arguments", "takes_ddp_arguments", "warn_without_effect"]
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+_OF_THE_STRATEGY = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+_GIVEN_BY_LIGHTNING = ("self", "module", "device_ids")
+
+
+class DDPArguments(TypedDict, total=False):
+    """What ``DDPStrategy`` takes beside what every strategy does, in the torch releases that are supported."""
+
+    ddp_comm_state: object | None
+    ddp_comm_hook: Callable[..., Any] | None
+    ddp_comm_wrapper: Callable[..., Any] | None
+    model_averaging_period: int | None
+    find_unused_parameters: bool | None
+    static_graph: bool | None
+    gradient_as_bucket_view: bool | None
+    broadcast_buffers: bool | None
+    forward_sync_buffers: bool | None
+    init_sync: bool | None
+    bucket_cap_mb: int | None
+    bucket_cap_mb_list: list[int] | None
+    batched_grad_copy: bool | None
+    check_reduction: bool | None
+    skip_all_reduce_unused_params: bool | None
+    delay_all_reduce_named_params: Any
+    param_to_hook_all_reduce: Any
+    mixed_precision: Any
+    dim: int | None
+    output_device: Any
+    process_group: Any
+    device_mesh: Any
+
+
+def takes_ddp_arguments(init: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a constructor that ends in ``**ddp_arguments``: its signature names them all, with None for a default.
+
+    ``inspect.signature``, and so jsonargparse and LightningCLI, see what the constructor takes.
+    """
+    signature = inspect.signature(init)
+    own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    theirs = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        for name, annotation in known_ddp_arguments().items()
+    ]
+    init.__signature__ = signature.replace(parameters=[*own, *theirs])  # type: ignore[attr-defined]
+    return init
+
+
+@cache
+def known_ddp_arguments() -> dict[str, Any]:
+    """Name → type; of this torch's wrapper also what is newer than the list above."""
+    wrapper = inspect.signature(DistributedDataParallel.__init__).parameters
+    newer = {name: Any for name in wrapper if name not in _GIVEN_BY_LIGHTNING}
+    return {**newer, **DDPArguments.__annotations__}
+
+
+def check_ddp_arguments(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the DDP wrapper among these, of which None counts as not given.
+
+    Raises:
+        TypeError: If an argument is unknown, or changes how DDP reduces gradients.
+    """
+    strategy, given = cls.__name__, {}
+    for name, value in arguments.items():
+        if name not in known_ddp_arguments():
+            known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
+            hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
+            raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
+        if value is None:
+            continue
+        if name in _OF_THE_STRATEGY:
+            raise TypeError(
+                f"{strategy}({name}={value!r}): this argument changes how DDP reduces gradients, and here gradients"
+                " are not reduced; remove it, or use strategy='ddp'."
+            )
+        given[name] = value
+    return given
+
+
+def warn_without_effect(strategy: str, arguments: Mapping[str, Any]) -> None:
+    """Warn once, on rank 0, of all arguments of the DDP wrapper that have no effect."""
+    if arguments:
+        given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+        rank_zero_warn(
+            f"{strategy}({given}) has no effect: that is for the DDP wrapper, which this strategy does not use;"
+            " remove it."
+        )

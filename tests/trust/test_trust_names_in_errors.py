@@ -1,0 +1,152 @@
+"""An error names the class that was used: whatever input makes a ``DownpourStrategy`` raise, it names that class.
+
+And the remedy is one of its own: no argument that it does not have, unless another class is named with it.
+"""
+
+import inspect
+import os
+import re
+from datetime import timedelta
+
+import pytest
+import torch
+from lightning.pytorch import callbacks
+from ranks import end_ranks
+from test_trees import TREES
+from torch import nn
+from toys import Quadratic, fitted, quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+
+pytestmark = pytest.mark.timeout(120)
+
+BELOW = pytest.mark.xfail(strict=False, reason="the averagers and the service do not know their strategy's name yet")
+FOREIGN = set(inspect.signature(EASGDStrategy).parameters) - set(inspect.signature(DownpourStrategy).parameters)
+
+ARGUMENTS = [
+    {"tau": 0}, {"tau": 1.5}, {"tau": True}, {"tau": "4"},
+    {"momentum": 0}, {"momentum": 1.0}, {"momentum": "0.9"}, {"momentum": True}, {"momentum": 0.9, "tau": 2},
+    {"average": "mean"}, {"average": 0}, {"average": 1.5}, {"average": True},
+    {"order": "any"}, {"on_worker_loss": "cry"}, {"worker_state": "attic"},
+    {"timeout": 5}, {"timeout": timedelta(0)}, {"timeout": None},
+    {"alpha": 0.1}, {"mode": "async"}, {"taw": 1}, {"find_unused": True},
+    {"ddp_comm_hook": print}, {"model_averaging_period": 4},
+]  # fmt: skip
+
+
+def check(message: str) -> None:
+    own = re.sub(r"EASGDStrategy\([^)]*\)", "", message)  # another class that is advised, with its own arguments
+    assert "DownpourStrategy" in own, message
+    assert "EASGDStrategy" not in own, message
+    for name in FOREIGN:
+        given = re.search(rf"DownpourStrategy\({name}=", own)  # the user's own mistake
+        assert given or not re.search(rf"\b{name}=", own), message
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("given", [*ARGUMENTS, {"evaluate": "both"}], ids=str)
+def test_bad_arguments(given, tree):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        TREES[tree][0].DownpourStrategy(**given)
+    check(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"sync_batchnorm": True},
+        {"strategy": DownpourStrategy(parallel_devices=[torch.device("mps", 0)]), "accelerator": "auto"},
+    ],
+    ids=str,
+)
+def test_trainers(trainer):
+    with pytest.raises(ValueError, match="Downpour") as caught:
+        quiet_trainer(**({"strategy": DownpourStrategy(), "devices": 2} | trainer))
+    check(str(caught.value))
+
+
+def test_readings():
+    strategy = DownpourStrategy()
+    for read in (lambda: strategy.center, lambda: strategy.known_center):
+        with pytest.raises(RuntimeError) as caught:
+            read()
+        check(str(caught.value))
+    for read in (lambda: strategy.communication, strategy.elastic_distance):
+        strategy._start_method = "fork"
+        with pytest.raises(RuntimeError) as caught:
+            read()
+        check(str(caught.value))
+
+
+class Shape(Quadratic):
+    """Each rank has another model."""
+
+    def configure_model(self) -> None:
+        self.more = nn.Parameter(torch.zeros(1 + self.trainer.global_rank))
+
+
+class Added(Quadratic):
+    def on_train_batch_start(self, *_) -> None:
+        if self.trainer.global_step == 2:
+            self.late = nn.Parameter(torch.zeros(1))
+            self.trainer.optimizers[0].add_param_group({"params": [self.late]})
+
+
+class Sharded(Quadratic):
+    def configure_optimizers(self):
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.SGD, lr=0.1)
+
+
+class Adam(Quadratic):
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+class Late(Quadratic):
+    def on_train_batch_start(self, *_) -> None:
+        self.trainer.strategy.optimizer_step(torch.optim.SGD(self.parameters(), lr=0.1), lambda: None)
+
+
+class Raising(Quadratic):
+    def on_train_batch_start(self, *_) -> None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 2:
+            raise ValueError("DownpourStrategy has no part in it")
+
+
+class Killed(Quadratic):
+    def on_train_batch_start(self, *_) -> None:
+        if self.trainer.global_rank == 1 and self.trainer.global_step == 2:
+            os._exit(3)
+
+
+class Finetuning(callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module) -> None: ...
+    def finetune_function(self, *_) -> None: ...
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("module", "arguments", "trainer"),
+    [
+        (Sharded, {}, {}),
+        (Adam, {"momentum": 0.9}, {}),
+        (Late, {}, {}),
+        pytest.param(Shape, {}, {}, marks=BELOW),
+        pytest.param(Added, {}, {}, marks=BELOW),
+        pytest.param(Raising, {"timeout": timedelta(seconds=10)}, {}, marks=BELOW),
+        pytest.param(Killed, {"timeout": timedelta(seconds=10)}, {}, marks=BELOW),
+        (Quadratic, {}, {"callbacks": [Finetuning()]}),
+    ],
+    ids=str,
+)
+def test_fits(module, arguments, trainer):
+    def train():
+        fitted(module(record=False, steps=40), DownpourStrategy(**arguments), 2, **trainer)
+
+    errors = [outcome.error for outcome in end_ranks(train, 2) if outcome.error]
+    assert errors
+    for error in errors:
+        last = error.strip().splitlines()[-1]
+        check(last)
