@@ -50,7 +50,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._center_buffers: list[Tensor] = []
         self._calibrate: Callable[[], None] | None = None
-        self._final_center: Mapping[str, Tensor] | None = None
+        self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._statistics = Statistics()
 
     @abstractmethod
@@ -78,7 +78,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
                 f"{type(self).__name__}.center: there is no center before training starts, nor in the process that"
                 " only spawned the ranks; there, read the module's parameters after fit: they are the center."
             )
-        return self._final_center
+        return MappingProxyType(self._final_center)
 
     @property
     def known_center(self) -> Mapping[str, Tensor]:
@@ -291,8 +291,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             if not (self._shown.center or self._replaced):
                 self._keep_buffers()
                 self._show_center()
-            named = {name: tensor.cpu() for name, tensor in self._named_center().items()}
-            self._final_center = MappingProxyType(named)
+            self._final_center = {name: tensor.cpu() for name, tensor in self._named_center().items()}
         ended_well = not self._training and not self._interrupted
         self._shown = None
         self._training = self._validating = False

@@ -67,7 +67,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._optimizers: list[Optimizer] = []
         self._averaging: Averaging | None = None  # from the first step to finalize
         self._shown: ShownWeights | None = None  # while the modules show the center
-        self._final_center: Mapping[str, Tensor] | None = None
+        self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._resumed: tuple[dict[str, Any], dict[str, Any] | None] = {}, None  # the center's and the own state
         self._statistics = Statistics()
 
@@ -96,7 +96,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             return MappingProxyType(self._named_center())
         if self._final_center is None:
             raise RuntimeError(f"{type(self).__name__}.center: there is no center before the first optimizer step.")
-        return self._final_center
+        return MappingProxyType(self._final_center)
 
     @contextlib.contextmanager
     def center_weights(self, module: nn.Module | None = None) -> Iterator[None]:
@@ -132,8 +132,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         averaging = self._started()
         averaging.meet(Meeting.TRAINING_END)
         self._show_center(averaging)
-        named = {name: tensor.cpu().clone() for name, tensor in self._named_center().items()}
-        self._final_center = MappingProxyType(named)
+        self._final_center = {name: tensor.cpu().clone() for name, tensor in self._named_center().items()}
         self._shown = None
         self._modules.clear()
         self._optimizers.clear()
