@@ -303,17 +303,24 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return named_center(self.lightning_module.named_parameters(), self._averagers)
 
     def _state_dict_of_center(self) -> dict[str, Any]:
-        """The module's state at the center, which the module is not touched for; buffers are this rank's."""
-        centers = {
-            parameter.data_ptr(): center
+        """The module's state at the center, in the middle of anything; buffers are this rank's.
+
+        The parameters only point to the center meanwhile, whatever the module makes of them in its state: a step that
+        is under way has noted how often they were written to, and where.
+        """
+        pairs = [
+            (parameter, center.to(parameter.device, parameter.dtype, copy=True))
             for averager in self._averagers
             for parameter, center in zip(averager.parameters, averager.center_values(), strict=True)
-        }
-        state = super().lightning_module_state_dict()
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.data_ptr() in centers:
-                state[name] = centers[value.data_ptr()].to(value.dtype, copy=True).view_as(value)
-        return copy.deepcopy(state)
+        ]
+        own = [parameter.data for parameter, _ in pairs]
+        try:
+            for parameter, center in pairs:
+                parameter.data = center
+            return copy.deepcopy(super().lightning_module_state_dict())
+        finally:
+            for (parameter, _), value in zip(pairs, own, strict=True):
+                parameter.data = value
 
     def _meet(self, meeting: Meeting) -> None:
         """Wait for all ranks, and make what belongs to the center beside its parameters."""

@@ -1,4 +1,4 @@
-"""Trainer, strategy and module are pickled and deep-copied as with ddp: before a fit, after it, and after one failed."""
+"""Trainer, strategy and module are pickled and copied as with ddp: before a fit, after one, after a failed one."""
 
 import copy
 import io
