@@ -63,6 +63,10 @@ class Averager(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the parameters hold the worker's values of that point."""
 
+    def go_on_at(self, clock: int) -> None:
+        """Go on at this clock, where the worker's own state is not known: schedules are functions of it."""
+        self.clock = clock
+
     @abstractmethod
     def start_at_center(self) -> None:
         """Put the worker where the center is; called before the first step only."""

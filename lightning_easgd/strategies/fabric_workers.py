@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
-from lightning_easgd.checkpointing import random_state, set_random_state
+from lightning_easgd.checkpointing import EditedState, StateSums, random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
-from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
+from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 from lightning_easgd.strategies.processes import WorkerProcesses, broadcast_states
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._averaging: Averaging | None = None  # from the first step to finalize
         self._shown: ShownWeights | None = None  # while the modules show the center
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
-        self._resumed: tuple[dict[str, Any], dict[str, Any] | None] = {}, None  # the center's and the own state
+        self._resumed = Kept()  # what to go on from at the next step
         self._statistics = Statistics()
 
     @abstractmethod
@@ -160,7 +159,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self.prepare_optimizer(optimizer)
         self._optimizers.append(optimizer)
         optimizer = super().setup_optimizer(optimizer)
-        _, own = self._resumed
+        own = self._resumed.own
         if own is not None and len(self._optimizers) == len(own["optimizer_states"]):
             # All have been loaded before they were set up; the first gradient is to be taken at the worker.
             self._started()
@@ -200,10 +199,13 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     def save_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
         """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
         with self._at_center(Meeting.CHECKPOINT):
-            if self._shown is not None and any(isinstance(value, Optimizer) for value in state.values()):
-                assert self._averaging is not None
-                state = state | {KEY: self._keep(self._averaging.center_state_dict(), self._own_state(), str(path))}
-            super().save_checkpoint(path, state, *arguments, **keywords)
+            if self._shown is None or not any(isinstance(value, Optimizer) for value in state.values()):
+                super().save_checkpoint(path, state, *arguments, **keywords)
+                return
+            states = self._states()
+            kept = self._common_state() | states.save(self._own_state(), str(path))
+            with self._written_or_discarded(states, str(path)):
+                super().save_checkpoint(path, state | {KEY: kept}, *arguments, **keywords)
 
     def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
@@ -232,14 +234,23 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             averaging.start(self._optimizers)
             self._statistics = averaging.statistics
             self._averaging = averaging
-            self._resume(averaging, *self._resumed)
-            self._resumed = {}, None
+            kept, self._resumed = self._resumed, Kept()
+            self._resume(averaging, kept)
         return self._averaging
+
+    def _common_state(self) -> dict[str, Any]:
+        assert self._averaging is not None
+        modules = self._all_modules
+        common = self._common_part(modules, self._averagers, self._averaging.center_state_dict())
+        if self.is_global_zero:
+            state = modules.state_dict()
+            common["sums"] = StateSums(state).saved(state)
+        return common
 
     def _own_state(self) -> dict[str, Any]:
         assert self._shown is not None
         with self._shown.worker():
-            tensors = {name: tensor.clone() for name, tensor in named_tensors(self._all_modules).items()}
+            tensors = {name: tensor.clone() for name, tensor in self._own_tensors(self._all_modules).items()}
         return {
             "tensors": tensors,
             "averagers": [averager.state_dict() for averager in self._averagers],
@@ -247,21 +258,20 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             "random": random_state(self.root_device),
         }
 
-    @torch.no_grad()
-    def _resume(self, averaging: Averaging, center: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-        if center:
-            averaging.load_center_state_dict(dict(center))
-            for averager in self._averagers:
-                averager.start_at_center()
-        if own is None:
-            return
-        for name, tensor in named_tensors(self._all_modules).items():
-            tensor.copy_(own["tensors"][name])
-        for optimizer, state in zip(self._optimizers, own["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
-        for averager, state in zip(self._averagers, own["averagers"], strict=True):
-            averager.load_state_dict(state)
-        set_random_state(own["random"], self.root_device)
+    def _resume(self, averaging: Averaging, kept: Kept) -> None:
+        modules, averagers = self._all_modules, list(averaging.averagers.values())
+        edited: set[str] = set()
+        if kept.sums is not None:
+            state = modules.state_dict()
+            edited = edited_tensors(modules, EditedState(kept.sums, {}, state).names(state))
+            edited = set(self.broadcast(edited))
+        self._start_center(kept, modules, averaging, edited)
+        if kept.own is not None:
+            for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
+                optimizer.load_state_dict(own)
+        self._restore(kept, modules, averagers, edited)
+        if kept.own is not None:
+            set_random_state(kept.own["random"], self.root_device)
 
     def _end(self) -> None:
         averaging, self._averaging = self._averaging, None
