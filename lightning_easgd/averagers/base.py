@@ -30,6 +30,11 @@ class Averager(ABC):
     def parameters(self) -> list[Tensor]:
         """The averaged parameters, in the order of the optimizer's groups."""
 
+    @property
+    def laid_out(self) -> list[Tensor]:
+        """The parameters in the order of the averager's flat vectors; some may not be averaged, or not yet."""
+        return self.parameters
+
     @abstractmethod
     def follow(self, optimizer: Optimizer) -> None:
         """Go on with another optimizer in place of the one before, on the same clock."""
@@ -71,6 +76,10 @@ class Averager(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken; the parameters hold the worker's values of that point."""
+
+    def go_on_at(self, clock: int) -> None:
+        """Go on at this clock, where the worker's own state is not known: schedules are functions of it."""
+        self.clock = clock
 
     @abstractmethod
     def start_at_center(self) -> None:

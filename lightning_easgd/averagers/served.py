@@ -151,6 +151,11 @@ class ServedAverager(Averager):
         return [parameter for group in self._groups for parameter in group]
 
     @property
+    @override
+    def laid_out(self) -> list[Tensor]:
+        return [parameter for segment in self._served.segments for parameter in segment]
+
+    @property
     def numel(self) -> int:
         """Elements of all parameters together, also of those that are frozen."""
         return self._layout.flat.numel()

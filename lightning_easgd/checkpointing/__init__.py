@@ -1,11 +1,13 @@
 """What a checkpoint holds beside the center: each worker's own state."""
 
 from lightning_easgd.checkpointing.gathering import gather_states
+from lightning_easgd.checkpointing.layouts import Layout, merged
 from lightning_easgd.checkpointing.random_state import (
     FetchObserver,
     random_state,
     set_random_state,
 )
+from lightning_easgd.checkpointing.state_sums import EditedState, StateSums
 from lightning_easgd.checkpointing.worker_states import (
     EmbeddedStates,
     NoStates,
@@ -17,12 +19,16 @@ from lightning_easgd.checkpointing.worker_states import (
 )
 
 __all__ = [
+    "EditedState",
     "EmbeddedStates",
     "FetchObserver",
+    "Layout",
     "NoStates",
     "SidecarStates",
+    "StateSums",
     "WorkerStates",
     "gather_states",
+    "merged",
     "random_state",
     "read_worker_state",
     "remove_sidecar",

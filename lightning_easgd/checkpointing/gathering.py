@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["gather_states"]
 
 
-def gather_states(state: Any, timeout: timedelta) -> list[Any] | None:
+def gather_states(state: Any, timeout: timedelta, what: str = "gather_states") -> list[Any] | None:
     """The states of all workers on rank 0, in the order of the ranks; None on the others.
 
     All workers call it at the same point. Tensors travel as they are, one message each, and arrive on the CPU.
@@ -20,34 +20,56 @@ def gather_states(state: Any, timeout: timedelta) -> list[Any] | None:
     Args:
         state: Containers and primitives that can be pickled, and dense tensors. Not changed.
         timeout: How long to wait for the slowest worker.
+        what: What is being done, for errors.
 
     Raises:
-        RuntimeError: If a worker is lost, or does not come in time.
+        RuntimeError: If a worker is lost, does not come in time, or cannot make its messages.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [state]
     dist.barrier()  # a lost worker is noticed at once; a new group would wait for it until the timeout
     group = dist.new_group(backend="gloo", timeout=timeout)  # CPU tensors, whatever the backend of the run
     try:
+        messages = _agreed_messages(state, group, what)
         if dist.get_rank() == 0:
             return [state, *(_receive(rank, group) for rank in range(1, dist.get_world_size()))]
-        _send(state, group)
+        for message in messages:
+            if message.numel():
+                dist.send(message, 0, group)
         return None
     finally:
         dist.destroy_process_group(group)
 
 
-def _send(state: Any, group: Any) -> None:
+def _agreed_messages(state: Any, group: Any, what: str) -> list[Tensor]:
+    """This worker's messages, once all workers have theirs: nobody waits for one that will not be sent."""
+    messages: list[Tensor] = []
+    problem: Exception | None = None
+    try:
+        messages = _messages(state) if dist.get_rank() else []
+    except Exception as error:
+        problem = error
+    failed = torch.zeros(dist.get_world_size(), dtype=torch.uint8)
+    failed[dist.get_rank()] = problem is not None
+    dist.all_reduce(failed, group=group)
+    if problem is not None:
+        raise problem
+    if failed.any():
+        raise RuntimeError(
+            f"{what}: rank {int(failed.nonzero()[0])} could not prepare its state for the checkpoint, which is not"
+            " written; look for its error."
+        )
+    return messages
+
+
+def _messages(state: Any) -> list[Tensor]:
     outline = io.BytesIO()
     pickler = _Pickler(outline)
     pickler.dump(state)
     tensors = [tensor.detach().cpu().contiguous() for tensor in pickler.tensors]
     shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
     message = torch.frombuffer(bytearray(pickle.dumps((outline.getvalue(), shapes))), dtype=torch.uint8)
-    dist.send(torch.tensor(message.numel()), 0, group)
-    for part in (message, *map(_bytes_of, tensors)):
-        if part.numel():
-            dist.send(part, 0, group)
+    return [torch.tensor(message.numel()), message, *map(_bytes_of, tensors)]
 
 
 def _receive(rank: int, group: Any) -> Any:

@@ -41,6 +41,9 @@ class WorkerStates(ABC):
             What rank 0 puts into the checkpoint so that :func:`read_worker_state` finds the states.
         """
 
+    def discard(self) -> None:  # noqa: B027 - what is inside the checkpoint goes with it
+        """Take back what :meth:`save` kept: the checkpoint could not be written."""
+
 
 @final
 class NoStates(WorkerStates):
@@ -56,15 +59,17 @@ class EmbeddedStates(WorkerStates):
     """Inside the checkpoint; rank 0 needs memory for the states of all workers while it is written.
 
     Args:
+        strategy: The strategy's name, for errors.
         timeout: How long to wait for the slowest worker.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, strategy: str, timeout: timedelta) -> None:
+        self._strategy = strategy
         self._timeout = timeout
 
     @override
     def save(self, state: dict[str, Any], path: str) -> dict[str, Any]:
-        states = gather_states(state, self._timeout)
+        states = gather_states(state, self._timeout, f"{self._strategy}(worker_state='embed')")
         return {} if states is None else {"workers": states}
 
 
@@ -76,6 +81,7 @@ class SidecarStates(WorkerStates):
     is kept until the next one, so that the checkpoint that is about to be replaced stays whole meanwhile.
 
     Args:
+        strategy: The strategy's name, for errors.
         rank: This worker's rank.
         broadcast: Gives rank 0's object to all ranks.
         all_true: Whether all ranks say so.
@@ -85,33 +91,55 @@ class SidecarStates(WorkerStates):
 
     def __init__(
         self,
+        strategy: str,
         rank: int,
         broadcast: Callable[[Any], Any],
         all_true: Callable[[bool], bool],
         current: dict[str, str],
     ) -> None:
+        self._strategy = strategy
         self._rank = rank
         self._current = current
+        self._saved: tuple[str, str] | None = None  # the path and the generation
+        self._before: str | None = None  # the generation that the checkpoint named
         self._broadcast = broadcast
         self._all_true = all_true
 
     @override
     def save(self, state: dict[str, Any], path: str) -> dict[str, Any]:
         # Names of checkpoints may hold metrics that differ between the ranks.
-        path, generation = self._broadcast((path, f"{time.time_ns():020d}"))
+        path, generation = self._saved = self._broadcast((path, f"{time.time_ns():020d}"))
         problem: Exception | None = None
         try:
             self._write(state, path, generation)
         except Exception as error:
             problem = error
         if not self._all_true(problem is None):
+            self.discard()
             raise RuntimeError(
-                f"EASGDStrategy(worker_state='sidecar'): some rank could not write beside {path!r}, and the checkpoint"
-                " is not written either, the previous one is whole. All ranks need access to the place and room"
-                f" there; or use worker_state='embed' or 'none'. On this rank: {problem or 'no problem'}"
+                f"{self._strategy}(worker_state='sidecar'): some rank could not write beside {path!r}, and the"
+                " checkpoint is not written either, the previous one is whole. All ranks need access to the place and"
+                " room there; or use worker_state='embed' or 'none'. On this rank (rank"
+                f" {self._rank}): {problem or 'no problem'}"
             ) from problem
-        self._current[url_to_fs(_folder(path))[1]] = generation
+        folder = url_to_fs(_folder(path))[1]
+        self._before = self._current.get(folder)
+        self._current[folder] = generation
         return {"generation": generation}
+
+    @override
+    def discard(self) -> None:
+        assert self._saved is not None
+        path, generation = self._saved
+        with suppress(Exception):  # the place may be out of reach, and the first error counts
+            fs, folder = url_to_fs(_folder(path))
+            if self._current.get(folder) == generation:
+                del self._current[folder]
+                if self._before is not None:
+                    self._current[folder] = self._before
+            _remove(fs, f"{folder}/{generation}", self._rank)
+            with suppress(OSError):  # of a checkpoint that has never been written
+                fs.rmdir(folder)
 
     def _write(self, state: dict[str, Any], path: str, generation: str) -> None:
         fs, folder = url_to_fs(_folder(path))
@@ -119,15 +147,11 @@ class SidecarStates(WorkerStates):
             generations = [str(name) for name in fs.ls(folder, detail=False) if not name.endswith(generation)]
             current = self._current.get(folder, max(generations, default=""))
             for old in generations:
-                if old.endswith(current):
-                    continue
-                with suppress(FileNotFoundError):
-                    fs.rm(_file(old, self._rank))
-                with suppress(OSError):  # until the last rank has taken its file away
-                    fs.rmdir(old)
+                if not old.endswith(current):
+                    _remove(fs, old, self._rank)
         fs.makedirs(f"{folder}/{generation}", exist_ok=True)
         with fs.open(_file(f"{folder}/{generation}", self._rank), "wb") as file:
-            torch.save(state, file)
+            _save(state, file)
 
 
 def read_worker_state(
@@ -167,6 +191,57 @@ def remove_sidecar(path: str) -> None:
     fs, folder = url_to_fs(_folder(path))
     with suppress(FileNotFoundError):
         fs.rm(folder, recursive=True)
+
+
+def _save(state: dict[str, Any], file: Any) -> None:
+    """Save to a file object; what goes wrong there is raised as it is, such as a full disk."""
+    watched = _WatchedFile(file)
+    try:
+        torch.save(state, watched)  # type: ignore[arg-type]  # all that it needs of a file
+    except Exception:
+        if watched.error is None:
+            raise
+        raise watched.error from None
+
+
+@final
+class _WatchedFile:
+    """A file that remembers its first error: ``torch.save`` raises another one in its place.
+
+    Args:
+        file: A binary file, open for writing.
+
+    Attributes:
+        error: What the first write that failed has raised.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def write(self, part: Any) -> int:
+        """Write to the file."""
+        try:
+            return int(self._file.write(part))
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Flush the file."""
+        try:
+            self._file.flush()
+        except Exception as error:
+            self.error = self.error or error
+            raise
+
+
+def _remove(fs: Any, generation: str, rank: int) -> None:
+    """Remove a worker's file of a generation, and with the last file its folder."""
+    with suppress(FileNotFoundError):
+        fs.rm(_file(generation, rank))
+    with suppress(OSError):  # until the last rank has taken its file away
+        fs.rmdir(generation)
 
 
 def _named(path: str) -> str:

@@ -58,8 +58,10 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._outside: OutsideValues | None = None  # as long as the shown weights
         self._steps: Steps | None = None  # from the start of training to teardown
         self._steps_made = 0
+        self._has_exchanged_before = False  # in the run that is resumed
+        self._told_own = False
         self._calibrate: Callable[[], None] | None = None
-        self._final_center: Mapping[str, Tensor] | None = None
+        self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._statistics = Statistics()
 
     @abstractmethod
@@ -87,7 +89,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
                 f"{type(self).__name__}.center: there is no center before training starts, nor in the process that"
                 " only spawned the ranks; there, read the module's parameters after fit: they are the center."
             )
-        return self._final_center
+        return MappingProxyType(self._final_center)
 
     @property
     def known_center(self) -> Mapping[str, Tensor]:
@@ -186,6 +188,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         )
         self._steps = Steps(self.before_step, self.after_step)
         self._steps_made = 0
+        self._has_exchanged_before = False
         self._finite_buffers = FiniteBuffers(module) if self.on_nonfinite == "reset" else None
         self._told_own = False
         self._training = True
@@ -338,7 +341,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
     def _center_has_moved(self) -> bool:
         """Whether the center holds something of what the workers have learnt; asked after all have met."""
         assert self._averaging is not None
-        return self._averaging.has_exchanged
+        return self._averaging.has_exchanged or self._has_exchanged_before
 
     @property
     def _is_center_in_module(self) -> bool:
@@ -363,8 +366,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
                 self._common = CommonValues()  # there can be no meeting: what no averager holds is this rank's
                 self._show_center()
             replaced = self._shown.values() if self._shown.center else {}
-            named = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
-            self._final_center = MappingProxyType(named)
+            self._final_center = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
         ended_well = not self._training and not self._interrupted
         self._shown = self._outside = None
         self._training = self._validating = False
@@ -376,17 +378,24 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return named_center(self.lightning_module.named_parameters(), self._averagers, replaced)
 
     def _state_dict_of_center(self) -> dict[str, Any]:
-        """The module's state at the center, which the module is not touched for; buffers are this rank's."""
-        centers = {
-            parameter.data_ptr(): center
+        """The module's state at the center, in the middle of anything; buffers are this rank's.
+
+        The parameters only point to the center meanwhile, whatever the module makes of them in its state: a step that
+        is under way has noted how often they were written to, and where.
+        """
+        pairs = [
+            (parameter, center.to(parameter.device, parameter.dtype, copy=True))
             for averager in self._averagers
             for parameter, center in zip(averager.parameters, averager.center_values(), strict=True)
-        }
-        state = super().lightning_module_state_dict()
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.data_ptr() in centers:
-                state[name] = centers[value.data_ptr()].to(value.dtype, copy=True).view_as(value)
-        return copy.deepcopy(state)
+        ]
+        own = [parameter.data for parameter, _ in pairs]
+        try:
+            for parameter, center in pairs:
+                parameter.data = center
+            return copy.deepcopy(super().lightning_module_state_dict())
+        finally:
+            for (parameter, _), value in zip(pairs, own, strict=True):
+                parameter.data = value
 
     def _meet(self, meeting: Meeting) -> None:
         """Wait for all ranks, and find what belongs to the center beside what the averagers hold of it.

@@ -1,17 +1,23 @@
 """Workers whose own states are kept with a checkpoint, so that a resumed run goes on exactly: free of a class tree."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator, watch_fetching
-from lightning_easgd.checkpointing import FetchObserver, random_state, remove_sidecar, set_random_state
+from lightning_easgd.checkpointing import (
+    EditedState,
+    FetchObserver,
+    StateSums,
+    random_state,
+    remove_sidecar,
+    set_random_state,
+)
 from lightning_easgd.strategies.center_workers import CenterWorkers
-from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
+from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 
 __all__ = ["CheckpointedWorkers"]
 
@@ -20,15 +26,17 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
     """Workers around a center whose checkpoints hold, beside the center, each worker's own state.
 
     A checkpoint is one ordinary Lightning checkpoint whose weights are the center. Under the key ``"easgd"``, in
-    tensors and primitives, it also holds for each worker: parameters and buffers, optimizer and scheduler states,
-    clocks, the state of the precision plugin (loss scale), of the loops and resumable data loaders, and of the random
-    number generators.
+    tensors and primitives, it also holds the clocks, and for each worker: the parameters and buffers that are its own,
+    optimizer and scheduler states, clocks, the state of the precision plugin (loss scale), of the loops and resumable
+    data loaders, and of the random number generators. A checkpoint on an error or from a signal handler, which waits
+    for nobody, holds the center and the clocks alone.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self._resumed: dict[str, Any] | None = None  # the own state to go on from, until training starts
-        self._resumed_center: dict[str, Any] = {}
+        self._resumed: Kept | None = None  # what to go on from, until training starts
+        self._edits: EditedState | None = None  # of what was loaded, on rank 0
+        self._sums: StateSums | None = None  # of what is being saved, on rank 0
         self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
         self._fetching = FetchObserver()
         self._end_watching: Callable[[], None] | None = None
@@ -40,7 +48,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         """Set up the workers; a fit knows nothing of the one before it, which may have ended anywhere."""
         super().setup(trainer)
         if trainer.state.fn == "fit":
-            self._resumed, self._resumed_center = None, {}
+            self._resumed = self._edits = self._sums = None
             self._random = self._final = None
             device, observer = self.root_device, self._fetching
             self._end_watching = watch_fetching(
@@ -56,17 +64,31 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     # Saving
 
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state at the center. During training all ranks ask for it at the same point of their work."""
+        state = super().lightning_module_state_dict()
+        self._sums = StateSums(state) if self._training and self.is_global_zero and not self._alone else None
+        return state
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
-        if self._alone or "optimizer_states" not in checkpoint:
+        sums, self._sums = self._sums, None
+        if "optimizer_states" not in checkpoint or not (self._training or self._final):
             super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        with self.worker_weights():
-            averaging = self._averaging_state() if self._training else self._final
-            if averaging is not None:
-                own = self._own_state(checkpoint, averaging)
-                checkpoint[KEY] = self._keep(averaging["center"], own, str(filepath))
+        elif self._alone:
+            checkpoint[KEY] = self._final["common"] if self._final else self._common_state({})
             super().save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            with self.worker_weights():
+                averaging = self._final or self._averaging_state()
+                states = self._states()
+                kept = states.save(self._own_state(checkpoint, averaging), str(filepath))
+                checkpoint[KEY] = averaging["common"] | kept
+                if self.is_global_zero:
+                    written = checkpoint["state_dict"]
+                    checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
+                with self._written_or_discarded(states, str(filepath)):
+                    super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, and the files beside it."""
@@ -74,14 +96,19 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         if self.local_rank == 0:
             remove_sidecar(str(filepath))
 
+    def _common_state(self, center: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._common_part(self.lightning_module, self._averagers, center, self._center_has_moved)
+
     def _averaging_state(self) -> dict[str, Any]:
-        """This worker's parameters and what its averaging knows, and the center."""
+        """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""
         assert self._averaging is not None
         assert self.lightning_module is not None
+        wanted = self.worker_state != "none"
         return {
-            "center": {} if self._is_center_in_module else self._averaging.center_state_dict(),
-            "tensors": named_tensors(self.lightning_module),
-            "averagers": [averager.state_dict() for averager in self._averagers],
+            "common": self._common_state({} if self._is_center_in_module else self._averaging.center_state_dict()),
+            "tensors": self._own_tensors(self.lightning_module) if wanted else {},
+            "averagers": [averager.state_dict() for averager in self._averagers] if wanted else [],
         }
 
     def _own_state(self, checkpoint: Mapping[str, Any], averaging: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,41 +134,45 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
-        self._resumed_center, self._resumed = self._find(checkpoint.get(KEY), *self._read_from)
-        super().load_optimizer_state_dict(checkpoint if self._resumed is None else self._resumed)
-        if self._resumed is not None:
-            self._trainer.fit_loop.load_state_dict(self._resumed["fit_loop"])
+        kept = self._resumed = self._find(checkpoint.get(KEY), *self._read_from)
+        if not kept.clocks:  # it was saved by another strategy
+            steps = checkpoint["global_step"] // max(1, len(self.optimizers))
+            self._resumed = replace(kept, clocks=[steps] * len(self.optimizers))
+        if kept.sums is not None and self.is_global_zero:
+            self._edits = EditedState(kept.sums, checkpoint["state_dict"], super().lightning_module_state_dict())
+        super().load_optimizer_state_dict(checkpoint if kept.own is None else kept.own)
+        if kept.own is not None:
+            self._trainer.fit_loop.load_state_dict(kept.own["fit_loop"])
             self._begins_epoch = begins_epoch(self._trainer)
 
     def on_train_start(self) -> None:
         """Let the center begin where the workers are; go on where a checkpoint was saved."""
         super().on_train_start()
-        resumed, self._resumed = self._resumed, None
-        center, self._resumed_center = self._resumed_center, {}
+        kept, self._resumed = self._resumed, None
         self._final = None
-        if not self._training:
+        if not self._training or kept is None:
             return
         assert self._averaging is not None
-        if center:
-            self._averaging.load_center_state_dict(center)
-            for averager in self._averagers:
-                averager.start_at_center()
-        if resumed is not None:
-            self._go_on(resumed)
-
-    @torch.no_grad()
-    def _go_on(self, state: Mapping[str, Any]) -> None:
         assert self.lightning_module is not None
-        tensors = named_tensors(self.lightning_module)
-        for name in tensors.keys() & state["tensors"].keys():
-            tensors[name].copy_(state["tensors"][name])
-        if new := sorted(tensors.keys() - state["tensors"].keys()):
-            rank_zero_warn(
-                f"{type(self).__name__}: {', '.join(new)} had other names, or did not exist, where the checkpoint was"
-                " saved, and start at the center."
-            )
-        for averager, own in zip(self._averagers, state["averagers"], strict=True):
-            averager.load_state_dict(own)
+        self._has_exchanged_before = kept.own is not None and kept.exchanged
+        edited = self._edited(kept)
+        self._start_center(kept, self.lightning_module, self._averaging, edited)
+        self._restore(kept, self.lightning_module, self._averagers, edited)
+        if kept.own is not None:
+            self._go_on(kept.own)
+
+    def _edited(self, kept: Kept) -> set[str]:
+        """The names of the tensors that are not those that were saved, on all ranks as rank 0 sees them."""
+        edits, self._edits = self._edits, None
+        if kept.sums is None:
+            return set()
+        assert self.lightning_module is not None
+        names: set[str] = set()
+        if edits is not None:
+            names = edited_tensors(self.lightning_module, edits.names(self.lightning_module.state_dict()))
+        return set(self.broadcast(names))
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
         # As Lightning does it, a scheduler that has come since begins anew.
         for config, own in zip(self._trainer.lr_scheduler_configs, state["lr_schedulers"], strict=False):
             config.scheduler.load_state_dict(own)
@@ -166,11 +197,12 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         """Let all ranks finish; keep what a later checkpoint of this fit needs, and leave the center in the module."""
         was_training = self._training
         super().on_train_end()
-        if was_training and self.worker_state != "none":
+        if was_training:
             assert self._averaging is not None
             with self.worker_weights():
+                state = self._averaging_state()
                 # Callbacks such as EMA may yet leave something else than the center in the module.
-                state = self._averaging_state() | {"center": self._averaging.center_state_dict()}
+                state["common"]["center"] = self._averaging.center_state_dict()
                 self._final = apply_to_collection(state, Tensor, _copy_on_host)
 
 

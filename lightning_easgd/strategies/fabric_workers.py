@@ -8,16 +8,15 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
 from lightning_easgd.buffers import FiniteBuffers
-from lightning_easgd.checkpointing import random_state, set_random_state
+from lightning_easgd.checkpointing import EditedState, StateSums, random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
-from lightning_easgd.strategies.kept_states import KEY, KeptStates, named_tensors
+from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
 from lightning_easgd.strategies.processes import WorkerProcesses
 from lightning_easgd.strategies.steps import Steps
@@ -76,8 +75,9 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._shown: ShownWeights | None = None  # while the modules show the center
         self._outside: OutsideValues | None = None  # as long as the averaging
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
-        self._final_center: Mapping[str, Tensor] | None = None
-        self._resumed: tuple[dict[str, Any], dict[str, Any] | None] = {}, None  # the center's and the own state
+        self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
+        self._resumed = Kept()  # what to go on from at the next step
+        self._has_exchanged_before = False  # in the run that is resumed
         self._statistics = Statistics()
 
     @abstractmethod
@@ -105,7 +105,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             return MappingProxyType(self._named_center())
         if self._final_center is None:
             raise RuntimeError(f"{type(self).__name__}.center: there is no center before the first optimizer step.")
-        return self._final_center
+        return MappingProxyType(self._final_center)
 
     @contextlib.contextmanager
     def center_weights(self, module: nn.Module | None = None) -> Iterator[None]:
@@ -141,8 +141,8 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         averaging = self._started()
         self._meet(averaging, Meeting.TRAINING_END)
         assert self._shown is not None
-        named = {name: tensor.cpu().clone() for name, tensor in self._named_center(self._shown.values()).items()}
-        self._final_center = MappingProxyType(named)
+        named = self._named_center(self._shown.values())
+        self._final_center = {name: tensor.cpu().clone() for name, tensor in named.items()}
         self._shown = None
         self._modules.clear()
         self._optimizers.clear()
@@ -174,7 +174,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._optimizers.append(optimizer)
         self._steps = self._steps or Steps(self.before_step, self.after_step)
         optimizer = super().setup_optimizer(optimizer)
-        _, own = self._resumed
+        own = self._resumed.own
         if own is not None and len(self._optimizers) == len(own["optimizer_states"]):
             # All have been loaded before they were set up; the first gradient is to be taken at the worker.
             self._started()
@@ -230,13 +230,13 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     def save_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
         """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
         with self._at_center(Meeting.CHECKPOINT):
-            if self._shown is not None and any(isinstance(value, Optimizer) for value in state.values()):
-                averaging = self._averaging
-                assert averaging is not None
-                in_module = averaging.has_exchanged and averaging.is_in_parameters
-                center = {} if in_module else averaging.center_state_dict()
-                state = state | {KEY: self._keep(center, self._own_state(), str(path))}
-            super().save_checkpoint(path, state, *arguments, **keywords)
+            if self._shown is None or not any(isinstance(value, Optimizer) for value in state.values()):
+                super().save_checkpoint(path, state, *arguments, **keywords)
+                return
+            states = self._states()
+            kept = self._common_state() | states.save(self._own_state(), str(path))
+            with self._written_or_discarded(states, str(path)):
+                super().save_checkpoint(path, state | {KEY: kept}, *arguments, **keywords)
 
     def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
@@ -274,14 +274,26 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
                 strategy=type(self).__name__,
             )
             self._finite_buffers = FiniteBuffers(modules) if self.on_nonfinite == "reset" else None
-            self._resume(averaging, *self._resumed)
-            self._resumed = {}, None
+            kept, self._resumed = self._resumed, Kept()
+            self._has_exchanged_before = kept.own is not None and kept.exchanged
+            self._resume(averaging, kept)
         return self._averaging
+
+    def _common_state(self) -> dict[str, Any]:
+        assert self._averaging is not None
+        modules = self._all_modules
+        in_module = self._center_has_moved and self._averaging.is_in_parameters
+        center = {} if in_module else self._averaging.center_state_dict()
+        common = self._common_part(modules, self._averagers, center, self._center_has_moved)
+        if self.is_global_zero:
+            state = modules.state_dict()
+            common["sums"] = StateSums(state).saved(state)
+        return common
 
     def _own_state(self) -> dict[str, Any]:
         assert self._shown is not None
         with self._shown.worker():
-            tensors = {name: tensor.clone() for name, tensor in named_tensors(self._all_modules).items()}
+            tensors = {name: tensor.clone() for name, tensor in self._own_tensors(self._all_modules).items()}
         return {
             "tensors": tensors,
             "averagers": [averager.state_dict() for averager in self._averagers],
@@ -289,21 +301,20 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             "random": random_state(self.root_device),
         }
 
-    @torch.no_grad()
-    def _resume(self, averaging: Averaging, center: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
-        if center:
-            averaging.load_center_state_dict(dict(center))
-            for averager in self._averagers:
-                averager.start_at_center()
-        if own is None:
-            return
-        for name, tensor in named_tensors(self._all_modules).items():
-            tensor.copy_(own["tensors"][name])
-        for optimizer, state in zip(self._optimizers, own["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
-        for averager, state in zip(self._averagers, own["averagers"], strict=True):
-            averager.load_state_dict(state)
-        set_random_state(own["random"], self.root_device)
+    def _resume(self, averaging: Averaging, kept: Kept) -> None:
+        modules, averagers = self._all_modules, list(averaging.averagers.values())
+        edited: set[str] = set()
+        if kept.sums is not None:
+            state = modules.state_dict()
+            edited = edited_tensors(modules, EditedState(kept.sums, {}, state).names(state))
+            edited = set(self.broadcast(edited))
+        self._start_center(kept, modules, averaging, edited)
+        if kept.own is not None:
+            for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
+                optimizer.load_state_dict(own)
+        self._restore(kept, modules, averagers, edited)
+        if kept.own is not None:
+            set_random_state(kept.own["random"], self.root_device)
 
     def _end(self) -> None:
         averaging, self._averaging = self._averaging, None
@@ -323,13 +334,18 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     def _named_center(self, replaced: Mapping[Tensor, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
         return named_center(self._all_modules.named_parameters(), self._averagers, replaced)
 
+    @property
+    def _center_has_moved(self) -> bool:
+        """Whether the center holds something of what the workers have learnt; asked after all have met."""
+        return self._averaging is not None and (self._averaging.has_exchanged or self._has_exchanged_before)
+
     def _meet(self, averaging: Averaging, meeting: Meeting) -> None:
         """Wait for all ranks, and show the center; before the first exchange the workers' mean."""
         assert self._outside is not None
         self._outside.check()
         averaging.meet(meeting)
         tensors = self._outside.tensors()
-        if not averaging.has_exchanged:
+        if not self._center_has_moved:
             averaging.check_finite()
             tensors |= self._outside.averaged()
         common = averaging.common_values(tensors)

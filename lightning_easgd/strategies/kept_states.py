@@ -1,23 +1,31 @@
 """Keeping each worker's own state with a checkpoint, under a Trainer and under Fabric."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_easgd.averagers import Averager, Averaging
+from lightning_easgd.center import as_real
 from lightning_easgd.checkpointing import (
     EmbeddedStates,
+    Layout,
     NoStates,
     SidecarStates,
     WorkerStates,
+    merged,
     read_worker_state,
     sidecar_folder,
 )
 
-__all__ = ["KEY", "KeptStates", "WorkerState", "named_tensors"]
+__all__ = ["KEY", "Kept", "KeptStates", "WorkerState", "edited_tensors", "named_tensors"]
 
 WorkerState = Literal["embed", "sidecar", "none"]
 
@@ -44,12 +52,37 @@ else:
     _Base = object
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a checkpoint keeps for a worker beside the module's state.
+
+    Attributes:
+        center: What the center is beyond the parameters' values at the center.
+        clocks: The clock of each optimizer.
+        layouts: The layout of each optimizer's flat vectors; None if that is not known.
+        shared: The tensors that no worker has of its own: they are what the module's state says.
+        sums: The checksums of the module's state; None if they are not known.
+        exchanged: Whether workers had exchanged with the center; before, the module's state is their mean.
+        own: This worker's own state, if all workers can go on from theirs.
+    """
+
+    center: Mapping[str, Any] = field(default_factory=dict)
+    clocks: Sequence[int] = ()
+    layouts: Sequence[Layout] | None = None
+    shared: frozenset[str] = frozenset()
+    sums: Mapping[str, Any] | None = None
+    exchanged: bool = True
+    own: Mapping[str, Any] | None = None
+
+
 class KeptStates(_Base):
     """Says where the workers' states are kept, and which of them a resumed worker may go on from."""
 
-    _same_everywhere: frozenset[str] = frozenset()  # names of tensors that no averager holds, at the last meeting
     _method: ClassVar[str]
     """Workers of one method can go on where workers of the same method stopped."""
+
+    _same_everywhere: frozenset[str] = frozenset()
+    """Parameters and buffers that no averager has and that are the same on all ranks, as of the latest meeting."""
 
     def __init__(self, *arguments: Any, worker_state: str = "embed", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -61,55 +94,193 @@ class KeptStates(_Base):
         self.worker_state = worker_state
         self._generations: dict[str, str] = {}  # that the checkpoints name, by the folder beside each
 
-    def _keep(self, center: Mapping[str, Any], state: Mapping[str, Any], path: str) -> dict[str, Any]:
-        """Keep the workers' states; returns what rank 0 puts into the checkpoint under :data:`KEY`."""
+    # Saving
+
+    def _common_part(
+        self, module: nn.Module, averagers: Sequence[Averager], center: Mapping[str, Any], exchanged: bool
+    ) -> dict[str, Any]:
+        """What a checkpoint holds under :data:`KEY` whether or not the workers' own states are kept."""
         return {
             "format": _FORMAT,
             "method": self._method,
             "world_size": self.world_size,
             "center": center,
-            **self._states().save(dict(state), path),
+            "exchanged": exchanged,
+            "clocks": [averager.clock for averager in averagers],
+            "layouts": [list(layout) for layout in layouts_of(module, averagers)],
+            "shared": sorted(self._shared_tensors(module)),
         }
+
+    def _own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """The tensors that are each worker's own."""
+        shared = self._shared_tensors(module)
+        return {name: tensor for name, tensor in named_tensors(module).items() if name not in shared}
+
+    def _shared_tensors(self, module: nn.Module) -> frozenset[str]:
+        return self._same_everywhere & named_tensors(module).keys() - _unsaved_buffers(module)
 
     def _states(self) -> WorkerStates:
         assert self._timeout is not None
         if self.worker_state == "none" or (self.world_size > 1 and not dist.is_initialized()):  # a worker is lost
             return NoStates()
         if self.worker_state == "embed":
-            return EmbeddedStates(self._timeout)
-        return SidecarStates(self.global_rank, self.broadcast, self.reduce_boolean_decision, self._generations)
+            return EmbeddedStates(type(self).__name__, self._timeout)
+        return SidecarStates(
+            type(self).__name__, self.global_rank, self.broadcast, self.reduce_boolean_decision, self._generations
+        )
 
-    def _find(
-        self, saved: Mapping[str, Any] | None, path: str, weights_only: bool | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """The center's state and this worker's, as far as all workers can go on from theirs."""
+    @contextlib.contextmanager
+    def _written_or_discarded(self, states: WorkerStates, path: str) -> Iterator[None]:
+        """Context in which rank 0 writes the checkpoint; if it cannot, all ranks end, and without what they kept."""
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        if self.reduce_boolean_decision(problem is None):
+            return
+        states.discard()
+        if problem is not None:
+            raise problem
+        raise RuntimeError(
+            f"{type(self).__name__}: rank 0 could not write the checkpoint {path!r}; look for its error. The previous"
+            " one is whole."
+        )
+
+    # Resuming
+
+    def _find(self, saved: Mapping[str, Any] | None, path: str, weights_only: bool | None = None) -> Kept:
+        """What a checkpoint keeps for this worker, as far as all workers can go on from theirs."""
         if saved is None:
-            return {}, None
+            return Kept()
         at_center = f"{path}: every worker starts at the center, with the optimizer state of worker 0"
+        clocks = _clocks(saved)
         if saved["method"] != self._method:
             rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
-            return {}, None
-        center = saved["center"]
+            return Kept(clocks=clocks)
+        common = Kept(
+            saved["center"],
+            clocks,
+            saved.get("layouts"),
+            frozenset(saved.get("shared", ())),
+            saved.get("sums"),
+            saved.get("exchanged", True),
+        )
         if self.worker_state == "none":
-            return center, None
+            return common
         if saved["world_size"] != self.world_size:
             rank_zero_warn(
                 f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
                 f" {self.world_size}."
             )
-            return center, None
+            return common
         if "generation" in saved:
             self._generations[sidecar_folder(path)] = saved["generation"]
         state = read_worker_state(dict(saved), path, self.global_rank, weights_only)
         if self.reduce_boolean_decision(state is not None):
-            return center, state
-        if "workers" in saved or "generation" in saved:
-            rank_zero_warn(f"{at_center}: the state of a worker is missing or torn.")
-        else:
-            rank_zero_info(f"{at_center}: it holds no worker's own state.")
-        return center, None
+            return replace(common, own=state)
+        what = (
+            "the state of a worker is missing or torn"
+            if "workers" in saved or "generation" in saved
+            else ("it holds no worker's own state")
+        )
+        rank_zero_warn(f"{at_center}: {what}.")
+        return common
+
+    def _start_center(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
+        """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
+        averagers = list(averaging.averagers.values())
+        if averagers and kept.center and (kept.exchanged or kept.own is not None):
+            layouts = layouts_of(module, averagers)
+            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, edited))
+            for averager in averagers:
+                averager.start_at_center()
+
+    @torch.no_grad()
+    def _restore(self, kept: Kept, module: nn.Module, averagers: Sequence[Averager], edited: Collection[str]) -> None:
+        """Let this worker go on where it was saved, edited tensors at the center; or its clocks alone."""
+        if kept.own is None:
+            for averager, clock in zip(averagers, kept.clocks, strict=False):
+                averager.go_on_at(clock)
+            return
+        self._restore_tensors(kept, module, edited)
+        layouts = layouts_of(module, averagers)
+        saved = kept.own["averagers"]
+        names = {name for name, _ in chain.from_iterable(layouts)} - set(edited)
+        # Of another number of optimizers those that are new start anew, as Lightning does it.
+        for averager, own, new, old in zip(averagers, saved, layouts, kept.layouts or layouts, strict=False):
+            averager.load_state_dict(merged(own, averager.state_dict(), old, new, names))
+
+    def _restore_tensors(self, kept: Kept, module: nn.Module, edited: Collection[str]) -> None:
+        assert kept.own is not None
+        saved = kept.own["tensors"]
+        changed = []
+        for name, tensor in named_tensors(module).items():
+            if name in edited or (name in saved and saved[name].shape != tensor.shape):
+                changed.append(name)
+            elif name in saved:
+                tensor.copy_(saved[name])
+            elif name not in kept.shared:
+                changed.append(name)
+        if changed:
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(sorted(changed))} had other names, shapes or values, or did not"
+                " exist, where the checkpoint was saved, and start at the center."
+            )
+
+
+def _clocks(saved: Mapping[str, Any]) -> list[int]:
+    if "clocks" not in saved and "workers" in saved:  # version 0.1.0
+        return [averager["clock"] for averager in saved["workers"][0]["averagers"]]
+    return list(saved.get("clocks", ()))
+
+
+def _center_of(kept: Kept, averaging: Averaging, layouts: Sequence[Layout], edited: Collection[str]) -> dict[str, Any]:
+    """The saved state of the center, as this run's parameters are, those that were edited as they are now."""
+    fresh = averaging.center_state_dict()["stores"]
+    new = list(chain.from_iterable(layouts))
+    old = list(chain.from_iterable(kept.layouts or layouts))
+    keep = {name for name, _ in new} - set(edited)
+    sizes = [sum(size for _, size in layout) for layout in layouts]
+    stores = [
+        torch.split(merged(torch.cat(list(saved)).cpu(), torch.cat(list(now)).cpu(), old, new, keep), sizes)
+        for saved, now in zip(kept.center["stores"], fresh, strict=False)
+    ]
+    versions = {"versions": kept.center["versions"]} if "versions" in kept.center and old == new else {}
+    return {"stores": stores, **versions}
+
+
+def layouts_of(module: nn.Module, averagers: Sequence[Averager]) -> list[list[tuple[str, int]]]:
+    """The layout of each averager's flat vectors."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    return [
+        [
+            (names.get(parameter, f"optimizers.{number}.{index}"), as_real(parameter).numel())
+            for index, parameter in enumerate(averager.laid_out)
+        ]
+        for number, averager in enumerate(averagers)
+    ]
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, also those that are not part of the module's state."""
     return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _unsaved_buffers(module: nn.Module) -> set[str]:
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, owner in module.named_modules()
+        for name in owner._non_persistent_buffers_set
+    }
+
+
+def edited_tensors(module: nn.Module, keys: Collection[str]) -> set[str]:
+    """The names of the tensors that keys of the module's state stand for; all, where that cannot be told."""
+    tensors = named_tensors(module)
+    if not keys - tensors.keys():
+        return set(keys)
+    places = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
+    state = module.state_dict()
+    names = {key if key in tensors else places.get(state[key].data_ptr()) for key in keys}
+    return set(tensors) if None in names else {name for name in names if name is not None}

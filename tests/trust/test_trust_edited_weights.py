@@ -1,0 +1,301 @@
+"""A tensor that is not the one that was saved, wherever it was changed, starts at the center, and the run says so.
+
+All others go on exactly where each worker was.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import run_ranks
+from torch import Tensor, nn
+from toys import Regression, quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
+
+STRATEGIES: dict[str, Callable[..., Any]] = {
+    "sync": lambda **k: EASGDStrategy(tau=3, **k),
+    "int8": lambda **k: EASGDStrategy(tau=3, wire_dtype="int8", **k),
+    "async": lambda **k: EASGDStrategy(tau=3, mode="async", **k),
+    "downpour": lambda **k: DownpourStrategy(tau=3, **k),
+    "adownpour": lambda **k: DownpourStrategy(tau=3, average="polyak", **k),
+    "mdownpour": lambda **k: DownpourStrategy(tau=1, momentum=0.5, **k),
+}
+EDITED = "net.0.weight"
+
+
+class Net(Regression):
+    """Remembers where it started: this worker, and the center."""
+
+    inputs = 4
+    saves_optimizer = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = nn.Linear(self.inputs, 8)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        batch = torch.nn.functional.pad(batch, (0, self.inputs - 4)).to(self.net[0].weight.dtype)
+        return super().loss(batch + self.trainer.global_rank)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.005)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not hasattr(self, "start"):
+            strategy = self.trainer.strategy
+            self.start = {name: value.detach().clone() for name, value in self.named_parameters()}
+            self.start_center = {name: value.clone() for name, value in strategy.known_center.items()}
+            self.end_of_first = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.last = {name: value.detach().clone() for name, value in self.named_parameters()}
+
+
+class LoadHook(Net):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][EDITED] = torch.full_like(checkpoint["state_dict"][EDITED], 0.5)
+
+
+class InPlaceHook(Net):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][EDITED].fill_(0.5)
+
+
+class AfterLoading(Net):
+    def on_fit_start(self) -> None:
+        if getattr(self, "edits", True) and self.trainer.ckpt_path:
+            with torch.no_grad():
+                self.net[0].weight.fill_(0.5)
+
+    def on_train_start(self) -> None:
+        self.on_fit_start()
+
+
+class Wider(Net):
+    inputs = 6
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][EDITED] = torch.full((8, 6), 0.5)
+
+
+class Renames(Net):
+    """Its state has other names and other tensors than the module."""
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        state = super().state_dict(*arguments, **keywords)
+        return {f"model.{name}": value.clone() for name, value in state.items()}
+
+    def load_state_dict(self, state: Any, *arguments: Any, **keywords: Any) -> Any:
+        return super().load_state_dict({name[6:]: value for name, value in state.items()}, *arguments, **keywords)
+
+
+class RenamesAndEdits(Renames):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["model." + EDITED].fill_(0.5)
+
+
+class SavesOtherNames(Net):
+    """Hooks that change the names in the file, and back."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {f"model.{name}": value for name, value in checkpoint["state_dict"].items()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name[6:]: value for name, value in checkpoint["state_dict"].items()}
+
+
+class SavesHalf(Net):
+    """The file holds half the bits: what is loaded is what was written."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: value.half() for name, value in checkpoint["state_dict"].items()}
+
+
+class SavesAnother(Net):
+    """As callbacks do that average: the file holds another state."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: 2 * value for name, value in checkpoint["state_dict"].items()}
+
+
+def train(folder: Path, strategy: Any, module: Any = Net, **arguments: Any) -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    callbacks = [ModelCheckpoint(folder, "x", every_n_train_steps=8)]
+    net = module()
+    quiet_trainer(
+        strategy=strategy, devices=2, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0, **arguments
+    ).fit(net)
+    return net.last
+
+
+def resume(file: Path, strategy: Any, module: Any = Net, **arguments: Any) -> tuple[Any, Any, str]:
+    torch.manual_seed(2)
+    net = module()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(strategy=strategy, devices=2, max_epochs=2, limit_val_batches=0, **arguments).fit(
+            net, ckpt_path=file
+        )
+    text = " ".join(
+        str(each.message) for each in caught if "starts at" in str(each.message) or "start at" in str(each.message)
+    )
+    return net.start, net.start_center, text
+
+
+def edit(file: Path) -> None:
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["state_dict"][EDITED] = torch.full_like(checkpoint["state_dict"][EDITED], 0.5)
+    torch.save(checkpoint, file)
+
+
+def check_edited(owns: list[dict[str, Tensor]], resumed: list[tuple[Any, Any, str]], strategy: str = "sync") -> None:
+    for own, (start, center, _) in zip(owns, resumed, strict=True):
+        assert torch.equal(start[EDITED], torch.full_like(start[EDITED], 0.5))
+        if strategy == "sync":  # an asynchronous center may have moved already
+            assert torch.equal(center[EDITED], torch.full_like(center[EDITED], 0.5))
+        for name, value in own.items():
+            assert name == EDITED or torch.equal(start[name], value), name
+    assert EDITED in resumed[0][2]
+    assert "start at the center" in resumed[0][2]
+    assert "net.3.weight" not in resumed[0][2]
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
+@pytest.mark.parametrize("module", [LoadHook, InPlaceHook, AfterLoading, Wider])
+def test_a_hook_that_changes_what_is_loaded(tmp_path: Path, module: Any, worker_state: str) -> None:
+    owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3, worker_state=worker_state))
+    check_edited(
+        owns, run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3, worker_state=worker_state), module)
+    )
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_an_edited_file(tmp_path: Path, name: str) -> None:
+    owns = run_ranks(train, 2, tmp_path, STRATEGIES[name]())
+    edit(tmp_path / "x.ckpt")
+    check_edited(owns, run_ranks(resume, 2, tmp_path / "x.ckpt", STRATEGIES[name]()), name)
+
+
+@pytest.mark.parametrize("name", ["sync", "async", "downpour"])
+def test_the_wide_center_of_narrow_parameters_begins_at_the_edit_too(tmp_path: Path, name: str) -> None:
+    narrow = {"precision": "bf16-true"}
+    owns = run_ranks(lambda: train(tmp_path, STRATEGIES[name](), **narrow), 2)
+    stored = torch.load(tmp_path / "x.ckpt", weights_only=True)["easgd"]["center"]["stores"][0][0]
+    edit(tmp_path / "x.ckpt")
+    resumed = run_ranks(lambda: resume(tmp_path / "x.ckpt", STRATEGIES[name](), **narrow), 2)
+    check_edited(owns, resumed, name)
+    if name == "sync":
+        whole = torch.cat([value.flatten() for value in resumed[0][1].values()])
+        assert torch.equal(whole[32:], stored[32:])
+
+
+def test_what_a_downpour_worker_adds_does_not_hold_the_edit(tmp_path: Path) -> None:
+    """The edit is where the worker starts from, not a step that it has made."""
+
+    class Still(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    run_ranks(train, 2, tmp_path, DownpourStrategy(tau=3), Still)
+    edit(tmp_path / "x.ckpt")
+
+    def go_on() -> Tensor:
+        net = Still()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet_trainer(strategy=DownpourStrategy(tau=3), devices=2, max_epochs=2).fit(
+                net, ckpt_path=tmp_path / "x.ckpt"
+            )
+        return net.net[0].weight.detach()
+
+    for weight in run_ranks(go_on, 2):
+        assert torch.equal(weight, torch.full((8, 4), 0.5))
+
+
+@pytest.mark.parametrize("module", [Net, Renames, SavesOtherNames, SavesHalf, SavesAnother])
+def test_nothing_was_edited(tmp_path: Path, module: Any) -> None:
+    owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3), module)
+    for own, (start, _, warned) in zip(
+        owns, run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), module), strict=True
+    ):
+        assert not warned
+        assert all(torch.equal(start[name], value) for name, value in own.items())
+
+
+def test_another_precision_is_no_edit(tmp_path: Path) -> None:
+    owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3))
+    resumed = run_ranks(lambda: resume(tmp_path / "x.ckpt", EASGDStrategy(tau=3), precision="bf16-true"), 2)
+    for own, (start, _, warned) in zip(owns, resumed, strict=True):
+        assert not warned
+        assert all(torch.equal(start[name], value.bfloat16()) for name, value in own.items())
+
+
+def test_an_edit_that_cannot_be_located_sets_all_to_the_center(tmp_path: Path) -> None:
+    run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3), Renames)
+    for start, center, _ in run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), RenamesAndEdits):
+        assert all(torch.equal(start[name], center[name]) for name in start)
+        assert torch.equal(start[EDITED], torch.full((8, 4), 0.5))
+    assert (
+        "start at the center" in run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), RenamesAndEdits)[0][2]
+    )
+
+
+def test_older_checkpoints_go_on_and_another_shape_raises_nothing(tmp_path: Path) -> None:
+    owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3))
+    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    for key in ("clocks", "layouts", "shared", "sums"):
+        del checkpoint["easgd"][key]
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    for own, (start, _, warned) in zip(
+        owns, run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3)), strict=True
+    ):
+        assert not warned
+        assert all(torch.equal(start[name], value) for name, value in own.items())
+    check_edited(owns, run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), Wider))
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["load after setup", "load before setup"])
+def test_under_fabric(tmp_path: Path, first: bool) -> None:
+    file = tmp_path / "x.ckpt"
+
+    def run(resumed: bool) -> tuple[Any, Any]:
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2))
+        fabric.launch()
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+        state = {"model": module, "optimizer": torch.optim.SGD(module.parameters(), 0.01, momentum=0.9)}
+        if resumed and first:
+            fabric.load(file, state)
+        model, optimizer = fabric.setup(module, state["optimizer"])
+        if resumed and not first:
+            fabric.load(file, {"model": model, "optimizer": optimizer})
+        if not resumed:
+            for _ in range(5):
+                fabric.backward(model(torch.ones(2, 4) + fabric.global_rank).sum())
+                optimizer.step()
+            fabric.save(file, {"model": model, "optimizer": optimizer})
+        start = {name: value.detach().clone() for name, value in module.named_parameters()}
+        center = dict(fabric.strategy.center) if resumed else None
+        fabric.strategy.finalize()
+        return start, center
+
+    owns = run_ranks(run, 2, False)
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["model"]["0.weight"].fill_(0.5)
+    torch.save(checkpoint, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resumed = run_ranks(run, 2, True)
+    for (own, _), (start, center) in zip(owns, resumed, strict=True):
+        assert torch.equal(start["0.weight"], torch.full((8, 4), 0.5))
+        assert torch.equal(center["0.weight"], torch.full((8, 4), 0.5))
+        assert all(torch.equal(start[name], own[name]) for name in own if name != "0.weight")
