@@ -148,6 +148,8 @@ class ServedAveraging(Averaging):
         ignored: Collection[Tensor] = (),
         name_of: Callable[[Tensor], str] = lambda _: "",
     ) -> None:
+        for averager in self._served:  # of the learning rate finder's fit
+            averager.close()
         self._let_go()
         parameters = [ServedParameters(optimizer, ignored, name_of) for optimizer in optimizers]
         dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
@@ -260,6 +262,11 @@ class ServedAveraging(Averaging):
             if self._loss_explains():
                 return self.common_values(tensors)
             raise
+
+    @override
+    def check_finite(self) -> None:
+        if not self._lost:  # as for common values
+            super().check_finite()
 
     @override
     def request_stop(self) -> None:

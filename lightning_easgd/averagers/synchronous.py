@@ -358,7 +358,9 @@ class SynchronousAveraging(Averaging):
         ignored: Collection[Tensor] = (),
         name_of: Callable[[Tensor], str] = lambda _: "",
     ) -> None:
-        self.averagers = self._synchronous
+        for averager in self._synchronous.values():  # of the learning rate finder's fit
+            averager.close()
+        self.averagers = self._synchronous = {}
         for number, optimizer in enumerate(optimizers):
             self._synchronous[optimizer] = SynchronousAverager(
                 optimizer,

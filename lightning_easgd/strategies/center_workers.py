@@ -186,6 +186,8 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             with_buffers=self.has_common_buffers,
             strategy=type(self).__name__,
         )
+        if self._steps is not None:  # of the learning rate finder's fit inside this one
+            self._steps.close()
         self._steps = Steps(self.before_step, self.after_step)
         self._steps_made = 0
         self._has_exchanged_before = False
@@ -368,7 +370,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             replaced = self._shown.values() if self._shown.center else {}
             self._final_center = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
         ended_well = not self._training and not self._interrupted
-        self._shown = self._outside = None
+        self._shown = self._outside = self._finite_buffers = None
         self._training = self._validating = False
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)

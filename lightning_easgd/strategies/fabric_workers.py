@@ -318,6 +318,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
 
     def _end(self) -> None:
         averaging, self._averaging = self._averaging, None
+        self._outside = self._finite_buffers = None
         if averaging is not None:
             averaging.close()
 
