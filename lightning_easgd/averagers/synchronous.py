@@ -345,6 +345,7 @@ class SynchronousAveraging(Averaging):
         self._rates = rates
         self._position = position
         self._synchronous: dict[Optimizer, SynchronousAverager] = {}
+        self._exchanges_before = 0
 
     @property
     @override
@@ -361,6 +362,7 @@ class SynchronousAveraging(Averaging):
         for averager in self._synchronous.values():  # of the learning rate finder's fit
             averager.close()
         self.averagers = self._synchronous = {}
+        self._exchanges_before = self.statistics.exchanges
         for number, optimizer in enumerate(optimizers):
             self._synchronous[optimizer] = SynchronousAverager(
                 optimizer,
@@ -382,7 +384,7 @@ class SynchronousAveraging(Averaging):
     @property
     @override
     def has_exchanged(self) -> bool:
-        return self.statistics.exchanges > 0
+        return self.statistics.exchanges > self._exchanges_before
 
     @override
     def center_state_dict(self) -> dict[str, Any]:
