@@ -11,13 +11,18 @@ OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_LIGHTNING := 2.5.0
 
-.PHONY: help train test test-oldest lint clean
+# Libraries that train with Lightning, and what they need.
+CLIENTS := .venv-clients
+CLIENTS_STAMP := $(CLIENTS)/.installed
+
+.PHONY: help train test test-oldest test-clients lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
 	@echo 'make test    lint, types, all tests'
 	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
+	@echo 'make test-clients  real libraries with strategy="ddp" and "easgd", in a venv of their own'
 	@echo 'make lint    lint and types only'
 	@echo 'make clean   remove what was built (.venv* too); runs in outputs/ stay'
 
@@ -50,6 +55,15 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest $(ARGS)
 
+$(CLIENTS_STAMP): pyproject.toml constraints.txt tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint constraints.txt --constraint tests/clients/constraints.txt \
+		chemprop pytorch-forecasting neuralforecast pytest pytest-timeout --editable .
+	@touch $@
+
+test-clients: $(CLIENTS_STAMP)
+	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lightning_easgd conf tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -93,7 +93,7 @@ class DownpourWorkers(ServedWorkers):
         evaluate: Literal["center", "worker"] = "center",
         worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:

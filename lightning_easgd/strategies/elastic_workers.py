@@ -138,7 +138,7 @@ class ElasticWorkers(ServedWorkers):
         recalibrate_batchnorm: int = 0,
         worker_state: WorkerState = "embed",
         process_group_backend: str | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:

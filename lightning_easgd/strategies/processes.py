@@ -62,7 +62,7 @@ class WorkerProcesses(_Base):
         checkpoint_io: As for ``DDPStrategy``.
         precision_plugin: As for ``DDPStrategy``.
         process_group_backend: As for ``DDPStrategy``.
-        timeout: How long a collective operation may wait for the slowest rank before it fails.
+        timeout: How long a collective operation may wait for the slowest rank before it fails; None for 30 minutes.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
         ddp_comm_state: Refused unless None: it changes how DDP reduces gradients, and here they are not reduced.
         ddp_comm_hook: Refused unless None, as ``ddp_comm_state``.
@@ -106,10 +106,11 @@ class WorkerProcesses(_Base):
         precision_plugin: Any = None,
         *,
         process_group_backend: str | None = None,
-        timeout: timedelta = DEFAULT_TIMEOUT,
+        timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
+        timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         _check_timeout(type(self).__name__, timeout)
         given = check_ddp_arguments(type(self), ddp_arguments)
         super().__init__(
@@ -184,8 +185,7 @@ class WorkerProcesses(_Base):
 
 def _check_timeout(strategy: str, timeout: object) -> None:
     if not isinstance(timeout, timedelta):
-        raise TypeError(
-            f"{strategy}(timeout={timeout!r}): give a datetime.timedelta, such as timedelta(seconds={timeout!r})."
-        )
+        seconds = timeout if isinstance(timeout, int | float) else 60
+        raise TypeError(f"{strategy}(timeout={timeout!r}): give a datetime.timedelta, such as timedelta({seconds=}).")
     if timeout <= timedelta(0):
         raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")

@@ -61,6 +61,11 @@ def test_none_is_not_given(cls):
     assert strategy._ddp_kwargs == {}
 
 
+@pytest.mark.parametrize("cls", [*CLASSES, *LOCAL])
+def test_a_timeout_of_none_is_the_default_as_for_ddp(cls):
+    assert cls(timeout=None)._timeout == cls()._timeout
+
+
 @pytest.mark.parametrize("name", sorted(OF_THE_STRATEGY))
 @pytest.mark.parametrize("cls", [*CLASSES, PostLocalSGDStrategy])
 def test_what_changes_the_reduction_of_gradients_is_refused(cls, name):

@@ -28,7 +28,7 @@ ARGUMENTS = [
     {"momentum": 0}, {"momentum": 1.0}, {"momentum": "0.9"}, {"momentum": True}, {"momentum": 0.9, "tau": 2},
     {"average": "mean"}, {"average": 0}, {"average": 1.5}, {"average": True},
     {"order": "any"}, {"on_worker_loss": "cry"}, {"worker_state": "attic"},
-    {"timeout": 5}, {"timeout": timedelta(0)}, {"timeout": None},
+    {"timeout": 5}, {"timeout": timedelta(0)}, {"timeout": "soon"},
     {"alpha": 0.1}, {"mode": "async"}, {"taw": 1}, {"find_unused": True},
     {"ddp_comm_hook": print}, {"model_averaging_period": 4},
 ]  # fmt: skip
