@@ -13,6 +13,7 @@ from lightning_easgd.checkpointing import (
     EditedState,
     FetchObserver,
     StateSums,
+    fingerprints,
     random_state,
     remove_sidecar,
     set_random_state,
@@ -88,6 +89,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 if self.is_global_zero:
                     written = checkpoint["state_dict"]
                     checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
+                    checkpoint[KEY]["fingerprints"] = fingerprints(_progress(checkpoint))
                 with self._written_or_discarded(states, str(filepath)):
                     super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -117,10 +119,8 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         return {
             "tensors": averaging["tensors"],
             "averagers": averaging["averagers"],
-            "optimizer_states": checkpoint["optimizer_states"],
-            "lr_schedulers": checkpoint["lr_schedulers"],
+            **_progress(checkpoint),
             "precision": self.precision_plugin.state_dict(),
-            "fit_loop": checkpoint["loops"]["fit_loop"],
             "random": self._random_outside or random_state(self.root_device),
             "fetching_draws": self._fetching.draws,
         }
@@ -135,10 +135,11 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
-        kept = self._resumed = self._find(checkpoint.get(KEY), *self._read_from)
+        kept = self._find(checkpoint.get(KEY), *self._read_from)
         if not kept.clocks:  # it was saved by another strategy
             steps = checkpoint["global_step"] // max(1, len(self.optimizers))
-            self._resumed = replace(kept, clocks=[steps] * len(self.optimizers))
+            kept = replace(kept, clocks=[steps] * len(self.optimizers))
+        kept = self._resumed = self._with_edits(kept, _progress(checkpoint))
         if kept.sums is not None and self.is_global_zero:
             self._edits = EditedState(kept.sums, checkpoint["state_dict"], super().lightning_module_state_dict())
         super().load_optimizer_state_dict(checkpoint if kept.own is None else kept.own)
@@ -157,7 +158,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         assert self.lightning_module is not None
         edited = self._edited(kept)
         self._start_center(kept, self.lightning_module, self._averaging, edited)
-        self._restore(kept, self.lightning_module, self._averagers, edited)
+        self._restore(kept, self.lightning_module, self._averaging, edited)
         if kept.own is not None:
             self._go_on(kept.own)
 
@@ -204,6 +205,15 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 values = [[value.flatten() for value in averager.center_values()] for averager in self._averagers]
                 state["common"]["center"] = {"stores": [[torch.cat(each).cpu() for each in values]]}
             self._final = state
+
+
+def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint is each worker's own, and of worker 0 what Lightning sees."""
+    return {
+        "optimizer_states": checkpoint["optimizer_states"],
+        "lr_schedulers": checkpoint["lr_schedulers"],
+        "fit_loop": checkpoint["loops"]["fit_loop"],
+    }
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:
