@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.checkpointing.interning import interned
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.strategies.kept_states import KeptStates
 
@@ -104,6 +105,22 @@ def test_it_comes_back_with_the_rest(tmp_path: Path, name: str, worker_state: st
         for worker in torch.load(tmp_path / "x.ckpt", weights_only=True)["easgd"]["workers"]:
             assert not worker["tensors"].keys() & set(SHARED)
             assert "table" in worker["tensors"]  # the state_dict does not have it
+
+
+def test_equal_parts_of_two_states_are_one_object() -> None:
+    first = {"a": torch.zeros(3), "b": [torch.ones(2), 1], "python": (3, (1, 2), None), "shape": torch.zeros(2, 2)}
+    other = {"a": torch.zeros(3), "b": [torch.ones(2), 2], "python": (3, (1, 2), None), "shape": torch.zeros(4)}
+    state = interned(other, first)
+    assert state["a"] is first["a"]
+    assert state["b"][0] is first["b"][0]
+    assert state["b"][1] == 2
+    assert state["python"] is first["python"]
+    assert state["shape"] is other["shape"]
+    assert interned(torch.tensor([-0.0]), torch.tensor([0.0])).signbit().item()
+    nan = torch.tensor([float("nan")])
+    assert interned(nan.clone(), nan) is nan
+    assert interned((True,), (1,))[0] is True
+    assert interned([1], [1, 2]) == [1]
 
 
 def test_a_base_that_the_file_leaves_out_is_not_stored_by_the_workers_either(tmp_path: Path) -> None:
