@@ -82,9 +82,10 @@ def test_a_checkpoint_is_an_ordinary_one(tmp_path: Path, worker_state: str) -> N
     file = tmp_path / "x.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     extra = checkpoint.pop("easgd")
-    assert set(extra) == {
-        "format", "method", "world_size", "center", "exchanged", "clocks", "layouts", "shared", "sums"
-    } | {
+    common = {
+        "format", "method", "world_size", "center", "exchanged", "clocks", "layouts", "shared", "sums", "fingerprints"
+    }  # fmt: skip
+    assert set(extra) == common | {
         "embed": {"workers"}, "sidecar": {"generation"}, "none": set()
     }[worker_state]  # fmt: skip
     if worker_state == "embed":

@@ -1,5 +1,6 @@
 """What a checkpoint holds beside the center: each worker's own state."""
 
+from lightning_easgd.checkpointing.fingerprints import fingerprints, with_edits
 from lightning_easgd.checkpointing.gathering import gather_states
 from lightning_easgd.checkpointing.layouts import Layout, merged
 from lightning_easgd.checkpointing.random_state import (
@@ -27,6 +28,7 @@ __all__ = [
     "SidecarStates",
     "StateSums",
     "WorkerStates",
+    "fingerprints",
     "gather_states",
     "merged",
     "random_state",
@@ -34,4 +36,5 @@ __all__ = [
     "remove_sidecar",
     "set_random_state",
     "sidecar_folder",
+    "with_edits",
 ]

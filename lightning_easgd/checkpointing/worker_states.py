@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_easgd.checkpointing.gathering import gather_states
+from lightning_easgd.checkpointing.interning import interned
 
 __all__ = [
     "EmbeddedStates",
@@ -58,6 +59,8 @@ class NoStates(WorkerStates):
 class EmbeddedStates(WorkerStates):
     """Inside the checkpoint; rank 0 needs memory for the states of all workers while it is written.
 
+    What all workers have in common, such as buffers that are no part of the module's state, is there once.
+
     Args:
         strategy: The strategy's name, for errors.
         timeout: How long to wait for the slowest worker.
@@ -70,7 +73,9 @@ class EmbeddedStates(WorkerStates):
     @override
     def save(self, state: dict[str, Any], path: str) -> dict[str, Any]:
         states = gather_states(state, self._timeout, f"{self._strategy}(worker_state='embed')")
-        return {} if states is None else {"workers": states}
+        if states is None:
+            return {}
+        return {"workers": [states[0], *(interned(each, states[0]) for each in states[1:])]}
 
 
 @final

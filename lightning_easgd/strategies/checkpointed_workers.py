@@ -12,6 +12,7 @@ from lightning_easgd.checkpointing import (
     EditedState,
     FetchObserver,
     StateSums,
+    fingerprints,
     random_state,
     remove_sidecar,
     set_random_state,
@@ -87,6 +88,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 if self.is_global_zero:
                     written = checkpoint["state_dict"]
                     checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
+                    checkpoint[KEY]["fingerprints"] = fingerprints(_progress(checkpoint))
                 with self._written_or_discarded(states, str(filepath)):
                     super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -116,10 +118,8 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         return {
             "tensors": averaging["tensors"],
             "averagers": averaging["averagers"],
-            "optimizer_states": checkpoint["optimizer_states"],
-            "lr_schedulers": checkpoint["lr_schedulers"],
+            **_progress(checkpoint),
             "precision": self.precision_plugin.state_dict(),
-            "fit_loop": checkpoint["loops"]["fit_loop"],
             "random": self._random_outside or random_state(self.root_device),
             "fetching_draws": self._fetching.draws,
         }
@@ -134,10 +134,11 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
-        kept = self._resumed = self._find(checkpoint.get(KEY), *self._read_from)
+        kept = self._find(checkpoint.get(KEY), *self._read_from)
         if not kept.clocks:  # it was saved by another strategy
             steps = checkpoint["global_step"] // max(1, len(self.optimizers))
-            self._resumed = replace(kept, clocks=[steps] * len(self.optimizers))
+            kept = replace(kept, clocks=[steps] * len(self.optimizers))
+        kept = self._resumed = self._with_edits(kept, _progress(checkpoint))
         if kept.sums is not None and self.is_global_zero:
             self._edits = EditedState(kept.sums, checkpoint["state_dict"], super().lightning_module_state_dict())
         super().load_optimizer_state_dict(checkpoint if kept.own is None else kept.own)
@@ -157,7 +158,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         self._has_exchanged_before = kept.own is not None and kept.exchanged
         edited = self._edited(kept)
         self._start_center(kept, self.lightning_module, self._averaging, edited)
-        self._restore(kept, self.lightning_module, self._averagers, edited)
+        self._restore(kept, self.lightning_module, self._averaging, edited)
         if kept.own is not None:
             self._go_on(kept.own)
 
@@ -204,6 +205,15 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
                 # Callbacks such as EMA may yet leave something else than the center in the module.
                 state["common"]["center"] = self._averaging.center_state_dict()
                 self._final = apply_to_collection(state, Tensor, _copy_on_host)
+
+
+def _progress(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a checkpoint is each worker's own, and of worker 0 what Lightning sees."""
+    return {
+        "optimizer_states": checkpoint["optimizer_states"],
+        "lr_schedulers": checkpoint["lr_schedulers"],
+        "fit_loop": checkpoint["loops"]["fit_loop"],
+    }
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

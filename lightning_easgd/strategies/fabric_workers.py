@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
 from lightning_easgd.buffers import FiniteBuffers
-from lightning_easgd.checkpointing import EditedState, StateSums, random_state, set_random_state
+from lightning_easgd.checkpointing import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
@@ -288,6 +288,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         if self.is_global_zero:
             state = modules.state_dict()
             common["sums"] = StateSums(state).saved(state)
+            common["fingerprints"] = fingerprints(self._optimizer_states())
         return common
 
     def _own_state(self) -> dict[str, Any]:
@@ -297,22 +298,26 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         return {
             "tensors": tensors,
             "averagers": [averager.state_dict() for averager in self._averagers],
-            "optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers],
+            **self._optimizer_states(),
             "random": random_state(self.root_device),
         }
 
+    def _optimizer_states(self) -> dict[str, Any]:
+        return {"optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers]}
+
     def _resume(self, averaging: Averaging, kept: Kept) -> None:
-        modules, averagers = self._all_modules, list(averaging.averagers.values())
+        modules = self._all_modules
         edited: set[str] = set()
         if kept.sums is not None:
             state = modules.state_dict()
             edited = edited_tensors(modules, EditedState(kept.sums, {}, state).names(state))
             edited = set(self.broadcast(edited))
         self._start_center(kept, modules, averaging, edited)
+        kept = self._with_edits(kept, self._optimizer_states())
         if kept.own is not None:
             for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
                 optimizer.load_state_dict(own)
-        self._restore(kept, modules, averagers, edited)
+        self._restore(kept, modules, averaging, edited)
         if kept.own is not None:
             set_random_state(kept.own["random"], self.root_device)
 

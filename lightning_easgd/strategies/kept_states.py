@@ -1,7 +1,7 @@
 """Keeping each worker's own state with a checkpoint, under a Trainer and under Fabric."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging
 from lightning_easgd.center import as_real
@@ -20,9 +21,11 @@ from lightning_easgd.checkpointing import (
     NoStates,
     SidecarStates,
     WorkerStates,
+    fingerprints,
     merged,
     read_worker_state,
     sidecar_folder,
+    with_edits,
 )
 
 __all__ = ["KEY", "Kept", "KeptStates", "WorkerState", "edited_tensors", "named_tensors"]
@@ -63,6 +66,7 @@ class Kept:
         shared: The tensors that no worker has of its own: they are what the module's state says.
         sums: The checksums of the module's state; None if they are not known.
         exchanged: Whether workers had exchanged with the center; before, the module's state is their mean.
+        fingerprints: Of the state that Lightning sees and each worker has of its own; None if they are not known.
         own: This worker's own state, if all workers can go on from theirs.
     """
 
@@ -72,6 +76,7 @@ class Kept:
     shared: frozenset[str] = frozenset()
     sums: Mapping[str, Any] | None = None
     exchanged: bool = True
+    fingerprints: Mapping[str, Any] | None = None
     own: Mapping[str, Any] | None = None
 
 
@@ -159,12 +164,13 @@ class KeptStates(_Base):
             rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
             return Kept(clocks=clocks)
         common = Kept(
-            saved["center"],
-            clocks,
-            saved.get("layouts"),
-            frozenset(saved.get("shared", ())),
-            saved.get("sums"),
-            saved.get("exchanged", True),
+            center=saved["center"],
+            clocks=clocks,
+            layouts=saved.get("layouts"),
+            shared=frozenset(saved.get("shared", ())),
+            sums=saved.get("sums"),
+            exchanged=saved.get("exchanged", True),
+            fingerprints=saved.get("fingerprints"),
         )
         if self.worker_state == "none":
             return common
@@ -187,6 +193,24 @@ class KeptStates(_Base):
         rank_zero_warn(f"{at_center}: {what}.")
         return common
 
+    def _with_edits(self, kept: Kept, loaded: Mapping[str, Any]) -> Kept:
+        """The same, but in this worker's state what has been edited in the common one since it was saved.
+
+        Args:
+            kept: What the checkpoint keeps.
+            loaded: The state that all workers see, under the names that it has in a worker's own.
+        """
+        if kept.own is None or kept.fingerprints is None:
+            return kept
+        mine = {name: kept.own[name] for name in loaded}
+        merged, edited = with_edits(mine, loaded, kept.fingerprints, fingerprints(loaded))
+        if edited:
+            rank_zero_warn(
+                f"{type(self).__name__}: {', '.join(edited)} changed since the checkpoint was saved, and every worker"
+                " goes on with what is there now."
+            )
+        return replace(kept, own={**kept.own, **merged})
+
     def _start_center(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
         averagers = list(averaging.averagers.values())
@@ -197,13 +221,18 @@ class KeptStates(_Base):
                 averager.start_at_center()
 
     @torch.no_grad()
-    def _restore(self, kept: Kept, module: nn.Module, averagers: Sequence[Averager], edited: Collection[str]) -> None:
-        """Let this worker go on where it was saved, edited tensors at the center; or its clocks alone."""
+    def _restore(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
+        """Let this worker go on where it was saved, edited tensors at the center; or its clocks alone.
+
+        The optimizers have their states already.
+        """
+        averagers = list(averaging.averagers.values())
         if kept.own is None:
             for averager, clock in zip(averagers, kept.clocks, strict=False):
                 averager.go_on_at(clock)
             return
         self._restore_tensors(kept, module, edited)
+        _forget_other_shapes(averaging.averagers, module, kept.own["tensors"])
         layouts = layouts_of(module, averagers)
         saved = kept.own["averagers"]
         names = {name for name, _ in chain.from_iterable(layouts)} - set(edited)
@@ -227,6 +256,18 @@ class KeptStates(_Base):
                 f"{type(self).__name__}: {', '.join(sorted(changed))} had other names, shapes or values, or did not"
                 " exist, where the checkpoint was saved, and start at the center."
             )
+
+
+def _forget_other_shapes(optimizers: Iterable[Optimizer], module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Let optimizers begin anew with parameters whose state has the shape that they had where it was saved."""
+    for name, parameter in module.named_parameters():
+        before = saved[name].shape if name in saved else parameter.shape
+        if before == parameter.shape:
+            continue
+        for optimizer in optimizers:
+            values = optimizer.state.get(parameter, {}).values()
+            if any(isinstance(value, Tensor) and value.shape == before for value in values):
+                del optimizer.state[parameter]
 
 
 def _clocks(saved: Mapping[str, Any]) -> list[int]:

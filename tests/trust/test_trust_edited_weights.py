@@ -36,7 +36,7 @@ class Net(Regression):
     """Remembers where it started: this worker, and the center."""
 
     inputs = 4
-    saves_optimizer = True
+    momentum = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,14 +47,13 @@ class Net(Regression):
         return super().loss(batch + self.trainer.global_rank)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.005)
+        return torch.optim.SGD(self.parameters(), lr=0.005, momentum=self.momentum)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if not hasattr(self, "start"):
             strategy = self.trainer.strategy
             self.start = {name: value.detach().clone() for name, value in self.named_parameters()}
             self.start_center = {name: value.clone() for name, value in strategy.known_center.items()}
-            self.end_of_first = None
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.last = {name: value.detach().clone() for name, value in self.named_parameters()}
@@ -254,7 +253,7 @@ def test_older_checkpoints_go_on_and_another_shape_raises_nothing(tmp_path: Path
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     for worker in checkpoint["easgd"]["workers"]:  # older ones hold all tensors of each worker
         worker["tensors"] |= {name: checkpoint["state_dict"][name] for name in checkpoint["easgd"]["shared"]}
-    for key in ("exchanged", "clocks", "layouts", "shared", "sums"):
+    for key in ("exchanged", "clocks", "layouts", "shared", "sums", "fingerprints"):
         del checkpoint["easgd"][key]
     torch.save(checkpoint, tmp_path / "x.ckpt")
     for own, (start, _, warned) in zip(
@@ -301,3 +300,59 @@ def test_under_fabric(tmp_path: Path, first: bool) -> None:
         assert torch.equal(start["0.weight"], torch.full((8, 4), 0.5))
         assert torch.equal(center["0.weight"], torch.full((8, 4), 0.5))
         assert all(torch.equal(start[name], own[name]) for name in own if name != "0.weight")
+
+
+class Momentum(Net):
+    momentum = 0.9
+
+
+class WiderMomentum(Wider):
+    momentum = 0.9
+
+
+class WiderMomentumToo(WiderMomentum):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        checkpoint["optimizer_states"][0]["state"][0]["momentum_buffer"] = torch.full((8, 6), 0.25)
+
+
+class OtherRate(Momentum):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 0.001
+
+
+@pytest.mark.parametrize("module", [WiderMomentum, WiderMomentumToo])
+def test_an_optimizers_state_of_another_shape(tmp_path: Path, module: Any) -> None:
+    owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3), Momentum)
+    check_edited(owns, run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), module))
+
+
+def test_an_edited_learning_rate_counts_on_every_rank_and_nothing_else_is_lost(tmp_path: Path) -> None:
+    def go_on() -> tuple[Any, float, str]:
+        buffers: list[Any] = []
+
+        class Looks(OtherRate):
+            def on_train_batch_start(self, *_: Any) -> None:
+                super().on_train_batch_start()
+                optimizer = self.trainer.optimizers[0]
+                buffers.append(
+                    {key: optimizer.state[value]["momentum_buffer"].clone() for key, value in self.named_parameters()}
+                )
+                self.rate = optimizer.param_groups[0]["lr"]
+
+        net = Looks()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(strategy=EASGDStrategy(tau=3), devices=2, max_epochs=2, limit_val_batches=0).fit(
+                net, ckpt_path=tmp_path / "x.ckpt"
+            )
+        return buffers[0][EDITED], net.rate, " ".join(str(each.message) for each in caught)
+
+    run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3), Momentum)
+    workers = torch.load(tmp_path / "x.ckpt", weights_only=True)["easgd"]["workers"]
+    resumed = run_ranks(go_on, 2)
+    for worker, (buffer, rate, _) in zip(workers, resumed, strict=True):
+        assert rate == 0.001
+        assert torch.equal(buffer, worker["optimizer_states"][0]["state"][0]["momentum_buffer"])
+    assert "optimizer_states.0.param_groups" in resumed[0][2]
+    assert "optimizer_states.0.state" not in resumed[0][2]
