@@ -1,6 +1,7 @@
 """Which of an optimizer's parameters are averaged, and what of them has changed."""
 
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
 from typing import final
 
 from torch import Tensor
@@ -30,10 +31,11 @@ class AveragedParameters:
 
     def __init__(self, optimizer: Optimizer, ignored: Collection[Tensor] = ()) -> None:
         self.optimizer = optimizer
-        self._ignored = {id(parameter) for parameter in ignored}
-        self._entered: dict[int, Tensor] = {}  # value before the first step, of those that are not in the groups yet
+        self._ignored = {id(parameter): parameter for parameter in ignored}
+        self._entered: dict[Tensor, Tensor] = {}  # value before the first step, of those that are not in the groups yet
         self._sizes: list[int] = []
         self._frozen: list[Tensor] = []
+        self._taken_in: list[list[Tensor]] = []  # all parameters of the optimizer
         self.groups: list[list[Tensor]] = []
         self.take_in()
 
@@ -56,17 +58,17 @@ class AveragedParameters:
         for group in self._selected():
             for parameter in group:
                 if id(parameter) not in known:
-                    self._entered.setdefault(id(parameter), parameter.detach().clone())
+                    self._entered.setdefault(parameter, parameter.detach().clone())
         self._look()
 
     @property
     def have_changed(self) -> bool:
         """Whether :meth:`take_in` would change the groups: by the identity of the parameters, not by their number."""
+        now = [group["params"] for group in self.optimizer.param_groups]
+        if not self._entered and len(now) == len(self._taken_in) and all(map(_are_the_same, now, self._taken_in)):
+            return False
         selected = self._selected()
-        return len(selected) != len(self.groups) or any(
-            len(new) != len(old) or any(a is not b for a, b in zip(new, old, strict=True))
-            for new, old in zip(selected, self.groups, strict=True)
-        )
+        return len(selected) != len(self.groups) or not all(map(_are_the_same, selected, self.groups))
 
     @property
     def selected_numel(self) -> int:
@@ -76,14 +78,15 @@ class AveragedParameters:
     def take_in(self) -> None:
         """Let the groups be what the optimizer has now."""
         self.groups = self._selected()
+        self._taken_in = [list(group["params"]) for group in self.optimizer.param_groups]
         self._look()
 
     def entered_with(self, parameter: Tensor) -> Tensor:
         """The value of a new parameter before its first step, as far as that is known; forgotten then."""
-        return self._entered.pop(id(parameter), parameter.detach())
+        return self._entered.pop(parameter, parameter.detach())
 
     def _selected(self) -> list[list[Tensor]]:
-        known = {id(parameter) for parameter in self.flat} | self._entered.keys()
+        known = {id(parameter) for parameter in (*self.flat, *self._entered)}
         return [
             [parameter for parameter in group["params"] if self._counts(parameter, known)]
             for group in self.optimizer.param_groups
@@ -97,6 +100,10 @@ class AveragedParameters:
     def _look(self) -> None:
         groups = self.optimizer.param_groups
         self._sizes = [len(group["params"]) for group in groups]
-        known = {id(parameter) for parameter in self.flat} | self._entered.keys()
+        known = {id(parameter) for parameter in (*self.flat, *self._entered)}
         self._frozen = [p for group in groups for p in group["params"] if not self._counts(p, known)]
         self._frozen = [p for p in self._frozen if id(p) not in self._ignored]
+
+
+def _are_the_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    return len(a) == len(b) and not any(map(operator.is_not, a, b))

@@ -176,7 +176,7 @@ class ServedAverager(Averager):
         """Whether an exchange is to be begun at this clock, if the run can go on at all."""
         self._shared.check()
         self._snapshot = None
-        if self._served.unfreeze():
+        if self._under_way is None and self._served.unfreeze():
             self._wire = self._layout.only(self._served.exchanged)
         if self.clock % self._tau or self.clock == self._begun_at:
             return False

@@ -49,7 +49,7 @@ class OutsideValues:
         self._optimizers = optimizers
         self._with_buffers = with_buffers
         self._strategy = strategy
-        self._unknown: dict[int, str] = {}  # class of the optimizer that trained it, by the identity of a parameter
+        self._unknown: dict[Tensor, str] = {}  # what an unknown optimizer has stepped, and the optimizer's class
         self._at_start = {name: checksum(p) for name, p in self._parameters().items() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class OutsideValues:
     def note_step(self, optimizer: Optimizer) -> None:
         """Take notice of a step of an optimizer that the strategy does not know."""
         for group in optimizer.param_groups:
-            self._unknown.update((id(parameter), type(optimizer).__name__) for parameter in group["params"])
+            self._unknown.update((parameter, type(optimizer).__name__) for parameter in group["params"])
 
     def check(self) -> None:
         """Raise if parameters have been trained that no averager holds: each rank would end with its own.
@@ -93,7 +93,7 @@ class OutsideValues:
         ]
         if not trained:
             return
-        optimizers = sorted({self._unknown[id(p)] for p in self._parameters().values() if id(p) in self._unknown})
+        optimizers = sorted({self._unknown[p] for p in self._parameters().values() if p in self._unknown})
         by = f"by an optimizer ({', '.join(optimizers)}) that this strategy does not know" if optimizers else "by hand"
         raise RuntimeError(
             f"{self._strategy}: {_listed(trained)} have been trained {by}, so that nothing averages them and each rank"
@@ -104,8 +104,8 @@ class OutsideValues:
 
     def _is_trained(self, name: str, parameter: Tensor) -> bool:
         if name not in self._at_start:  # it has come later
-            return id(parameter) in self._unknown
-        stepped = id(parameter) in self._unknown or parameter.grad is not None
+            return parameter in self._unknown
+        stepped = parameter in self._unknown or parameter.grad is not None
         return stepped and checksum(parameter) != self._at_start[name]
 
     def _parameters(self) -> Mapping[str, nn.Parameter]:
