@@ -251,7 +251,7 @@ def test_an_edit_that_cannot_be_located_sets_all_to_the_center(tmp_path: Path) -
 def test_older_checkpoints_go_on_and_another_shape_raises_nothing(tmp_path: Path) -> None:
     owns = run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3))
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    for key in ("clocks", "layouts", "shared", "sums", "fingerprints"):
+    for key in ("stores", "clocks", "layouts", "shared", "sums", "fingerprints"):
         del checkpoint["easgd"][key]
     torch.save(checkpoint, tmp_path / "x.ckpt")
     for own, (start, _, warned) in zip(
