@@ -82,10 +82,8 @@ def test_a_checkpoint_is_an_ordinary_one(tmp_path: Path, worker_state: str) -> N
     file = tmp_path / "x.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     extra = checkpoint.pop("easgd")
-    common = {
-        "format", "method", "world_size", "center", "exchanged", "clocks", "layouts", "shared", "sums", "fingerprints"
-    }  # fmt: skip
-    assert set(extra) == common | {
+    common = {"format", "method", "world_size", "center", "exchanged", "stores", "clocks", "layouts", "shared"}
+    assert set(extra) == common | {"sums", "fingerprints"} | {
         "embed": {"workers"}, "sidecar": {"generation"}, "none": set()
     }[worker_state]  # fmt: skip
     if worker_state == "embed":

@@ -136,7 +136,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
         kept = self._find(checkpoint.get(KEY), *self._read_from)
         if not kept.clocks:  # it was saved by another strategy
-            steps = checkpoint["global_step"] // max(1, len(self.optimizers))
+            steps = checkpoint.get("global_step", 0) // max(1, len(self.optimizers))
             kept = replace(kept, clocks=[steps] * len(self.optimizers))
         kept = self._resumed = self._with_edits(kept, _progress(checkpoint))
         if kept.sums is not None and self.is_global_zero:

@@ -137,6 +137,12 @@ class DownpourWorkers(ServedWorkers):
     def _registered_name(self) -> str:
         return "downpour" if self.momentum is None else "mdownpour"
 
+    @property
+    def _store_names(self) -> list[str]:
+        momentum = [] if self.momentum is None else ["momentum"]
+        average = [] if self.average is None else ["average"]
+        return ["center", *momentum, *average]
+
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
         super().prepare_optimizer(optimizer)

@@ -61,6 +61,7 @@ class Kept:
 
     Attributes:
         center: What the center is beyond the parameters' values at the center.
+        stores: What each store of the center is; None if that is not known.
         clocks: The clock of each optimizer.
         layouts: The layout of each optimizer's flat vectors; None if that is not known.
         shared: The tensors that no worker has of its own: they are what the module's state says.
@@ -71,6 +72,7 @@ class Kept:
     """
 
     center: Mapping[str, Any] = field(default_factory=dict)
+    stores: Sequence[str] | None = None
     clocks: Sequence[int] = ()
     layouts: Sequence[Layout] | None = None
     shared: frozenset[str] = frozenset()
@@ -99,6 +101,11 @@ class KeptStates(_Base):
         self.worker_state = worker_state
         self._generations: dict[str, str] = {}  # that the checkpoints name, by the folder beside each
 
+    @property
+    def _store_names(self) -> list[str]:
+        """What each store of the center is: one that is something else is not loaded for it."""
+        return ["center"]
+
     # Saving
 
     def _common_part(
@@ -111,6 +118,7 @@ class KeptStates(_Base):
             "world_size": self.world_size,
             "center": center,
             "exchanged": exchanged,
+            "stores": self._store_names,
             "clocks": [averager.clock for averager in averagers],
             "layouts": [list(layout) for layout in layouts_of(module, averagers)],
             "shared": sorted(self._shared_tensors(module)),
@@ -142,7 +150,9 @@ class KeptStates(_Base):
             yield
         except Exception as error:
             problem = error
-        if self.reduce_boolean_decision(problem is None):
+        # A worker is lost where the ranks' group is gone: rank 0 alone knows whether it could write.
+        together = self.world_size == 1 or dist.is_initialized()
+        if self.reduce_boolean_decision(problem is None) if together else problem is None:
             return
         states.discard()
         if problem is not None:
@@ -165,6 +175,7 @@ class KeptStates(_Base):
             return Kept(clocks=clocks)
         common = Kept(
             center=saved["center"],
+            stores=saved.get("stores"),
             clocks=clocks,
             layouts=saved.get("layouts"),
             shared=frozenset(saved.get("shared", ())),
@@ -216,7 +227,7 @@ class KeptStates(_Base):
         averagers = list(averaging.averagers.values())
         if averagers and kept.center and (kept.exchanged or kept.own is not None):
             layouts = layouts_of(module, averagers)
-            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, edited))
+            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self._store_names, edited))
             for averager in averagers:
                 averager.start_at_center()
 
@@ -276,19 +287,23 @@ def _clocks(saved: Mapping[str, Any]) -> list[int]:
     return list(saved.get("clocks", ()))
 
 
-def _center_of(kept: Kept, averaging: Averaging, layouts: Sequence[Layout], edited: Collection[str]) -> dict[str, Any]:
+def _center_of(
+    kept: Kept, averaging: Averaging, layouts: Sequence[Layout], names: Sequence[str], edited: Collection[str]
+) -> dict[str, Any]:
     """The saved state of the center, as this run's parameters are, those that were edited as they are now."""
     fresh = averaging.center_state_dict()["stores"]
-    new = list(chain.from_iterable(layouts))
-    old = list(chain.from_iterable(kept.layouts or layouts))
+    old, new = ([*chain.from_iterable(each)] for each in (kept.layouts or layouts, layouts))
     keep = {name for name, _ in new} - set(edited)
     sizes = [sum(size for _, size in layout) for layout in layouts]
-    stores = [
-        torch.split(merged(torch.cat(list(saved)).cpu(), torch.cat(list(now)).cpu(), old, new, keep), sizes)
-        for saved, now in zip(kept.center["stores"], fresh, strict=False)
-    ]
-    versions = {"versions": kept.center["versions"]} if "versions" in kept.center and old == new else {}
-    return {"stores": stores, **versions}
+    stores = []
+    saved = dict(zip(kept.stores or names, kept.center["stores"], strict=False))
+    for name, now in zip(names, fresh, strict=False):
+        store = torch.cat(list(now)).cpu()
+        if name in saved:
+            store = merged(torch.cat(list(saved[name])).cpu(), store, old, new, keep)
+        stores.append(list(torch.split(store, sizes)))
+    same = old == new and list(kept.stores or names) == list(names)
+    return {"stores": stores, **({"versions": kept.center["versions"]} if same and "versions" in kept.center else {})}
 
 
 def layouts_of(module: nn.Module, averagers: Sequence[Averager]) -> list[list[tuple[str, int]]]:

@@ -253,7 +253,7 @@ def test_older_checkpoints_go_on_and_another_shape_raises_nothing(tmp_path: Path
     checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
     for worker in checkpoint["easgd"]["workers"]:  # older ones hold all tensors of each worker
         worker["tensors"] |= {name: checkpoint["state_dict"][name] for name in checkpoint["easgd"]["shared"]}
-    for key in ("exchanged", "clocks", "layouts", "shared", "sums", "fingerprints"):
+    for key in ("exchanged", "stores", "clocks", "layouts", "shared", "sums", "fingerprints"):
         del checkpoint["easgd"][key]
     torch.save(checkpoint, tmp_path / "x.ckpt")
     for own, (start, _, warned) in zip(

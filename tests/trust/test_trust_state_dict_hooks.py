@@ -176,6 +176,7 @@ def test_slurms_signal_handler_saves_the_center_and_leaves_the_step_alone(
 
     ((center, _), end), (_, other_end) = run_ranks(train, 2, True, tmp_path)
     checkpoint = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)
+    assert checkpoint["easgd"]["clocks"] == [7]
     for name, value in center.items():
         assert torch.equal(checkpoint["state_dict"][name], value), name
     assert end == other_end == run_ranks(train, 2, False, tmp_path / "other")[0][1]
