@@ -1,6 +1,7 @@
 """What Lightning does in private and a strategy has no hook for; a contract test watches each place."""
 
 import contextlib
+import inspect
 import signal
 import sys
 from collections.abc import Callable
@@ -175,11 +176,14 @@ def is_without_steps(trainer: Any) -> bool:
     return bool(trainer.fit_loop._skip_backward)
 
 
-def interactive_error(tree: str | None) -> type[Exception] | None:
+def interactive_error(tree: str | None, remedy: str) -> Exception | None:
     """The error with which Lightning refuses a launcher in a notebook or at a prompt; None where this is neither.
+
+    To be called where Lightning has its strategies configure their launchers, just before it would raise its own.
 
     Args:
         tree: The package of a class tree, as of :func:`~lightning_easgd.strategies.class_trees.tree_of`.
+        remedy: What comes after the sentence that says what was given.
     """
     connector = sys.modules.get(f"{tree}.connector") or sys.modules.get(
         f"{tree}.trainer.connectors.accelerator_connector"
@@ -187,4 +191,19 @@ def interactive_error(tree: str | None) -> type[Exception] | None:
     if not getattr(connector, "_IS_INTERACTIVE", False):
         return None
     error: type[Exception] = getattr(connector, "MisconfigurationException", RuntimeError)  # Fabric has none
-    return error
+    user = "Fabric" if error is RuntimeError else "Trainer"
+    return error(
+        f"`{user}(strategy={_given_strategy()})` is not compatible with an interactive environment, such as a"
+        f" notebook. {remedy}"
+    )
+
+
+def _given_strategy() -> str:
+    """What the user gave for the strategy: only the connector, which is calling, knows the name."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        given = getattr(frame.f_locals.get("self"), "_strategy_flag", None)
+        if given is not None:
+            return repr(given)
+        frame = frame.f_back
+    return "..."

@@ -40,8 +40,9 @@ class RankLauncher(_Base):
     @override
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
         extra = super().get_extra_results(trainer)
-        if isinstance(self._strategy, CenterReadings) and trainer.state.fn == "fit":
-            extra[_KEY] = dataclasses.asdict(self._strategy.communication)
+        strategy = self._strategy
+        if isinstance(strategy, CenterReadings) and trainer.state.fn == "fit" and not strategy.only_launches:
+            extra[_KEY] = dataclasses.asdict(strategy.communication)
         return extra
 
     @override

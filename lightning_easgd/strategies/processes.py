@@ -167,15 +167,14 @@ class WorkerProcesses(_Base):
 
     def _check_interactive(self) -> None:
         """Raise where Lightning is about to, but name what this package has for notebooks."""
-        error = interactive_error(tree_of(type(self)))
-        if error is None or self.launcher is None or self.launcher.is_interactive_compatible:
+        if self.launcher is None or self.launcher.is_interactive_compatible:
             return
-        cls, start_method = type(self).__name__, self._start_method
+        cls = type(self).__name__
         registered = f"strategy='{self._registered_name}_notebook' or " if self._registered_name else ""
-        raise error(
-            f"{cls}(start_method={start_method!r}): a notebook or prompt cannot start its ranks so; use"
-            f" {registered}{cls}(start_method='fork'), or run the code as a script."
-        )
+        remedy = f"Use {registered}{cls}(start_method='fork'), or run the code as a script."
+        error = interactive_error(tree_of(type(self)), remedy)
+        if error is not None:
+            raise error
 
     @property
     def _registered_name(self) -> str | None:

@@ -34,8 +34,9 @@ def make(tree, strategy):
 @pytest.mark.parametrize("name", ["easgd", "easgd_async", "eamsgd", "eamsgd_async", "downpour", "mdownpour"])
 @pytest.mark.parametrize("tree", CONNECTORS)
 def test_names(tree, name, suffix):
-    with pytest.raises(Exception, match=rf"use strategy='{name}_notebook' or ") as caught:
+    with pytest.raises(Exception, match=rf"Use strategy='{name}_notebook' or ") as caught:
         make(tree, name + suffix)
+    assert f"strategy='{name + suffix}')` is not compatible" in str(caught.value)  # as Lightning has it
     assert "ddp" not in str(caught.value)
     assert type(caught.value).__name__ == ("RuntimeError" if "fabric" in tree else "MisconfigurationException")
 
