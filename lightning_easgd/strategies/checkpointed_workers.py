@@ -198,7 +198,9 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
         """Let all ranks finish; keep what a later checkpoint of this fit needs, and leave the center in the module."""
         was_training = self._training
         super().on_train_end()
-        if was_training:
+        if was_training and self.worker_state == "none":
+            self._final = {"common": self._common_state({}), "tensors": {}, "averagers": []}
+        elif was_training:
             assert self._averaging is not None
             with self.worker_weights():
                 state = self._averaging_state()

@@ -183,3 +183,15 @@ def test_under_fabric(tmp_path: Path, worker_state: str) -> None:
         warnings.simplefilter("ignore")
         assert run_ranks(run, 2, 2, False) == [5, 5]
         assert run_ranks(run, 3, 3, True) == [10, 10, 10]
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "none"])
+def test_a_checkpoint_saved_after_fit(tmp_path: Path, worker_state: str) -> None:
+    def run() -> None:
+        trainer = quiet_trainer(strategy=STRATEGIES["sync"](worker_state=worker_state), devices=2, max_epochs=2)
+        trainer.fit(Clocked())
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    run_ranks(run, 2)
+    for clocks, _ in run_ranks(resume, 3, tmp_path / "x.ckpt", STRATEGIES["sync"](worker_state=worker_state), 3):
+        assert clocks == [16]
