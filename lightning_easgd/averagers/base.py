@@ -132,8 +132,11 @@ class Averaging(ABC):
         """The workers' mean of each tensor, of integers rank 0's; called on all workers after they have met."""
         return common_values(tensors, self.control)
 
-    def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
-        """Tell the other workers that an error ends this one."""
+    def note_progress(self) -> None:  # noqa: B027 - where nobody asks
+        """Show the other workers that this one gets on; called where it does, and costs next to nothing."""
+
+    def fail(self, reason: str = "") -> None:  # noqa: B027 - where the others notice by themselves
+        """Tell the other workers that an error ends this one, and which."""
 
     @abstractmethod
     def close(self) -> None:

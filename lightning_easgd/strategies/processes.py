@@ -96,6 +96,10 @@ class WorkerProcesses(_Base):
             start_method=start_method,
         )
 
+    def _who_is_missing(self) -> str:
+        """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
+        return ""
+
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
         return describe(self)

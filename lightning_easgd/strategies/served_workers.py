@@ -10,6 +10,7 @@ from lightning_easgd.averagers import (
     Averaging,
     ContinueOnLoss,
     FailOnLoss,
+    LossPolicy,
     ProcessGroupChannel,
     ServedAverager,
     ServedAveraging,
@@ -25,7 +26,7 @@ Order = Literal["free", "round_robin"]
 OnWorkerLoss = Literal["fail", "continue"]
 
 _ORDERS = {"free": free_order, "round_robin": round_robin}
-_POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
+_POLICIES: dict[str, Callable[[str], LossPolicy]] = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 
 
 class ServedWorkers(WorkerProcesses):
@@ -60,15 +61,17 @@ class ServedWorkers(WorkerProcesses):
 
     def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None
+        name = type(self).__name__
         return ServedAveraging(
-            ProcessGroupChannel("gloo", self._timeout),
+            ProcessGroupChannel("gloo", self._timeout, name),
             _get_default_store(),
             node=self.node_rank,
             timeout=self._timeout,
             rule=rule,
             make_averager=averager,
             make_turns=_ORDERS[self.order],
-            on_loss=_POLICIES[self.on_worker_loss](),
+            on_loss=_POLICIES[self.on_worker_loss](name),
+            strategy=name,
         )
 
 
