@@ -19,6 +19,7 @@ from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
+from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
 
 if TYPE_CHECKING:
@@ -256,7 +257,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             with contextlib.suppress(ExchangeError, CenterError, WorkersStoppedError):  # the first error counts
                 self._averaging.meet(Meeting.TRAINING_END)
         elif not isinstance(exception, WorkerLostError):  # the first to fail is the one to be named
-            self._averaging.fail()
+            self._averaging.fail(first_line(exception))
 
     def teardown(self) -> None:
         """Leave the center in the module, also when an error ended the run, and let go of the averaging."""
