@@ -13,6 +13,7 @@ __all__ = [
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
+    "has_new_loader",
     "interactive_error",
     "is_without_steps",
     "reads_common_clock",
@@ -102,6 +103,12 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
         or trainer.early_stopping_callbacks
         or any(result.meta.on_epoch and (result.meta.sync.should or not result.is_tensor) for result in logged)
     )
+
+
+def has_new_loader(trainer: Any) -> bool:
+    """Whether the data loader of the epoch that begins was made anew for it (``reload_dataloaders_every_n_epochs``)."""
+    loop = trainer.fit_loop
+    return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
 
 
 def begins_epoch(trainer: Any) -> bool:

@@ -196,8 +196,11 @@ class Averaging(ABC):
         if header.astray is not None:
             self.on_astray.hear(header.astray, max((each.clock for each in self.averagers.values()), default=0))
 
-    def fail(self) -> None:  # noqa: B027 - where the others notice by themselves
-        """Tell the other workers that an error ends this one."""
+    def note_progress(self) -> None:  # noqa: B027 - where nobody asks
+        """Show the other workers that this one gets on; called where it does, and costs next to nothing."""
+
+    def fail(self, reason: str = "") -> None:  # noqa: B027 - where the others notice by themselves
+        """Tell the other workers that an error ends this one, and which."""
 
     @abstractmethod
     def close(self) -> None:

@@ -2,6 +2,8 @@
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import final
 
@@ -9,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = ["Channel", "ExchangeError", "ProcessGroupChannel", "Transfer", "WorkTransfer"]
+__all__ = ["Channel", "ExchangeError", "Failure", "ProcessGroupChannel", "Transfer", "WorkTransfer"]
 
 
 class ExchangeError(RuntimeError):
@@ -61,11 +63,19 @@ class ProcessGroupChannel(Channel):
     Args:
         backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
         timeout: How long a reduction may wait for the slowest worker.
+        strategy: The strategy's name, for errors.
+        who_is_missing: Finds a sentence on who is to blame, when a reduction has failed.
     """
 
-    def __init__(self, backend: str, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        backend: str,
+        timeout: timedelta,
+        strategy: str = "EASGDStrategy",
+        who_is_missing: Callable[[], str] = str,
+    ) -> None:
         self._group = dist.new_group(backend=backend, timeout=timeout)
-        self._timeout = timeout
+        self._failure = Failure(timeout, strategy, who_is_missing)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
@@ -73,7 +83,7 @@ class ProcessGroupChannel(Channel):
     def sum(self, buffer: Tensor) -> Transfer:
         work = dist.all_reduce(buffer, group=self._group, async_op=True)
         assert work is not None
-        return WorkTransfer(work, self._timeout)
+        return WorkTransfer(work, self._failure)
 
     @override
     def close(self) -> None:
@@ -82,17 +92,42 @@ class ProcessGroupChannel(Channel):
 
 
 @final
+@dataclass(frozen=True)
+class Failure:
+    """What the error of an operation that failed says.
+
+    Attributes:
+        timeout: How long the operation could wait for the slowest worker.
+        strategy: The strategy's name.
+        who_is_missing: Finds a sentence on who is to blame; empty if it is not known.
+    """
+
+    timeout: timedelta
+    strategy: str = "EASGDStrategy"
+    who_is_missing: Callable[[], str] = str
+
+    def of(self, error: Exception, seconds: float) -> ExchangeError:
+        """The error in place of the process group's own, after the worker has waited for so many seconds."""
+        missing = self.who_is_missing()
+        return ExchangeError(
+            f"{self.strategy}(timeout={self.timeout}): an exchange failed after this worker had waited {seconds:.1f} s;"
+            " another worker died, raised an error or hangs. Look for the first error among the ranks; a longer timeout"
+            f" helps only if a worker was just slow. {f'{missing} ' if missing else ''}Cause: {error}"
+        )
+
+
+@final
 class WorkTransfer(Transfer):
     """A collective operation under way.
 
     Args:
         work: The operation.
-        timeout: Of its group, for the error's text.
+        failure: What its error says.
     """
 
-    def __init__(self, work: dist.Work, timeout: timedelta) -> None:
+    def __init__(self, work: dist.Work, failure: Failure) -> None:
         self._work = work
-        self._timeout = timeout
+        self._failure = failure
 
     @override
     def wait(self) -> None:
@@ -100,9 +135,4 @@ class WorkTransfer(Transfer):
         try:
             self._work.wait()
         except RuntimeError as error:
-            waited = time.monotonic() - started
-            raise ExchangeError(
-                f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                f" {waited:.1f} s; another worker died, raised an error or hangs. Look for the first error among the"
-                f" ranks; a longer timeout helps only if a worker was just slow. Cause: {error}"
-            ) from error
+            raise self._failure.of(error, time.monotonic() - started) from error

@@ -1,16 +1,29 @@
 """Where workers of one host find each other's memory."""
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import final
-
-from torch.distributed.distributed_c10d import Store
+from typing import Protocol, final
 
 from lightning_easgd.averagers.channel import ExchangeError
+from lightning_easgd.service.processes import has_ended
 
 __all__ = ["MeetingPlace"]
 
 _PAUSE = 1e-3  # seconds between two looks at the store
+
+
+class Keys(Protocol):
+    """What a meeting place needs of a store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key."""
+
+    def check(self, keys: list[str]) -> bool:
+        """Whether all of these keys are there."""
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that is there."""
 
 
 @final
@@ -18,21 +31,29 @@ class MeetingPlace:
     """Where workers leave word of where their memory is: keys of the store that all ranks share.
 
     Args:
-        store: For the use of this thread, and for this alone.
+        store: Whose calls have a deadline, or do not wait.
         rank: This worker's rank.
         size: The number of workers.
         number: How many places in this store there have been before.
+        let_go: Gives the store back.
     """
 
-    def __init__(self, store: Store, *, rank: int, size: int, number: int = 0) -> None:
+    def __init__(
+        self, store: Keys, *, rank: int, size: int, number: int = 0, let_go: Callable[[], None] = lambda: None
+    ) -> None:
         self.rank = rank
         self.size = size
         self._store = store
         self._number = number
+        self._let_go = let_go
 
     def next(self) -> "MeetingPlace":
         """The place that takes this one's place."""
-        return MeetingPlace(self._store, rank=self.rank, size=self.size, number=self._number + 1)
+        return MeetingPlace(self._store, rank=self.rank, size=self.size, number=self._number + 1, let_go=self._let_go)
+
+    def close(self) -> None:
+        """Give back the store, which all places have in common; nobody is found any more."""
+        self._let_go()
 
     def enter(self, address: str) -> None:
         """Leave word."""
@@ -52,7 +73,7 @@ class MeetingPlace:
         started = time.monotonic()
         while not self._store.check([self._key(rank)]):
             waited = time.monotonic() - started
-            lost = process is not None and not _is_running(process)
+            lost = process is not None and has_ended(process)
             if lost or waited > timeout.total_seconds():
                 raise ExchangeError(
                     f"EASGDStrategy(timeout={timeout}): an exchange failed after this worker had waited {waited:.1f} s;"
@@ -63,11 +84,3 @@ class MeetingPlace:
 
     def _key(self, rank: int) -> str:
         return f"{self._number}/{rank}"
-
-
-def _is_running(process: int) -> bool:
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False

@@ -1,6 +1,7 @@
 """What moves encoded messages between the workers: the interface, and its implementation on process groups."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import timedelta
 from typing import final
 
@@ -8,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.averagers.channel import Transfer, WorkTransfer
+from lightning_easgd.averagers.channel import Failure, Transfer, WorkTransfer
 
 __all__ = ["MessageChannel", "MessageTransfer", "ProcessGroupMessageChannel"]
 
@@ -70,12 +71,20 @@ class ProcessGroupMessageChannel(MessageChannel):
     Args:
         backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
         timeout: How long an operation may wait for the slowest worker.
+        strategy: The strategy's name, for errors.
+        who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
     """
 
-    def __init__(self, backend: str, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        backend: str,
+        timeout: timedelta,
+        strategy: str = "EASGDStrategy",
+        who_is_missing: Callable[[], str] = str,
+    ) -> None:
         self._all_to_all = dist.new_group(backend=backend, timeout=timeout)
         self._all_gather = dist.new_group(backend=backend, timeout=timeout)
-        self._timeout = timeout
+        self._failure = Failure(timeout, strategy, who_is_missing)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
@@ -98,14 +107,14 @@ class ProcessGroupMessageChannel(MessageChannel):
 
     def _transfer(self, work: dist.Work | None) -> MessageTransfer:
         assert work is not None
-        return _WorkMessages(work, self._timeout)
+        return _WorkMessages(work, self._failure)
 
 
 @final
 class _WorkMessages(MessageTransfer):
-    def __init__(self, work: dist.Work, timeout: timedelta) -> None:
+    def __init__(self, work: dist.Work, failure: Failure) -> None:
         self._work = work
-        self._transfer = WorkTransfer(work, timeout)
+        self._transfer = WorkTransfer(work, failure)
 
     @property
     @override

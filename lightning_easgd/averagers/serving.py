@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate, count, pairwise
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -27,71 +28,96 @@ from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
 from lightning_easgd.center import as_real, center_dtype
 from lightning_easgd.common_values import CommonValues
 from lightning_easgd.service import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
-from lightning_easgd.service.stores import own_client
+from lightning_easgd.service.errors import StoreLostError
+from lightning_easgd.service.presence import Presence
+from lightning_easgd.service.rendezvous import Rendezvous
+from lightning_easgd.service.store_client import StoreClient, store_server
 
 __all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "free_order", "round_robin"]
 
 _log = logging.getLogger(__name__)
-_starts = count()
+_fits = count()
 _LONGEST_GOODBYE = 10.0
 _LOSS_DELAY = 2.0
+_GOODBYE_PAUSE = 0.005
 _PATIENCE = 0.5  # between two looks at who lives and whether to stop
 
 MakeAverager = Callable[..., ServedAverager]
-MakeTurns = Callable[[Store, ServedCenter, Channel, float], Turns]
+MakeTurns = Callable[[StoreClient, ServedCenter, Channel, float, str], Turns]
 
 
 class LossPolicy(ABC):
     """What a worker does when another one has died."""
 
     @abstractmethod
-    def notice(self, dead: frozenset[int], workers: int) -> None:
-        """Called with the dead of ``workers`` workers, before each step and meeting; raises to end the run."""
+    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
+        """Take notice of the dead before each step and meeting; raise to end the run.
+
+        Args:
+            dead: The workers that are lost.
+            workers: How many there were.
+            reasons: Why, of those of which it is known.
+        """
 
 
 @final
 class FailOnLoss(LossPolicy):
-    """End the run with an error that names the dead."""
+    """End the run with an error that names the dead.
+
+    Args:
+        strategy: The strategy's name, for errors.
+    """
+
+    def __init__(self, strategy: str = "EASGDStrategy") -> None:
+        self._strategy = strategy
 
     @override
-    def notice(self, dead: frozenset[int], workers: int) -> None:
+    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
+        why = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in sorted(dead & reasons.keys()))
         raise WorkerLostError(
-            f"EASGDStrategy(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error;"
-            " look for the first error among the ranks. on_worker_loss='continue' lets the others go on.",
+            f"{self._strategy}(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error"
+            f"{f' ({why})' if why else ''}; look for the first error among the ranks. on_worker_loss='continue' lets"
+            " the others go on.",
             dead,
         )
 
 
 @final
 class ContinueOnLoss(LossPolicy):
-    """Go on with those that live; say so once for each that dies."""
+    """Go on with those that live; say so once for each that dies.
 
-    def __init__(self) -> None:
+    Args:
+        strategy: The strategy's name, for the warning.
+    """
+
+    def __init__(self, strategy: str = "EASGDStrategy") -> None:
+        self._strategy = strategy
         self._known: frozenset[int] = frozenset()
 
     @override
-    def notice(self, dead: frozenset[int], workers: int) -> None:
+    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
         if dead != self._known:
             self._known = dead
             _log.warning(
-                "EASGDStrategy(on_worker_loss='continue'): workers %s of %d have died; %d go on, with alpha = beta/%d"
-                " unless alpha is given. From the next meeting on each rank evaluates its own part of the data.",
+                "%s(on_worker_loss='continue'): workers %s of %d have died%s; %d go on, and what is divided by the"
+                " number of workers is divided by that from now on. From the next meeting on each rank evaluates its"
+                " own part of the data.",
+                self._strategy,
                 sorted(dead),
                 workers,
-                workers - len(dead),
+                "".join(f" (rank {rank}: {reasons[rank]})" for rank in sorted(dead & reasons.keys())),
                 workers - len(dead),
             )
 
 
-def free_order(store: Store, center: ServedCenter, channel: Channel, timeout: float) -> Turns:  # noqa: ARG001
+def free_order(store: StoreClient, center: ServedCenter, channel: Channel, timeout: float, strategy: str) -> Turns:  # noqa: ARG001
     """Every worker on its own clock."""
     return FreeOrder()
 
 
-def round_robin(store: Store, center: ServedCenter, channel: Channel, timeout: float) -> Turns:
+def round_robin(store: StoreClient, center: ServedCenter, channel: Channel, timeout: float, strategy: str) -> Turns:
     """Turns that pass from rank to rank."""
-    lost = center.control.dead_ranks
-    return RoundRobin(store, channel.rank, channel.size, timeout=timeout, lost=lost)
+    return RoundRobin(store, channel.rank, channel.size, timeout=timeout, control=center.control, strategy=strategy)
 
 
 @final
@@ -109,6 +135,7 @@ class ServedAveraging(Averaging):
         make_turns: Makes the order of the exchanges.
         on_loss: What to do when a worker dies.
         on_astray: What a worker at a non-finite point means to the run.
+        strategy: The strategy's name, for errors.
     """
 
     def __init__(
@@ -123,21 +150,28 @@ class ServedAveraging(Averaging):
         make_turns: MakeTurns = free_order,
         on_loss: LossPolicy | None = None,
         on_astray: AstrayPolicy | None = None,
+        strategy: str = "EASGDStrategy",
     ) -> None:
         self.control = control
         self.statistics = Statistics()
-        self._store = store
+        self._strategy = strategy
         self._node = node
         self._timeout = timeout.total_seconds()
         self._rule = rule
         self._make_averager = make_averager
         self._make_turns = make_turns
-        self._on_loss = on_loss or FailOnLoss()
-        self.on_astray = on_astray or FailIfAstray()
+        self._on_loss = on_loss or FailOnLoss(strategy)
+        self.on_astray = on_astray or FailIfAstray(strategy)
+        # Keys of another fit in these processes must not be taken for those of this one.
+        self._client = StoreClient(store, self._timeout, server=store_server())
+        self._keys = self._client.under(f"easgd/fit/{next(_fits)}")
+        self._presence = Presence(self._keys, control.rank)
+        self._presence.enter()
         self._center: ServedCenter | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._turns: Turns = FreeOrder()
         self._served: list[ServedAverager] = []
+        self._starts = 0
         self._meetings = 0
         self._stop_agreed = False
 
@@ -156,19 +190,21 @@ class ServedAveraging(Averaging):
         layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
         timeout = self._timeout
-        # Keys of another fit in these processes must not be taken for those of this one.
-        self._keys = PrefixStore(f"easgd/fit/{next(_starts)}", self._store)
+        keys = self._keys.under(f"start/{self._starts}")
+        self._starts += 1
+        rendezvous = Rendezvous(keys, self._presence, self.control.rank, self.control.size, timeout)
         self._center = open_center(
-            self._store,
+            self._client,
             rank=self.control.rank,
-            nodes=_ranks_of_nodes(self._node, self.control.size),
+            nodes=_ranks_of_nodes(rendezvous.gather("nodes", self._node)),
             segments=list(pairwise(accumulate(sizes, initial=0))),
             dtype=dtype,
             rule=self._rule,
             initial=torch.cat([torch.empty(0, dtype=dtype), *(layout.flat.cpu() for layout in layouts)]),
             timeout=timeout,
+            presence=self._presence,
         )
-        self._turns = self._make_turns(own_client(self._keys), self._center, self.control, timeout)
+        self._turns = self._make_turns(keys, self._center, self.control, timeout, self._strategy)
         threads = torch.get_num_threads()  # a new thread would take all cores
         self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
         surroundings = Surroundings(
@@ -258,9 +294,10 @@ class ServedAveraging(Averaging):
             return CommonValues()
         try:
             return super().common_values(tensors)
-        except ExchangeError:
+        except ExchangeError as error:
             if self._loss_explains():
                 return self.common_values(tensors)
+            self._blame(error)
             raise
 
     @override
@@ -280,15 +317,23 @@ class ServedAveraging(Averaging):
         return self._stop_agreed or (self._center is not None and self._center.control.stop_requested)
 
     @override
-    def fail(self) -> None:
+    def note_progress(self) -> None:
         if self._center is not None:
-            self._center.control.resign()
+            self._center.control.note_progress()
+
+    @override
+    def fail(self, reason: str = "") -> None:
+        with contextlib.suppress(StoreLostError):
+            self._presence.fail(reason)
+        if self._center is not None:
+            self._center.control.resign(reason)
 
     @override
     def close(self) -> None:
         for averager in self._served:
             averager.close()
         self._let_go()
+        self._client.close()
         self.control.close()
 
     @property
@@ -310,8 +355,13 @@ class ServedAveraging(Averaging):
         return self.control.size - len(self._lost)
 
     def _check(self) -> None:
-        if self._lost:
-            self._on_loss.notice(self._lost, self.control.size)
+        """Called at each step and wherever this worker waits: its main thread gets on."""
+        self.note_progress()
+        lost, control = self._lost, self._opened.control
+        if lost:
+            if control.store_lost and self._client.server not in lost:  # they may have ended because of that
+                self._blame()
+            self._on_loss.notice(lost, self.control.size, control.reasons())
 
     def _compare(self, meeting: Meeting) -> None:
         """Make sure that all who have come mean the same meeting."""
@@ -320,10 +370,11 @@ class ServedAveraging(Averaging):
             try:
                 header.wait()
                 return
-            except ExchangeError:
+            except ExchangeError as error:
                 if not header.stop:
                     if self._loss_explains():
                         return
+                    self._blame(error)
                     raise
                 if meeting is not Meeting.TRAINING_END:
                     raise WorkersStoppedError from None
@@ -338,7 +389,7 @@ class ServedAveraging(Averaging):
         return bool(self._lost)
 
     def _gather(self, what: str, may_stop: bool = False) -> None:
-        """Wait for all that live; raise if one that must come has died, or gives no sign of life."""
+        """Wait for all that live; raise if one that must come has died, or does not get on for the timeout."""
         control = self._opened.control
         everyone = frozenset(range(self.control.size))
         deadline = time.monotonic() + self._timeout
@@ -352,30 +403,40 @@ class ServedAveraging(Averaging):
             except WorkerLostError:
                 continue  # the policy decides
             except CenterTimeoutError as error:
-                if time.monotonic() < deadline and not control.store_lost:
-                    continue
-                silent = control.silent_ranks()
-                if silent or control.store_lost or control.left_ranks():
-                    raise ExchangeError(
-                        f"EASGDStrategy(timeout={self._timeout:g} s): workers"
-                        f" {sorted(silent | control.left_ranks()) or 'of the first rank'} do not come to where all"
-                        f" meet; they are frozen, or ended early. Cause: {error}"
-                    ) from error
-                continue  # slow, but alive
+                if control.store_lost:
+                    self._loss_explains()
+                if control.store_lost or time.monotonic() >= deadline:
+                    self._blame(error)
+                continue  # slow, but it gets on
             break
         if self._lost and dist.is_initialized():
             # Its members are not all there any more; without it Lightning and torchmetrics act on this rank alone.
             dist.destroy_process_group()
 
+    def _blame(self, error: Exception | None = None) -> None:
+        """Raise if this worker waits for one that will not come."""
+        control = self._opened.control
+        guilty = control.silent_ranks() | control.left_ranks()
+        cause = self._client.problem or error
+        if not guilty and self._client.problem is None:
+            return
+        who = f"workers {sorted(guilty)} do" if guilty else "the store does not answer, so that workers do"
+        raise ExchangeError(
+            f"{self._strategy}(timeout={self._timeout:g} s): {who} not come to where all meet"
+            f"{f' ({control.describe(guilty)})' if guilty else ''}. Look for the first error among the ranks; a longer"
+            f" timeout helps only if they are slow. Cause: {cause}"
+        ) from error
+
     def _see_off(self) -> None:
         """Rank 0 may serve the store: it goes on only when the others have no more use for it."""
         living = frozenset(range(self.control.size)) - self._lost
         keys = {rank: f"seen/{self._meetings}/{rank}" for rank in living}
-        with contextlib.suppress(RuntimeError):  # somebody died on the last yards
-            store = own_client(self._keys)
-            store.set(keys[self.control.rank], "")
+        deadline = time.monotonic() + min(self._timeout, _LONGEST_GOODBYE)
+        with contextlib.suppress(StoreLostError):  # somebody died on the last yards
+            self._keys.set(keys[self.control.rank], "")
             if self.control.rank == 0:
-                store.wait(list(keys.values()), timedelta(seconds=min(self._timeout, _LONGEST_GOODBYE)))
+                while not self._keys.check(list(keys.values())) and time.monotonic() < deadline:
+                    time.sleep(_GOODBYE_PAUSE)
 
     def _let_go(self) -> None:
         center, self._center = self._center, None
@@ -385,9 +446,8 @@ class ServedAveraging(Averaging):
             center.close()
         if thread is not None:
             thread.shutdown(wait=False, cancel_futures=True)
+        self._turns, self._served, self.averagers = FreeOrder(), [], MappingProxyType({})
 
 
-def _ranks_of_nodes(node: int, size: int) -> list[list[int]]:
-    nodes: list[int] = [0] * size
-    dist.all_gather_object(nodes, node)
-    return [[rank for rank in range(size) if nodes[rank] == name] for name in dict.fromkeys(nodes)]
+def _ranks_of_nodes(nodes: Sequence[int]) -> list[list[int]]:
+    return [[rank for rank, name in enumerate(nodes) if name == node] for node in dict.fromkeys(nodes)]

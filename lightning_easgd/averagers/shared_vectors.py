@@ -46,6 +46,7 @@ class SharedVectors:
         self._processes = processes
         self._vectors: list[SharedVector] = []  # of all ranks
         try:
+            self._own.admit(place.size)
             place.enter(self._own.address)
         except BaseException:
             self.close()
@@ -54,7 +55,7 @@ class SharedVectors:
     def renewed(self, numel: int) -> "SharedVectors":
         """Vectors of another size in place of these, which are closed; each worker makes them when it gets there."""
         processes = [vector.owner for vector in self._vectors] or self._processes
-        self.close()
+        self._close_vectors()
         return SharedVectors(numel, self._own.dtype, self._place.next(), self._timeout, processes)
 
     @property
@@ -123,14 +124,18 @@ class SharedVectors:
         self._wait(lambda vector: vector.read, exchange)
 
     def close(self) -> None:
-        """Let go of the memory."""
+        """Let go of the memory, and of the meeting place."""
+        self._close_vectors()
+        self._place.close()
+
+    def _close_vectors(self) -> None:
         for vector in {id(vector): vector for vector in (*self._vectors, self._own)}.values():
             vector.close()
         self._vectors = []
 
     def _attach(self, rank: int) -> SharedVector:
         process = self._processes[rank] if self._processes else None
-        vector = SharedVector.attach(self._place.find(rank, self._timeout, process), self._own.dtype)
+        vector = SharedVector.attach(self._place.find(rank, self._timeout, process), self._own.dtype, self._place.rank)
         theirs, own = vector.elements.numel(), self._own.elements.numel()
         if theirs != own:
             vector.close()
@@ -156,23 +161,43 @@ class SharedVectors:
             self._attach_at_last()
         started = time.monotonic()
         look, pause = started + _BETWEEN_LOOKS, _FIRST_PAUSE
-        while behind := [rank for rank, vector in enumerate(self._vectors) if counter(vector) < exchange]:
+        while any(counter(vector) < exchange for vector in self._vectors):
             now = time.monotonic()
             if now > look:
                 look = now + _BETWEEN_LOOKS
-                lost = [rank for rank in behind if not self._vectors[rank].owner_lives]
-                # Looked at again, as a worker may leave when it has done its part.
-                if any(counter(self._vectors[rank]) < exchange for rank in lost):
-                    raise ExchangeError(
-                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                        f" {now - started:.1f} s; ranks {lost} died or raised an error. Look for the first error among"
-                        " the ranks."
-                    )
-                if now - started > self._timeout.total_seconds():
-                    raise ExchangeError(
-                        f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited"
-                        f" {now - started:.1f} s; ranks {behind} hang or are slow. Look for the first error among the"
-                        " ranks; a longer timeout helps only if they are slow."
-                    )
+                self._check(counter, exchange, now - started)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _check(self, counter: Callable[[SharedVector], int], exchange: int, waited: float) -> None:
+        """Raise if a worker that this one waits for is lost, or has kept it waiting for the timeout."""
+        behind = self._to_blame(counter, exchange)
+        lost = [rank for rank in behind if not self._vectors[rank].owner_lives]
+        # Looked at again, as a worker may leave when it has done its part.
+        lost = [rank for rank in lost if rank in self._to_blame(counter, exchange)]
+        if lost:
+            raise self._failure(
+                waited, f"ranks {lost} died or raised an error. Look for the first error among the ranks."
+            )
+        if waited > self._timeout.total_seconds():
+            stopped = [rank for rank, vector in enumerate(self._vectors) if vector.owner_is_stopped]
+            why = f"ranks {stopped} are stopped by a signal" if stopped else f"ranks {behind} hang or are slow"
+            raise self._failure(
+                waited,
+                f"{why}. Look for the first error among the ranks; a longer timeout helps only if they are slow.",
+            )
+
+    def _to_blame(self, counter: Callable[[SharedVector], int], exchange: int) -> list[int]:
+        """The other workers that hold an exchange up.
+
+        One that has not read it may itself wait for one that has not written: that one is to blame, and nobody else.
+        """
+        others = [rank for rank in range(self._place.size) if rank != self._place.rank]
+        silent = [rank for rank in others if self._vectors[rank].written < exchange]
+        return silent or [rank for rank in others if counter(self._vectors[rank]) < exchange]
+
+    def _failure(self, waited: float, why: str) -> ExchangeError:
+        return ExchangeError(
+            f"EASGDStrategy(timeout={self._timeout}): an exchange failed after this worker had waited {waited:.1f} s;"
+            f" {why}"
+        )

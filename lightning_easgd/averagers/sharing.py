@@ -5,14 +5,14 @@ from datetime import timedelta
 from itertools import count
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.meeting_place import MeetingPlace
 from lightning_easgd.averagers.shared_channel import ROW, SharedChannel
 from lightning_easgd.averagers.shared_vectors import SharedVectors
 from lightning_easgd.service.errors import CenterError
-from lightning_easgd.service.stores import own_client
+from lightning_easgd.service.store_client import StoreClient, store_server
 
 __all__ = ["shared_channel", "shared_vectors"]
 
@@ -44,8 +44,9 @@ def shared_vectors(
         control: Reduces CPU tensors.
         timeout: How long to wait for another worker.
     """
-    own_store = PrefixStore(f"easgd/shared/{next(_places)}", own_client(store))
-    place = MeetingPlace(own_store, rank=control.rank, size=control.size)
+    client = StoreClient(store, timeout.total_seconds(), server=store_server())
+    keys = client.under(f"easgd/shared/{next(_places)}")
+    place = MeetingPlace(keys, rank=control.rank, size=control.size, let_go=client.close)
     problem: Exception | None = None
     vectors: SharedVectors | None = None
     try:
@@ -62,11 +63,9 @@ def shared_vectors(
             if _all_well(control, problem):
                 return vectors
     except BaseException:
-        if vectors is not None:
-            vectors.close()
+        _close(vectors, place)
         raise
-    if vectors is not None:
-        vectors.close()
+    _close(vectors, place)
     if problem is not None:
         warnings.warn(
             f"EASGDStrategy: rank {control.rank} cannot share memory ({problem}) The workers announce and"
@@ -75,6 +74,12 @@ def shared_vectors(
             stacklevel=2,
         )
     return None
+
+
+def _close(vectors: SharedVectors | None, place: MeetingPlace) -> None:
+    if vectors is not None:
+        vectors.close()
+    place.close()
 
 
 def _all_well(control: Channel, problem: Exception | None) -> bool:

@@ -3,13 +3,15 @@
 import contextlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from typing import final
 
-from torch.distributed.distributed_c10d import Store
 from typing_extensions import override
 
 from lightning_easgd.averagers.channel import ExchangeError
+from lightning_easgd.service.control import ControlPlane
+from lightning_easgd.service.errors import StoreLostError
+from lightning_easgd.service.store_client import StoreClient
 
 __all__ = ["FreeOrder", "RoundRobin", "Turns"]
 
@@ -52,41 +54,68 @@ class RoundRobin(Turns):
     has no more data stands aside.
 
     Args:
-        store: A store client for the exchanging thread alone.
+        store: The workers' store, under a prefix of this object's own.
         rank: i.
         size: p.
-        timeout: Seconds to wait for a turn.
-        lost: The ranks that are dead, which are not waited for.
+        timeout: Seconds for which a worker whose turn it is may neither take it nor get on.
+        control: Who lives and who gets on. The dead are not waited for.
+        strategy: The strategy's name, for errors.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, *, timeout: float, lost: Callable[[], frozenset[int]]
+        self,
+        store: StoreClient,
+        rank: int,
+        size: int,
+        *,
+        timeout: float,
+        control: ControlPlane,
+        strategy: str = "EASGDStrategy",
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._timeout = timeout
-        self._lost = lost
+        self._control = control
+        self._strategy = strategy
         self._made = 0
+        self._begun: set[int] = set()  # the workers that have published a count
         self._closed = False
         self.come_back()
 
     @override
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        deadline = time.monotonic() + self._timeout
         for other in range(self._size):
             needed = self._made + 1 if other < self._rank else self._made
-            while other != self._rank and needed > 0 and other not in self._lost() and self._count(other) < needed:
-                if self._closed:
-                    raise ExchangeError("EASGDStrategy(order='round_robin'): the run ended before this worker's turn.")
-                if time.monotonic() > deadline:
-                    raise ExchangeError(
-                        f"EASGDStrategy(order='round_robin', timeout={self._timeout:g} s): worker {other} has not"
-                        f" taken its turn; it is frozen, or makes fewer steps. Use the free order for such workers."
-                    )
-                time.sleep(_POLL_INTERVAL)
+            if other != self._rank and needed > 0:
+                self._wait_for(other, needed)
         yield
         self._made += 1
         self._publish(self._made)
+
+    def _wait_for(self, other: int, needed: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        try:
+            while other not in self._control.dead_ranks() and self._count(other) < needed:
+                if self._closed:
+                    raise ExchangeError(
+                        f"{self._strategy}(order='round_robin'): the run ended before this worker's turn."
+                    )
+                if time.monotonic() > deadline and other in self._gone():
+                    raise self._late({other}, f"worker {other} has not taken its turn.")
+                self._control.note_progress()  # the main thread waits for this one, and this one for another worker
+                time.sleep(_POLL_INTERVAL)
+        except StoreLostError as error:
+            raise self._late(self._control.silent_ranks(), f"no turn comes, as the store is lost. {error}") from error
+
+    def _gone(self) -> frozenset[int]:
+        return self._control.silent_ranks() | self._control.left_ranks()
+
+    def _late(self, silent: Collection[int], what: str) -> ExchangeError:
+        return ExchangeError(
+            f"{self._strategy}(order='round_robin', timeout={self._timeout:g} s): {what}"
+            f"{f' ({self._control.describe(silent)})' if silent else ''} Use the free order where workers make fewer"
+            " steps."
+        )
 
     @override
     def leave(self) -> None:
@@ -105,4 +134,7 @@ class RoundRobin(Turns):
 
     def _count(self, other: int) -> int:
         key = f"turns/{other}"
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+        if other not in self._begun and not self._store.check([key]):
+            return 0
+        self._begun.add(other)
+        return int(self._store.get(key))

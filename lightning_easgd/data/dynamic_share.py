@@ -1,5 +1,6 @@
 """A training set that the workers share out among themselves while they train."""
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import count
@@ -8,14 +9,16 @@ from typing import Any, final
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils.data import Dataset, DistributedSampler
 from typing_extensions import override
 
-from lightning_easgd.service.stores import own_client
+from lightning_easgd.service.errors import CenterTimeoutError
+from lightning_easgd.service.store_client import StoreClient, store_server
 
 __all__ = ["DynamicShare"]
 
+_PAUSE = 0.01  # seconds between two looks at whether the others have come
 _instances = count()
 
 
@@ -37,7 +40,7 @@ class DynamicShare(DistributedSampler[Any]):
         chunk: Samples of one chunk, fewer if there would be less than one for each worker; a multiple of the batch
             size keeps batches whole.
         seed: Of the shuffles.
-        timeout: How long ranks wait for each other when they resume.
+        timeout: How long ranks wait for each other when they resume, and for the store that deals the chunks out.
 
     Raises:
         ValueError: If ``chunk`` < 1.
@@ -53,7 +56,7 @@ class DynamicShare(DistributedSampler[Any]):
         self._samples = self.total_size
         self._timeout = timeout
         self._number = next(_instances)
-        self._store: Store | None = None
+        self._store: StoreClient | None = None
         self._passes = 0  # the pool of a pass is new, also if an epoch is gone through twice
         self._drawn: list[int] = []
         self._given = 0
@@ -75,7 +78,7 @@ class DynamicShare(DistributedSampler[Any]):
             )
         size = min(self.chunk, len(order) // workers)
         parts = [order[start : start + size] for start in range(0, len(order), size)]
-        pool = PrefixStore(f"{self._passes}", self._open_store())
+        pool = self._open_store().under(f"{self._passes}")
         self._passes += 1
         if self._resumed:
             self._resumed = False
@@ -114,18 +117,27 @@ class DynamicShare(DistributedSampler[Any]):
             self._given += 1
             yield sample
 
-    def _free_chunks(self, pool: Store, chunks: int) -> list[int]:
+    def _free_chunks(self, pool: StoreClient, chunks: int) -> list[int]:
         """The chunks that no rank had drawn."""
         if not dist.is_initialized():
             return [chunk for chunk in range(chunks) if chunk not in self._drawn]
         pool.set(f"drawn/{dist.get_rank()}", " ".join(map(str, self._drawn)))
         keys = [f"drawn/{rank}" for rank in range(dist.get_world_size())]
-        pool.wait(keys, self._timeout)
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not pool.check(keys):
+            if time.monotonic() > deadline:
+                missing = [rank for rank, key in enumerate(keys) if not pool.check([key])]
+                raise CenterTimeoutError(
+                    f"DynamicShare(timeout={self._timeout}): ranks {missing} have not come to resume the epoch;"
+                    " look for the first error among the ranks."
+                )
+            time.sleep(_PAUSE)
         taken = {int(chunk) for key in keys for chunk in pool.get(key).split()}
         return [chunk for chunk in range(chunks) if chunk not in taken]
 
-    def _open_store(self) -> Store:
+    def _open_store(self) -> StoreClient:
         if self._store is None:
-            store = own_client(_get_default_store()) if dist.is_initialized() else HashStore()
-            self._store = PrefixStore(f"easgd-share/{self._number}", store)
+            store = _get_default_store() if dist.is_initialized() else HashStore()
+            client = StoreClient(store, self._timeout.total_seconds(), server=store_server())
+            self._store = client.under(f"easgd-share/{self._number}")
         return self._store

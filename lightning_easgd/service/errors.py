@@ -1,6 +1,12 @@
 """What can go wrong with the served center."""
 
-__all__ = ["CenterError", "CenterTimeoutError", "SharedMemoryUnavailableError", "WorkerLostError"]
+__all__ = [
+    "CenterError",
+    "CenterTimeoutError",
+    "SharedMemoryUnavailableError",
+    "StoreLostError",
+    "WorkerLostError",
+]
 
 
 class CenterError(RuntimeError):
@@ -9,6 +15,10 @@ class CenterError(RuntimeError):
 
 class CenterTimeoutError(CenterError):
     """Somebody did not answer, or did not let a chunk go, within the timeout."""
+
+
+class StoreLostError(CenterTimeoutError):
+    """The store that the ranks share has gone, or does not answer; the message names who serves it."""
 
 
 class WorkerLostError(CenterError):

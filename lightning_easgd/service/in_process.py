@@ -63,6 +63,9 @@ class InProcessCenter(CenterService):
             if version is not None:
                 self._versions[chunk] = version
 
+    def keeps(self, chunk: int, store: int) -> bool:  # noqa: D102
+        return chunk in self._stores and store < self._rule.stores
+
     def close(self) -> None:  # noqa: D102
         self._stores = {}
 

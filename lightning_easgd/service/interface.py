@@ -93,6 +93,10 @@ class CenterService(ABC):
     def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:
         """Set one store of a chunk, and its version if one is given (to initialise, and to resume)."""
 
+    def keeps(self, chunk: int, store: int) -> bool:  # noqa: ARG002
+        """Whether there is such a chunk and such a store of it here."""
+        return 0 <= chunk < len(self.chunks)
+
     @property
     def order(self) -> Sequence[int]:
         """The chunks in the order in which this rank does best to exchange them."""

@@ -3,14 +3,19 @@
 import os
 from pathlib import Path
 
+from lightning_easgd.service.control_groups import control_group_memory
 from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
 
 __all__ = ["allocate_shared", "available_memory"]
 
 
-def available_memory() -> int | None:
-    """Bytes that can be allocated without swapping or breaking the control group's limit; None if unknown."""
-    limits = [limit for limit in (_system_memory(), _control_group_memory()) if limit is not None]
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be allocated without swapping or breaking a control group's limit; None if unknown.
+
+    Args:
+        root: Where ``proc`` and the mounted control groups are found.
+    """
+    limits = [limit for limit in (_system_memory(root), control_group_memory(root)) if limit is not None]
     return min(limits, default=None)
 
 
@@ -54,27 +59,11 @@ def _too_small(size: int, what: str, why: str) -> CenterError:
     )
 
 
-def _system_memory() -> int | None:
+def _system_memory(root: Path) -> int | None:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
     return None
-
-
-def _control_group_memory() -> int | None:
-    try:
-        group = next(
-            line.split("::", 1)[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
-        )
-        folder = Path("/sys/fs/cgroup") / group.lstrip("/")
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        # Files that have been read count as used, and are given up when something else needs the memory.
-        held = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - int((folder / "memory.current").read_text()) + int(held["inactive_file"])
-    except (OSError, StopIteration, KeyError):
-        return None

@@ -1,7 +1,6 @@
 """How the ranks of a run bring up the served center together."""
 
 import hashlib
-import os
 import secrets
 import warnings
 from collections import Counter
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import Store
 
 from lightning_easgd.service.control import ControlPlane
 from lightning_easgd.service.errors import CenterError, SharedMemoryUnavailableError
@@ -19,12 +18,14 @@ from lightning_easgd.service.in_process import InProcessCenter
 from lightning_easgd.service.interface import CenterService
 from lightning_easgd.service.layout import CHUNK_ELEMENTS, Layout, place_chunks
 from lightning_easgd.service.placed import ServedCenter
+from lightning_easgd.service.presence import Presence
 from lightning_easgd.service.rendezvous import Rendezvous
 from lightning_easgd.service.rules import CenterRule
 from lightning_easgd.service.serving import ShardServer
 from lightning_easgd.service.shared_memory import SharedMemoryCenter
 from lightning_easgd.service.sockets import RemoteShard
-from lightning_easgd.service.stores import own_address, own_client
+from lightning_easgd.service.store_client import StoreClient, store_server
+from lightning_easgd.service.stores import own_address
 
 __all__ = ["open_center"]
 
@@ -32,7 +33,7 @@ _openings: Counter[str] = Counter()  # a run may open its center again; the keys
 
 
 def open_center(
-    store: Store,
+    store: Store | StoreClient,
     *,
     rank: int,
     nodes: Sequence[Sequence[int]],
@@ -43,6 +44,7 @@ def open_center(
     timeout: float = 60.0,
     name: str = "center",
     chunk_elements: int = CHUNK_ELEMENTS,
+    presence: Presence | None = None,
 ) -> ServedCenter:
     """Open the served center; every rank calls it once, and gets its own end.
 
@@ -50,7 +52,8 @@ def open_center(
     sockets, with a warning. Rank j of a node talks to rank j of every other node.
 
     Args:
-        store: The ranks' store; it is cloned, and keys are set under a prefix of this center's own.
+        store: The ranks' store; keys are set under a prefix of this center's own. It is cloned; a client is used as it
+            is, and left open.
         rank: This process's rank.
         nodes: The ranks of each node; together they are 0 … world size - 1.
         segments: (start, stop) of each part of the flat vector that has one rate. Together they are the vector.
@@ -60,9 +63,11 @@ def open_center(
         timeout: Seconds that any operation waits for another rank.
         name: Distinguishes the centers that are opened on one store.
         chunk_elements: The most elements of one chunk.
+        presence: Who the ranks are, if they have told that before.
 
     Raises:
-        CenterTimeoutError: If a rank does not come.
+        WorkerLostError: If a rank dies, or fails, before the center is open.
+        CenterTimeoutError: If a rank does not come, or the store does not answer.
         CenterError: If the center cannot be set up on some rank; on every rank, with that rank's reason.
     """
     world_size = sum(map(len, nodes))
@@ -71,37 +76,30 @@ def open_center(
     if rank == 0 and initial is None:
         raise ValueError("open_center(initial=None): rank 0 gives the center's initial value.")
     _openings[name] += 1
-    own_store = PrefixStore(f"easgd/{name}/{_openings[name]}", own_client(store))
-    rendezvous = Rendezvous(own_store, rank, world_size, timeout)
     plan = _Plan(Layout.cut(segments, chunk_elements), dtype, rule, timeout)
-    secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
     with ExitStack() as opened:  # closed again if something fails
+        client = store if isinstance(store, StoreClient) else StoreClient(store, timeout, server=store_server())
+        if client is not store:
+            opened.callback(client.close)
+        own_store = client.under(f"easgd/{name}/{_openings[name]}")
+        if presence is None:
+            presence = Presence(own_store, rank)
+            presence.enter()
+        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout)
+        secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
         shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
         node, position = _place(rank, nodes)
-        server = ShardServer(shard, secret, timeout, lost) if len(nodes) > 1 else None
-        if server is not None:
-            opened.callback(server.close)
-        home = [os.getpid(), own_address(store), server.port] if server is not None else [os.getpid(), "", 0]
-        homes = rendezvous.gather("homes", home)
-        remote: dict[int, RemoteShard] = {}
-        for other, ranks in enumerate(nodes):
-            if other != node:
-                peer = ranks[position % len(ranks)]
-                _, host, port = homes[peer]
-                remote[other] = RemoteShard(
-                    (host, port), server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost
-                )
-                opened.callback(remote[other].close)
-        rendezvous.gather("connected", None)
-        if server is not None:
-            server.stop_accepting()
+        server, remote = _connect(
+            rendezvous, rank, nodes, shard, opened, timeout=timeout, secret=secret, lost=lost, store=client.address
+        )
+        processes = {other: presence.process(other) for other in range(world_size)}
         control = ControlPlane(
             own_store,
             rank=rank,
             nodes=nodes,
-            processes={other: homes[other][0] for other in nodes[node]},
+            processes={other: process for other, process in processes.items() if process is not None},
             lost=lost,
             timeout=timeout,
         )
@@ -116,6 +114,7 @@ def open_center(
             remote=remote,
             server=server,
             control=control,
+            store=None if client is store else client,
         )
         opened.callback(center.close)
         if rank == 0:
@@ -125,6 +124,39 @@ def open_center(
         rendezvous.gather("ready", None)
         opened.pop_all()
         return center
+
+
+def _connect(
+    rendezvous: Rendezvous,
+    rank: int,
+    nodes: Sequence[Sequence[int]],
+    shard: CenterService,
+    opened: ExitStack,
+    *,
+    timeout: float,
+    secret: bytes,
+    lost: set[int],
+    store: tuple[str, int] | None,
+) -> tuple[ShardServer | None, dict[int, RemoteShard]]:
+    """Connect this rank with one of every other node; what serves this node's part, and the others' parts."""
+    if len(nodes) == 1:
+        return None, {}
+    node, position = _place(rank, nodes)
+    address = own_address(store)
+    server = ShardServer(shard, secret, timeout, lost, host=address.listener)
+    opened.callback(server.close)
+    homes = rendezvous.gather("homes", [address.host, server.port])
+    remote: dict[int, RemoteShard] = {}
+    for other, ranks in enumerate(nodes):
+        if other != node:
+            peer = ranks[position % len(ranks)]
+            remote[other] = RemoteShard(
+                tuple(homes[peer]), server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost
+            )
+            opened.callback(remote[other].close)
+    rendezvous.gather("connected", None)
+    server.stop_accepting()
+    return server, remote
 
 
 @dataclass(frozen=True)

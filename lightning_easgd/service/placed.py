@@ -13,6 +13,7 @@ from lightning_easgd.service.interface import CenterService, Pending
 from lightning_easgd.service.layout import Layout
 from lightning_easgd.service.serving import ShardServer
 from lightning_easgd.service.sockets import RemoteShard
+from lightning_easgd.service.store_client import StoreClient
 
 __all__ = ["ServedCenter"]
 
@@ -31,6 +32,7 @@ class ServedCenter(CenterService):
         remote: The other nodes' parts, by node.
         server: What serves this node's part to the other nodes, None if there are none.
         control: The control plane.
+        store: A client of the store that is the center's own and goes with it, None if there is none.
 
     Attributes:
         control: As given; who lives, and the flag to stop.
@@ -48,12 +50,14 @@ class ServedCenter(CenterService):
         remote: Mapping[int, RemoteShard],
         server: ShardServer | None,
         control: ControlPlane,
+        store: StoreClient | None = None,
     ) -> None:
         super().__init__(layout, dtype)
         self.control = control
         self._shard = shard
         self._remote = dict(remote)
         self._server = server
+        self._store = store
         self._placement = placement
         self._order = _order(placement, node, position)
         self._closed = False
@@ -71,6 +75,7 @@ class ServedCenter(CenterService):
         return self.begin(chunk, message, rate).wait()
 
     def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:  # noqa: D102
+        self.control.note_progress()
         remote = self._remote_of(chunk)
         if remote is None:
             return self._shard.begin(chunk, message, rate)
@@ -103,6 +108,8 @@ class ServedCenter(CenterService):
         if self._server is not None:
             self._server.close()
         self._shard.close()
+        if self._store is not None:
+            self._store.close()
 
     def _remote_of(self, chunk: int) -> RemoteShard | None:
         if self._closed:

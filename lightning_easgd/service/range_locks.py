@@ -16,6 +16,7 @@ __all__ = ["LockTimeoutError", "RangeLocks"]
 
 _FIRST_PAUSE = 20e-6
 _LONGEST_PAUSE = 1e-3
+_PROBED = 2**40  # a byte that is no chunk's
 
 
 class LockTimeoutError(Exception):
@@ -30,10 +31,17 @@ class RangeLocks(ForkAware):
     has opened the file anew. The descriptors used here are never mapped and never inherited by a forked child, since
     either would keep the lock after its holder's death.
 
+    What a holder has written is there for the next one: Linux changes a file's locks under one spin lock of that file,
+    so that the release in the one's unlocking call and the acquisition in the other's locking call order their accesses
+    on every processor, aarch64 included. (POSIX promises it of semaphores and mutexes alone, which outlive a death.)
+
     Waiting polls. The kernel's own wait (``F_OFD_SETLKW``) has no timeout, and would hang behind a stopped process.
 
     Args:
         descriptor: A descriptor of the file, which must stay open as long as this object is used.
+
+    Raises:
+        SharedMemoryUnavailableError: If this platform, kernel or file has no such locks.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -43,6 +51,7 @@ class RangeLocks(ForkAware):
         self._path = f"/proc/self/fd/{descriptor}"
         self._idle: list[int] = []
         self._descriptors: set[int] = set()
+        self._probe()
 
     @contextmanager
     def hold(self, byte: int, timeout: float) -> Iterator[None]:
@@ -70,6 +79,19 @@ class RangeLocks(ForkAware):
         while self._descriptors:
             os.close(self._descriptors.pop())
         self._idle.clear()
+
+    def _probe(self) -> None:
+        """Take and give back a lock beyond those in use: some kernels and sandboxes know the call, and refuse it."""
+        try:
+            with self.hold(_PROBED, timeout=0.0):
+                pass
+        except LockTimeoutError:  # another rank probes: it works
+            pass
+        except OSError as error:
+            self.abandon()
+            raise SharedMemoryUnavailableError(
+                f"RangeLocks: open-file-description locks are refused here ({error.strerror})."
+            ) from error
 
     def _borrow(self) -> int:
         try:

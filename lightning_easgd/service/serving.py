@@ -1,9 +1,8 @@
 """The serving side of a connection between nodes: remote ranks exchange with this node's part of the center."""
 
-import hmac
 import socket
-import struct
 import threading
+import time
 from contextlib import suppress
 from typing import final
 
@@ -12,6 +11,7 @@ import torch
 from lightning_easgd.service.errors import CenterError, CenterTimeoutError
 from lightning_easgd.service.forking import ForkAware
 from lightning_easgd.service.interface import CenterService
+from lightning_easgd.service.strangers import GREETING, Strangers
 from lightning_easgd.service.wire import (
     FAILED,
     FAILED_BY_TIMEOUT,
@@ -29,15 +29,14 @@ from lightning_easgd.service.wire import (
 
 __all__ = ["GREETING", "ShardServer"]
 
-GREETING = struct.Struct("<16sI")
-"""What a client says first: the run's secret, and its rank."""
-
-_GREETING_TIMEOUT = 10.0
+_LOOK = 0.05  # seconds from one look at whether to go on accepting to the next
+_LAST_GREETINGS = 1.0  # seconds that the greetings of those who have connected may be under way
+_LONGEST_GOODBYE = 1.0
 
 
 @final
 class ShardServer(ForkAware):
-    """Serves one node's part of the center to ranks of other nodes: one thread for each of them.
+    """Serves one node's part of the center to ranks of other nodes: one thread for each that knows the secret.
 
     A client that dies, leaves, or stops in the middle of a message loses its connection, and its thread ends. No chunk
     is locked while anything travels. All threads are daemons blocked in system calls that :meth:`close` interrupts, so
@@ -48,33 +47,31 @@ class ShardServer(ForkAware):
         secret: 16 bytes that clients must know.
         timeout: Seconds without progress after which a client in the middle of a message is given up.
         lost: Takes the rank of a client that ended its connection without a goodbye.
+        host: The address to listen at; empty for all of this host's.
 
     Attributes:
         port: Where clients connect.
     """
 
-    def __init__(self, shard: CenterService, secret: bytes, timeout: float, lost: set[int]) -> None:
+    def __init__(self, shard: CenterService, secret: bytes, timeout: float, lost: set[int], *, host: str = "") -> None:
         super().__init__()
         self._shard = shard
-        self._secret = secret
         self._timeout = timeout
         self._lost = lost
+        self._accepting = True
         self._closed = False
         self._guard = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
-        if socket.has_dualstack_ipv6():
-            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-        else:
-            self._listener = socket.create_server(("", 0))
+        self._listener = _listen(host)
         self.port: int = self._listener.getsockname()[1]
-        self._acceptor = threading.Thread(target=self._accept, name="easgd-accept", daemon=True)
+        strangers = Strangers(self._listener, secret)
+        self._acceptor = threading.Thread(target=self._accept, args=(strangers,), name="easgd-accept", daemon=True)
         self._acceptor.start()
 
     def stop_accepting(self) -> None:
-        """Close the listening socket: all clients that are expected have connected."""
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join(self._timeout)
+        """Close the listening socket, when those who have connected have said who they are."""
+        self._accepting = False
+        self._acceptor.join(_LAST_GREETINGS + _LONGEST_GOODBYE)
         self._listener.close()
 
     def close(self) -> None:
@@ -88,8 +85,9 @@ class ShardServer(ForkAware):
         for connection in connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _LONGEST_GOODBYE
         for thread in connections.values():
-            thread.join(self._timeout)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def abandon(self) -> None:  # noqa: D102
         self._closed = True
@@ -97,42 +95,37 @@ class ShardServer(ForkAware):
         for connection in self._connections:
             connection.close()
 
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            thread = threading.Thread(target=self._serve, args=(connection,), name="easgd-serve", daemon=True)
-            with self._guard:
-                self._connections[connection] = thread
-            thread.start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        client = None
+    def _accept(self, strangers: Strangers) -> None:
+        deadline = None
         try:
-            client = self._greet(connection)
-            if client is not None:
-                self._answer_requests(connection)
+            while not self._closed and (deadline is None or (strangers.may_come and time.monotonic() < deadline)):
+                for connection, client in strangers.welcome(_LOOK):
+                    self._take(connection, client)
+                if deadline is None and not self._accepting:
+                    deadline = time.monotonic() + _LAST_GREETINGS
+        finally:
+            strangers.close()
+
+    def _take(self, connection: socket.socket, client: int) -> None:
+        configure(connection, self._timeout)
+        thread = threading.Thread(target=self._serve, args=(connection, client), name="easgd-serve", daemon=True)
+        with self._guard:
+            self._connections[connection] = thread
+        thread.start()
+
+    def _serve(self, connection: socket.socket, client: int) -> None:
+        try:
+            self._answer_requests(connection)
         except StalledError:
             pass  # it may go on one day, and find its connection closed
         except ConnectionLostError:
             # What it had begun here is either complete or was never started.
-            if client is not None and not self._closed:
+            if not self._closed:
                 self._lost.add(client)
         finally:
             with self._guard:
                 del self._connections[connection]
             connection.close()
-
-    def _greet(self, connection: socket.socket) -> int | None:
-        """The client's rank, None if it does not know the secret."""
-        configure(connection, _GREETING_TIMEOUT)
-        greeting = bytearray(GREETING.size)
-        receive_into(connection, memoryview(greeting))
-        secret, client = GREETING.unpack(greeting)
-        configure(connection, self._timeout)
-        return int(client) if hmac.compare_digest(secret, self._secret) else None
 
     def _answer_requests(self, connection: socket.socket) -> None:
         shard = self._shard
@@ -143,6 +136,10 @@ class ShardServer(ForkAware):
             receive_into(connection, memoryview(header), idle=True)
             request = Request.unpack(header)
             if request.operation == Operation.LEAVE:
+                return
+            if not self._understands(request):
+                text = f"ShardServer: {request} asks for nothing that is served here".encode()
+                send(connection, Reply(FAILED, 0, len(text)).pack(), text)
                 return
             numbers = staging[: shard.layout.size(request.chunk)]
             data = as_bytes(numbers)
@@ -158,6 +155,10 @@ class ShardServer(ForkAware):
             payload = b"" if request.operation == Operation.WRITE else data
             send(connection, Reply(0, version, len(payload)).pack(), payload)
 
+    def _understands(self, request: Request) -> bool:
+        known = (Operation.EXCHANGE, Operation.READ, Operation.WRITE)
+        return request.operation in known and self._shard.keeps(request.chunk, request.store)
+
     def _perform(self, request: Request, numbers: torch.Tensor) -> int:
         if request.operation == Operation.EXCHANGE:
             return self._shard.exchange(request.chunk, numbers, request.rate)
@@ -165,3 +166,11 @@ class ShardServer(ForkAware):
             return self._shard.read(request.chunk, numbers, request.store)
         self._shard.write(request.chunk, numbers, request.store, None if request.version < 0 else request.version)
         return max(request.version, 0)
+
+
+def _listen(host: str) -> socket.socket:
+    if host:
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))

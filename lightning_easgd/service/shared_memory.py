@@ -4,7 +4,7 @@ import mmap
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import final
 
 import torch
@@ -64,8 +64,17 @@ class SharedMemoryCenter(CenterService, ForkAware):
         self._rank = rank
         self._timeout = timeout
         self._descriptor = descriptor
-        self._memory = mmap.mmap(descriptor, _size(layout, held, rule, dtype))
-        self._locks = RangeLocks(descriptor)
+        with ExitStack() as opened:  # closed again if something is missing here
+            opened.callback(os.close, descriptor)
+            try:
+                self._memory = mmap.mmap(descriptor, _size(layout, held, rule, dtype))
+            except OSError as error:
+                raise SharedMemoryUnavailableError(
+                    f"SharedMemoryCenter: the memory cannot be mapped: {error.strerror}."
+                ) from error
+            opened.callback(self._memory.close)
+            self._locks = RangeLocks(descriptor)
+            opened.pop_all()
         self._rows = {chunk: row for row, chunk in enumerate(held)}
         headers = memoryview(self._memory)[_IDENTITY : _IDENTITY + 8 * _WORDS * len(held)].cast("q")
         self._headers = [headers[_WORDS * row : _WORDS * (row + 1)] for row in range(len(held))]
@@ -163,6 +172,9 @@ class SharedMemoryCenter(CenterService, ForkAware):
             self._stores[row][store].copy_(value)
             if version is not None:
                 self._headers[row][_VERSION] = version
+
+    def keeps(self, chunk: int, store: int) -> bool:  # noqa: D102
+        return chunk in self._rows and store < self._rule.stores
 
     def interruptions(self) -> dict[int, int]:
         """The chunks in which a worker died, or raised, while it changed them, with how often that happened."""

@@ -28,6 +28,8 @@ from lightning_easgd.service.wire import (
 
 __all__ = ["RemoteShard"]
 
+_LONGEST_GOODBYE = 1.0  # seconds
+
 
 @final
 class RemoteShard(ForkAware):
@@ -83,13 +85,17 @@ class RemoteShard(ForkAware):
         self._begin(request, as_bytes(value)).wait()
 
     def close(self) -> None:
-        """Say goodbye, and end the connection and its thread. A second call does nothing."""
-        with suppress(ConnectionLostError), self._sending:
-            if self._error is None:
-                send(self._connection, Request(Operation.LEAVE, 0, 0, 0, 0.0).pack())
+        """Say goodbye, and end the connection and its thread. A second call does nothing.
+
+        A server that takes nothing is not waited for: the goodbye is sent if the connection takes it at once.
+        """
+        if self._error is None and self._sending.acquire(timeout=min(self._timeout, _LONGEST_GOODBYE)):
+            with suppress(OSError):
+                self._connection.send(Request(Operation.LEAVE, 0, 0, 0, 0.0).pack(), socket.MSG_DONTWAIT)
+            self._sending.release()
         self._break(CenterError(f"RemoteShard: the connection to rank {self._server} has been closed on this rank."))
         if threading.current_thread() is not self._receiver:
-            self._receiver.join(self._timeout)
+            self._receiver.join(min(self._timeout, _LONGEST_GOODBYE))
         self._connection.close()
 
     def abandon(self) -> None:  # noqa: D102
@@ -116,6 +122,8 @@ class RemoteShard(ForkAware):
             while True:
                 receive_into(self._connection, memoryview(header), idle=True)
                 reply = Reply.unpack(header)
+                if not self._waiting:
+                    raise ConnectionLostError("it answers what nobody has asked")
                 request = self._waiting.popleft()
                 if reply.failed:
                     text = bytearray(reply.size)

@@ -18,8 +18,17 @@ class CenterHooks:
         """Show the center before other callbacks look at the module."""
         self._strategy.on_validation_start()
 
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Tell that this rank gets on."""
+        self._strategy.note_progress()
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        """Look at the epoch's data before other callbacks communicate."""
+        self._strategy.on_train_epoch_start()
+
     def on_train_batch_start(self, *_: Any) -> None:
         """Tell the strategy before other callbacks draw random numbers."""
+        self._strategy.note_progress()
         self._strategy.on_batch_fetched()
 
     def on_train_batch_end(self, *_: Any) -> None:

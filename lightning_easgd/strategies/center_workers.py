@@ -21,6 +21,7 @@ from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
+from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
 from lightning_easgd.strategies.steps import Steps
@@ -295,7 +296,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             with contextlib.suppress(ExchangeError, CenterError, WorkersStoppedError):  # the first error counts
                 self._averaging.meet(Meeting.TRAINING_END)
         elif not isinstance(exception, WorkerLostError):  # the first to fail is the one to be named
-            self._averaging.fail()
+            self._averaging.fail(first_line(exception))
 
     def teardown(self) -> None:
         """Leave the center in the module, also when an error ended the run, and let go of the averaging."""

@@ -209,7 +209,7 @@ class ElasticWorkers(ServedWorkers):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._serve(elastic_rule(self.rates), averager)
         assert self._timeout is not None
-        control: Channel = ProcessGroupChannel("gloo", self._timeout)
+        control: Channel = ProcessGroupChannel("gloo", self._timeout, type(self).__name__, self._who_is_missing)
         if self.num_nodes == 1 and not self._has_chosen_backend:
             # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
             sums = 2 * (len(optimizers) + 1)
@@ -227,14 +227,15 @@ class ElasticWorkers(ServedWorkers):
     def _make_sums(self, control: Channel, timeout: timedelta, number: int) -> MakeSum:
         backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
         assert backend is not None
+        naming = type(self).__name__, self._who_is_missing
         if self.wire_dtype is not None:
-            channels = partial(ProcessGroupMessageChannel, backend, timeout)
+            channels = partial(ProcessGroupMessageChannel, backend, timeout, *naming)
             return compressed_sums(channels, partial(make_codec, self.wire_dtype))
         on_cpu = self.root_device.type == "cpu"
         # Beside a GPU a bucket that is reduced on the host must not overtake the copies of others; and the groups of
         # several optimizers must not start their work in another order on each rank, as buckets would.
         spread = self.tau if on_cpu or (self.center_device is None and number == 1) else 1
-        all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout), spread)
+        all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout, *naming), spread)
         if on_cpu and isinstance(control, SharedChannel):  # where they can share memory at all
             return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
         return all_reduced

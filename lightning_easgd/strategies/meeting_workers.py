@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from lightning_easgd._compat import (
     communicates_at_epoch_end,
+    has_new_loader,
     reads_common_clock,
     request_stop,
     saves_after_batch,
@@ -14,6 +15,8 @@ from lightning_easgd.averagers import Averaging, Meeting, WorkersStoppedError
 from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["MeetingWorkers"]
+
+_LOADER_BARRIERS = {"train_dataloader()": Meeting.EPOCH_END, "val_dataloader()": Meeting.VALIDATION}
 
 
 class MeetingWorkers(LocalWorkers):
@@ -36,11 +39,31 @@ class MeetingWorkers(LocalWorkers):
         self._step_savers = tuple(filter(saves_in_epoch, callbacks))
         self._has_common_clock = not self._even_batches and any(map(reads_common_clock, callbacks))
 
+    def note_progress(self) -> None:
+        """Show the other ranks that this one gets on."""
+        if self._averaging is not None:
+            self._averaging.note_progress()
+
+    def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Wait for all ranks; where they make their data loaders anew, let them meet before.
+
+        Lightning comes there before it calls any hook, and others may still be in their epoch.
+        """
+        if self._training and not self._alone and name in _LOADER_BARRIERS:
+            self._wait_for_all(_LOADER_BARRIERS[name])
+        super().barrier(name, *args, **kwargs)
+
+    def on_train_epoch_start(self) -> None:
+        """Look again whether ranks have equally many batches, where their data loaders are new."""
+        if self._training and has_new_loader(self._trainer):
+            self._look_for_meetings()
+
     def on_train_batch_end(self) -> None:
         """Let ranks meet before a callback communicates inside the epoch: where one never comes, all end with an error.
 
         Ranks with equally many batches read a common clock without it.
         """
+        self.note_progress()
         if not self._training:
             return
         saves = any(saves_after_batch(callback, self._trainer.global_step) for callback in self._step_savers)

@@ -150,6 +150,10 @@ class WorkerProcesses(_Base):
         """Give all ranks rank 0's weights."""
         broadcast_states(module, with_buffers=self.has_common_buffers, strategy=type(self).__name__)
 
+    def _who_is_missing(self) -> str:
+        """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
+        return ""
+
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
         return describe(self)

@@ -12,6 +12,7 @@ from lightning_easgd.averagers import (
     ContinueOnLoss,
     FailIfAstray,
     FailOnLoss,
+    LossPolicy,
     ProcessGroupChannel,
     ResetIfAstray,
     ServedAverager,
@@ -30,7 +31,7 @@ OnWorkerLoss = Literal["fail", "continue"]
 OnNonFinite = Literal["fail", "reset"]
 
 _ORDERS = {"free": free_order, "round_robin": round_robin}
-_POLICIES = {"fail": FailOnLoss, "continue": ContinueOnLoss}
+_POLICIES: dict[str, Callable[[str], LossPolicy]] = {"fail": FailOnLoss, "continue": ContinueOnLoss}
 
 
 class ServedWorkers(WorkerProcesses):
@@ -78,16 +79,18 @@ class ServedWorkers(WorkerProcesses):
 
     def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None
+        name = type(self).__name__
         return ServedAveraging(
-            ProcessGroupChannel("gloo", self._timeout),
+            ProcessGroupChannel("gloo", self._timeout, name),
             _get_default_store(),
             node=self.node_rank,
             timeout=self._timeout,
             rule=rule,
             make_averager=averager,
             make_turns=_ORDERS[self.order],
-            on_loss=_POLICIES[self.on_worker_loss](),
+            on_loss=_POLICIES[self.on_worker_loss](name),
             on_astray=self._astray_policy(),
+            strategy=name,
         )
 
     def _astray_policy(self) -> AstrayPolicy:

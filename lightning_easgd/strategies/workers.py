@@ -1,11 +1,18 @@
 """Workers that train on their own under a Trainer, of either class tree."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from torch.distributed.distributed_c10d import _get_default_store
+
 from lightning_easgd._compat import free_running, request_stop
+from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.checkpointing import random_state, set_random_state
+from lightning_easgd.service.roll_call import RollCall
+from lightning_easgd.service.store_client import store_server
+from lightning_easgd.strategies.failures import first_line, is_of_process_group
 from lightning_easgd.strategies.processes import WorkerProcesses
 
 if TYPE_CHECKING:
@@ -14,6 +21,8 @@ else:
     _Base = object
 
 __all__ = ["LocalWorkers"]
+
+_LAST_WORDS = 1.0  # seconds: three looks of a control plane
 
 
 class LocalWorkers(WorkerProcesses, _Base):
@@ -28,7 +37,13 @@ class LocalWorkers(WorkerProcesses, _Base):
     _trainer: Any = None  # from setup to teardown
     _end_free_running: Callable[[], None] | None = None
     _in_signal_handler = False
+    _roll_call: RollCall | None = None  # from setup_environment on
     _random_outside: dict[str, Any] | None = None  # of the generators, where a validation of a fit is inside
+
+    def setup_environment(self) -> None:
+        """Set up the process group, and what tells who is missing if a collective operation fails."""
+        super().setup_environment()
+        self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
@@ -63,6 +78,15 @@ class LocalWorkers(WorkerProcesses, _Base):
             set_random_state(self._random_outside, self.root_device)
             self._random_outside = None
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave word of the error for the others; beside an error of the process group's own say who was missing."""
+        super().on_exception(exception)
+        if self._roll_call is None:
+            return
+        if is_of_process_group(exception):
+            exception.add_note(f"{type(self).__name__}: {self._who_is_missing()}")
+        self._roll_call.fail(first_line(exception))
+
     def end_rank(self, error: BaseException) -> None:
         """Do what Lightning leaves out when an error ends a spawned or forked rank: tell the others, and tear down."""
         if self._trainer is not None:
@@ -71,11 +95,14 @@ class LocalWorkers(WorkerProcesses, _Base):
             self.teardown()
 
     def teardown(self) -> None:
-        """Undo :meth:`setup`."""
+        """Undo :meth:`setup`; after an error let the others read why, before the store goes with this process."""
+        if self._interrupted and self.world_size > 1 and self.global_rank == store_server():
+            time.sleep(_LAST_WORDS)
         if self._end_free_running is not None:
             self._end_free_running()
             self._end_free_running = None
         self._trainer = None
+        self._roll_call = None
         super().teardown()
 
     def _on_sigterm(self) -> None:
@@ -104,12 +131,35 @@ class LocalWorkers(WorkerProcesses, _Base):
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks; not while an error ends the run."""
         if not self._alone:
-            super().barrier(*args, **kwargs)
+            with self._naming_the_missing("barrier"):
+                super().barrier(*args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Broadcast an object; while an error ends the run every rank keeps its own."""
-        return obj if self._alone else super().broadcast(obj, src)
+        if self._alone:
+            return obj
+        with self._naming_the_missing("broadcast"):
+            return super().broadcast(obj, src)
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
-        return tensor if self._alone else super().reduce(tensor, *args, **kwargs)
+        if self._alone:
+            return tensor
+        with self._naming_the_missing("reduction"):
+            return super().reduce(tensor, *args, **kwargs)
+
+    def _who_is_missing(self) -> str:
+        return "" if self._roll_call is None else self._roll_call.explain()
+
+    @contextlib.contextmanager
+    def _naming_the_missing(self, what: str) -> Iterator[None]:
+        """Context of a collective operation of Lightning's: its error says who was missing, and what to do."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_process_group(error):
+                raise
+            raise ExchangeError(
+                f"{type(self).__name__}(timeout={self._timeout}): a {what} of Lightning's failed on rank"
+                f" {self.global_rank}. {self._who_is_missing()} Cause: {error}"
+            ) from error
