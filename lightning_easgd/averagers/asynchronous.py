@@ -83,12 +83,12 @@ class AsynchronousAverager(ServedAverager):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"position": self._position.state_dict(self.parameters)}
+        return super().state_dict() | {"position": self._position.state_dict(self.laid_out)}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._position.load_state_dict(state["position"], self.parameters)
+        self._position.load_state_dict(state["position"], self.laid_out)
 
     @override
     def _apply(self) -> None:

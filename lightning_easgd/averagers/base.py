@@ -104,12 +104,14 @@ class Averaging(ABC):
         control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
         statistics: What this worker has spent on communication.
         on_astray: What a worker at a non-finite point means to the run.
+        strategy: Name of the strategy, for errors.
         averagers: The averager of each optimizer; empty before :meth:`start`.
     """
 
     control: Channel
     statistics: Statistics
     on_astray: AstrayPolicy
+    strategy: str = "EASGDStrategy"
     averagers: Mapping[Optimizer, Averager] = MappingProxyType({})
 
     @property
@@ -191,7 +193,7 @@ class Averaging(ABC):
             NonFiniteError: If it ends.
         """
         finite = all(averager.is_finite() for averager in self.averagers.values())
-        header = Header(self.control, finite=finite)
+        header = Header(self.control, finite=finite, strategy=self.strategy)
         header.wait()
         if header.astray is not None:
             self.on_astray.hear(header.astray, max((each.clock for each in self.averagers.values()), default=0))
@@ -210,7 +212,9 @@ class Averaging(ABC):
 _Averager = TypeVar("_Averager", bound=Averager)
 
 
-def follow(averagers: Mapping[Optimizer, _Averager], optimizers: Sequence[Optimizer]) -> dict[Optimizer, _Averager]:
+def follow(
+    averagers: Mapping[Optimizer, _Averager], optimizers: Sequence[Optimizer], strategy: str
+) -> dict[Optimizer, _Averager]:
     """Have each averager go on with the optimizer that stands in its optimizer's place.
 
     Raises:
@@ -218,7 +222,7 @@ def follow(averagers: Mapping[Optimizer, _Averager], optimizers: Sequence[Optimi
     """
     if len(optimizers) != len(averagers):
         raise RuntimeError(
-            f"EASGDStrategy: training started with {len(averagers)} optimizers and now there are {len(optimizers)}; an"
+            f"{strategy}: training started with {len(averagers)} optimizers and now there are {len(optimizers)}; an"
             " optimizer that comes later has no center. Set up all of them in configure_optimizers."
         )
     for averager, optimizer in zip(averagers.values(), optimizers, strict=True):

@@ -97,6 +97,7 @@ class Header:
         center: What all workers at one meeting must share of their centers, below 2^24; 0 for nothing.
         stop: Whether this worker asks all to stop.
         finite: Whether this worker is at a finite point.
+        strategy: Name of the strategy, for errors.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Header:
         center: int = 0,
         stop: bool = False,
         finite: bool = True,
+        strategy: str = "EASGDStrategy",
     ) -> None:
+        self._strategy = strategy
         astray = 0 if finite else _ONE_ASTRAY + channel.rank
         # By this worker, then by all.
         self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, center, center**2, int(stop), astray]
@@ -135,22 +138,22 @@ class Header:
         exchanging, mark, marks, meeting, meetings, center, centers, *_ = self._said
         if exchanging * marks != mark**2:
             raise ExchangeError(
-                "EASGDStrategy: the workers began different exchanges. Their optimizers are not stepped in the same"
+                f"{self._strategy}: the workers began different exchanges. Their optimizers are not stepped in the same"
                 " order, or they do not have the same parameters, learning rates or moving rates; make what decides"
                 " on optimizer steps and learning rates the same on every rank."
             )
         waiting = self._workers - exchanging
         if exchanging == 0 and waiting * meetings != meeting**2:
             raise ExchangeError(
-                "EASGDStrategy: some workers are at a validation, checkpoint or end of training where others are"
+                f"{self._strategy}: some workers are at a validation, checkpoint or end of training where others are"
                 " not. The ranks have different numbers of batches and a trigger inside the epoch, such as a"
                 " validation, a checkpoint or max_time; set limit_train_batches to a number that every rank has, or"
                 " validate and save at the end of the epoch."
             )
         if exchanging == 0 and self._workers * centers != center**2:
             raise ExchangeError(
-                "EASGDStrategy: the workers' copies of the center differ, so that something else than the exchanges has"
-                " written to them on some rank. Nothing that this run saves from here on can be trusted: go on from the"
+                f"{self._strategy}: the workers' copies of the center differ, so that something else than the exchanges"
+                " has written to them on some rank. Nothing that this run saves from here on can be trusted: go on from the"
                 " last checkpoint, and leave the tensors of strategy.center as they are."
             )
 

@@ -69,13 +69,13 @@ class FailOnLoss(LossPolicy):
     """
 
     def __init__(self, strategy: str = "EASGDStrategy") -> None:
-        self._strategy = strategy
+        self.strategy = strategy
 
     @override
     def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
         why = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in sorted(dead & reasons.keys()))
         raise WorkerLostError(
-            f"{self._strategy}(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error"
+            f"{self.strategy}(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error"
             f"{f' ({why})' if why else ''}; look for the first error among the ranks. on_worker_loss='continue' lets"
             " the others go on.",
             dead,
@@ -91,7 +91,7 @@ class ContinueOnLoss(LossPolicy):
     """
 
     def __init__(self, strategy: str = "EASGDStrategy") -> None:
-        self._strategy = strategy
+        self.strategy = strategy
         self._known: frozenset[int] = frozenset()
 
     @override
@@ -102,7 +102,7 @@ class ContinueOnLoss(LossPolicy):
                 "%s(on_worker_loss='continue'): workers %s of %d have died%s; %d go on, and what is divided by the"
                 " number of workers is divided by that from now on. From the next meeting on each rank evaluates its"
                 " own part of the data.",
-                self._strategy,
+                self.strategy,
                 sorted(dead),
                 workers,
                 "".join(f" (rank {rank}: {reasons[rank]})" for rank in sorted(dead & reasons.keys())),
@@ -154,7 +154,7 @@ class ServedAveraging(Averaging):
     ) -> None:
         self.control = control
         self.statistics = Statistics()
-        self._strategy = strategy
+        self.strategy = strategy
         self._node = node
         self._timeout = timeout.total_seconds()
         self._rule = rule
@@ -185,7 +185,7 @@ class ServedAveraging(Averaging):
         for averager in self._served:  # of the learning rate finder's fit
             averager.close()
         self._let_go()
-        parameters = [ServedParameters(optimizer, ignored, name_of) for optimizer in optimizers]
+        parameters = [ServedParameters(optimizer, ignored, name_of, self.strategy) for optimizer in optimizers]
         dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
         layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
@@ -204,7 +204,7 @@ class ServedAveraging(Averaging):
             timeout=timeout,
             presence=self._presence,
         )
-        self._turns = self._make_turns(keys, self._center, self.control, timeout, self._strategy)
+        self._turns = self._make_turns(keys, self._center, self.control, timeout, self.strategy)
         threads = torch.get_num_threads()  # a new thread would take all cores
         self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
         surroundings = Surroundings(
@@ -234,7 +234,7 @@ class ServedAveraging(Averaging):
 
     @override
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
-        self.averagers = follow(dict(zip(self.averagers, self._served, strict=True)), optimizers)
+        self.averagers = follow(dict(zip(self.averagers, self._served, strict=True)), optimizers, self.strategy)
 
     @property
     @override
@@ -366,7 +366,7 @@ class ServedAveraging(Averaging):
     def _compare(self, meeting: Meeting) -> None:
         """Make sure that all who have come mean the same meeting."""
         while not self._lost:
-            header = Header(self.control, meeting=meeting, stop=self.stop_agreed)
+            header = Header(self.control, meeting=meeting, stop=self.stop_agreed, strategy=self.strategy)
             try:
                 header.wait()
                 return
@@ -422,7 +422,7 @@ class ServedAveraging(Averaging):
             return
         who = f"workers {sorted(guilty)} do" if guilty else "the store does not answer, so that workers do"
         raise ExchangeError(
-            f"{self._strategy}(timeout={self._timeout:g} s): {who} not come to where all meet"
+            f"{self.strategy}(timeout={self._timeout:g} s): {who} not come to where all meet"
             f"{f' ({control.describe(guilty)})' if guilty else ''}. Look for the first error among the ranks; a longer"
             f" timeout helps only if they are slow. Cause: {cause}"
         ) from error

@@ -378,7 +378,7 @@ class SynchronousAveraging(Averaging):
 
     @override
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
-        self._synchronous = follow(self._synchronous, optimizers)
+        self._synchronous = follow(self._synchronous, optimizers, self.strategy)
         self.averagers = self._synchronous
 
     @property

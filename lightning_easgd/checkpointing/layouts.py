@@ -16,7 +16,7 @@ def merged(saved: Any, fresh: Any, old: Layout, new: Layout, keep: Container[str
     """A saved state in which every flat vector has the layout of this run.
 
     Args:
-        saved: The state, of tensors, primitives, and mappings of them.
+        saved: The state, of tensors, primitives, lists of a number for each part, and mappings of them.
         fresh: The state of a run that starts here. A part that is not kept, or was not there, is its.
         old: The layout of the saved vectors.
         new: The layout of the fresh ones.
@@ -28,6 +28,9 @@ def merged(saved: Any, fresh: Any, old: Layout, new: Layout, keep: Container[str
     if isinstance(saved, Mapping):
         others = fresh if isinstance(fresh, Mapping) else {}
         return {key: merged(value, others.get(key), old, new, keep) for key, value in saved.items()}
+    if isinstance(saved, list) and isinstance(fresh, list) and (len(saved), len(fresh)) == (len(old), len(new)):
+        values = {name: value for (name, _), value in zip(old, saved, strict=True) if name in keep}
+        return [values.get(name, value) for (name, _), value in zip(new, fresh, strict=True)]
     if not isinstance(saved, Tensor) or not isinstance(fresh, Tensor):
         return saved
     if saved.numel() != _size(old) or fresh.numel() != _size(new):
