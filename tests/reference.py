@@ -1,5 +1,7 @@
 """Independent references: the recursions of the paper in a few lines, and a blocking twin of the fast averager."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -73,6 +75,14 @@ class BlockingAverager:
 
     def complete(self) -> None:
         pass
+
+    @property
+    def center(self):
+        return SimpleNamespace(flat=torch.nn.utils.parameters_to_vector(self.centers))
+
+    @property
+    def laid_out(self) -> list[torch.Tensor]:
+        return self.parameters
 
     def is_finite(self) -> bool:
         return all(parameter.isfinite().all() for parameter in self.parameters)

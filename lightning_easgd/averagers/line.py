@@ -153,8 +153,8 @@ class Header:
         if exchanging == 0 and self._workers * centers != center**2:
             raise ExchangeError(
                 f"{self._strategy}: the workers' copies of the center differ, so that something else than the exchanges"
-                " has written to them on some rank. Nothing that this run saves from here on can be trusted: go on from the"
-                " last checkpoint, and leave the tensors of strategy.center as they are."
+                " has written to them on some rank. Nothing that this run saves from here on can be trusted: go on from"
+                " the last checkpoint, and leave the tensors of strategy.center as they are."
             )
 
     @property

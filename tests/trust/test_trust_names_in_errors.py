@@ -20,7 +20,6 @@ from lightning_easgd import DownpourStrategy, EASGDStrategy
 
 pytestmark = pytest.mark.timeout(120)
 
-BELOW = pytest.mark.xfail(strict=False, reason="the averagers and the service do not know their strategy's name yet")
 FOREIGN = set(inspect.signature(EASGDStrategy).parameters) - set(inspect.signature(DownpourStrategy).parameters)
 
 ARGUMENTS = [
@@ -133,10 +132,10 @@ class Finetuning(callbacks.BaseFinetuning):
         (Sharded, {}, {}),
         (Adam, {"momentum": 0.9}, {}),
         (Late, {}, {}),
-        pytest.param(Shape, {}, {}, marks=BELOW),
-        pytest.param(Added, {}, {}, marks=BELOW),
-        pytest.param(Raising, {"timeout": timedelta(seconds=10)}, {}, marks=BELOW),
-        pytest.param(Killed, {"timeout": timedelta(seconds=10)}, {}, marks=BELOW),
+        (Shape, {}, {}),
+        (Added, {}, {}),
+        (Raising, {"timeout": timedelta(seconds=10)}, {}),
+        (Killed, {"timeout": timedelta(seconds=10)}, {}),
         (Quadratic, {}, {"callbacks": [Finetuning()]}),
     ],
     ids=str,
