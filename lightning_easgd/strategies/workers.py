@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from lightning_easgd._compat import free_running, request_stop
@@ -43,7 +44,8 @@ class LocalWorkers(WorkerProcesses, _Base):
     def setup_environment(self) -> None:
         """Set up the process group, and what tells who is missing if a collective operation fails."""
         super().setup_environment()
-        self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+        if dist.is_initialized():  # it is not where somebody else makes the group
+            self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
