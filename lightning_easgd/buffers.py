@@ -1,13 +1,13 @@
 """A module's buffers as they were: kept while it shows others, and put back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FiniteBuffers", "KeptBuffer", "can_be_written", "keep_buffers", "load_buffers", "restore_buffers"]
+__all__ = ["FiniteValues", "KeptBuffer", "can_be_written", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
 @final
@@ -54,16 +54,16 @@ def load_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 @final
-class FiniteBuffers:
-    """The last finite values of a module's floating-point buffers that are known to be good.
+class FiniteValues:
+    """The last finite values of a worker's floating-point tensors that no averager holds.
 
     Args:
-        module: The module; its buffers are good now.
+        tensors: Gives the tensors as they are now, by name; they are good when this is made.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._values = {name: buffer.detach().clone() for name, buffer in self._buffers()}
+    def __init__(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._tensors = tensors
+        self._values = {name: each.clone() for name, each in tensors().items() if each.is_floating_point()}
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Remember other values of these names, whatever else is among them."""
@@ -71,14 +71,11 @@ class FiniteBuffers:
 
     @torch.no_grad()
     def mend(self) -> None:
-        """Put the remembered values into buffers that are not finite any more."""
-        for name, buffer in self._buffers():
+        """Put the remembered values into tensors that are not finite any more."""
+        for name, tensor in self._tensors().items():
             value = self._values.get(name)
-            if value is not None and value.shape == buffer.shape and not torch.isfinite(buffer).all():
-                buffer.copy_(value)
-
-    def _buffers(self) -> list[tuple[str, Tensor]]:
-        return [(name, buffer) for name, buffer in self._module.named_buffers() if buffer.is_floating_point()]
+            if value is not None and value.shape == tensor.shape and not torch.isfinite(tensor).all():
+                tensor.copy_(value)
 
 
 def can_be_written(tensor: Tensor) -> bool:

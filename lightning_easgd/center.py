@@ -1,5 +1,6 @@
 """The center variable: flat storage with a named view for each parameter."""
 
+import math
 from collections.abc import Container, Sequence
 from itertools import chain
 from typing import final
@@ -7,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-__all__ = ["FlatTensors", "as_parameter", "as_real", "center_dtype"]
+__all__ = ["FlatTensors", "all_finite", "as_parameter", "as_real", "center_dtype"]
 
 
 def center_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -26,6 +27,21 @@ def as_real(tensor: Tensor) -> Tensor:
 def as_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """A value of the center in the parameter's shape: for a complex parameter a complex copy, else the value itself."""
     return torch.view_as_complex(value.contiguous().clone()) if parameter.is_complex() else value
+
+
+def all_finite(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> bool:
+    """Whether all elements are finite; it waits for the tensors' device.
+
+    Args:
+        tensors: Floating-point or complex ones.
+        norms: Norms of their parts, where they have been taken: if these are finite, the tensors are.
+    """
+    tensors = [as_real(tensor).detach() for tensor in tensors]
+    if norms is None:
+        norms = list(torch._foreach_norm(tensors)) if tensors else []
+    if all(math.isfinite(norm) for norm in norms):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # large squares may have been too large
 
 
 @final

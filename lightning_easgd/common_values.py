@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lightning_easgd.checksums import checksum
 if TYPE_CHECKING:
     from lightning_easgd.averagers.channel import Channel
 
-__all__ = ["CommonValues", "common_values"]
+__all__ = ["CommonValues", "common_values", "differing"]
 
 _PIECE = 2**22  # numbers that are added up at once: 32 MiB on the host
 
@@ -69,6 +69,19 @@ def common_values(tensors: Mapping[str, Tensor], channel: "Channel") -> CommonVa
     return CommonValues(
         dict(zip(different, values, strict=True)), frozenset(names) - set(different) - unlike, own | unlike
     )
+
+
+def differing(value: object, channel: "Channel") -> list[Any] | None:
+    """What the workers have in place of one another's value, in the order of the ranks; None if it is the same for all.
+
+    Args:
+        value: What JSON can hold.
+        channel: Reduces CPU tensors. All workers call this at the same point.
+    """
+    text = json.dumps(value)
+    if channel.size == 1 or len({digest for (digest,) in _gather(channel, [_digest(text)])}) == 1:
+        return None
+    return [json.loads(each) for each in _gather_bytes(channel, text.encode())]
 
 
 def _common(tensors: Sequence[Tensor], channel: "Channel") -> list[Tensor]:

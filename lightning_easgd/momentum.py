@@ -1,7 +1,7 @@
 r"""Where a worker is: the point that it exchanges with the center, for plain and for Nesterov optimizers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_easgd.center import FlatTensors, as_real
+from lightning_easgd.center import FlatTensors, all_finite, as_real
 from lightning_easgd.elastic import nesterov_position_
 
 __all__ = ["LookAheadPosition", "ParameterPosition", "Position", "make_nesterov"]
@@ -29,6 +29,10 @@ class Position(ABC):
             into: A buffer with a view for each parameter.
             parameters: Those of the optimizer's parameters that are averaged; None for all.
         """
+
+    def is_finite(self) -> bool:
+        """Whether what x is read off beside the parameters is finite."""
+        return True
 
     def follow(self, optimizer: Optimizer) -> None:
         """Go on with another optimizer of the same parameters, in place of the one before."""
@@ -71,9 +75,10 @@ class LookAheadPosition(Position):
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        # ηδ of the last step, by the identity of the group; beside the group, so that no other can get its identity.
-        self._of_groups: dict[int, tuple[Any, float]] = {}
-        self._of_parameters: dict[Tensor, float] = {}  # of those whose last step was made at another
+        self._of_parameters: dict[Tensor, float] = {}  # ηδ of the last step that wrote a parameter's buffer
+        self._apart: set[Tensor] = set()  # those of which it is not that of their group's last step
+        # The groups of the last step, with their ηδ; kept, so that no other can get the identity of one.
+        self._of_groups: dict[int, tuple[Any, int, float]] = {}
         self._handle: RemovableHandle | None = None
         super().__init__(optimizer)
         self.follow(optimizer)
@@ -82,8 +87,9 @@ class LookAheadPosition(Position):
     def follow(self, optimizer: Optimizer) -> None:
         self.close()
         super().follow(optimizer)
-        self._of_groups = {id(group): (group, _lr_times_momentum(group)) for group in optimizer.param_groups}
-        self._of_parameters.clear()
+        self._of_parameters = dict(self._of_groups_now())
+        self._apart.clear()
+        self._of_groups.clear()
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     @override
@@ -94,15 +100,24 @@ class LookAheadPosition(Position):
 
     @override
     def state_dict(self, parameters: Sequence[Tensor]) -> list[float]:
-        of_groups = {
-            parameter: self._of_group(group) for group in self._optimizer.param_groups for parameter in group["params"]
-        }
-        return [self._of_parameters.get(parameter, of_groups.get(parameter, 0.0)) for parameter in parameters]
+        now = dict(self._of_groups_now())
+        return [self._of_parameters.get(parameter, now.get(parameter, 0.0)) for parameter in parameters]
+
+    @override
+    def is_finite(self) -> bool:
+        return all_finite(
+            [
+                state["momentum_buffer"]
+                for state in self._optimizer.state.values()
+                if state.get("momentum_buffer") is not None
+            ]
+        )
 
     @override
     def load_state_dict(self, state: Sequence[float], parameters: Sequence[Tensor]) -> None:
         if len(state) == len(parameters):  # else it was saved by workers without momentum
-            self._of_parameters = dict(zip(parameters, state, strict=True))
+            self._of_parameters.update(zip(parameters, state, strict=True))
+            self._apart.update(parameters)
 
     @override
     def write(self, into: FlatTensors, parameters: Sequence[Tensor] | None = None) -> None:
@@ -123,19 +138,23 @@ class LookAheadPosition(Position):
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips the step itself
         if found is not None and found.item():
             return
-        for parameter in [each for each in self._of_parameters if each.grad is not None]:
-            del self._of_parameters[parameter]
         for group in optimizer.param_groups:
-            now = _lr_times_momentum(group)
-            _, before = self._of_groups.get(id(group), (group, now))
-            self._of_groups[id(group)] = group, now
-            if before != now:
-                for parameter in group["params"]:
-                    if parameter.grad is None:
-                        self._of_parameters.setdefault(parameter, before)
+            now = len(group["params"]), _lr_times_momentum(group)
+            written = self._apart.intersection(group["params"]) if self._apart else set()
+            if self._of_groups.get(id(group), (None,))[1:] != now:
+                self._of_groups[id(group)] = group, *now
+                written = set(group["params"])
+            for parameter in written:
+                if parameter.grad is not None:
+                    self._of_parameters[parameter] = now[1]
+                    self._apart.discard(parameter)
+                elif self._of_parameters.setdefault(parameter, now[1]) != now[1]:
+                    self._apart.add(parameter)
 
-    def _of_group(self, group: Any) -> float:
-        return self._of_groups.get(id(group), (group, _lr_times_momentum(group)))[1]
+    def _of_groups_now(self) -> Iterator[tuple[Tensor, float]]:
+        for group in self._optimizer.param_groups:
+            factor = _lr_times_momentum(group)
+            yield from ((parameter, factor) for parameter in group["params"])
 
 
 def _lr_times_momentum(group: Mapping[str, Any]) -> float:

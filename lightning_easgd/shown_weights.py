@@ -38,11 +38,13 @@ class ShownWeights:
     @torch.no_grad()
     def show_center(self, common: Mapping[str, Tensor]) -> None:
         """Show the center, with these values of buffers and parameters by their names, in place of the averagers'."""
+        self._worker_buffers = keep_buffers(self._module)  # first: one may be a view of a parameter
+        # What has gone to another optimizer is shown by that one's averager: last.
+        self._averagers = sorted(self._averagers, key=lambda averager: not averager.has_departed)
         for averager in self._averagers:
             averager.show_center()
         kept = {id(parameter) for averager in self._averagers for parameter in averager.parameters}
         self._common = common
-        self._worker_buffers = keep_buffers(self._module)
         self._worker_parameters = {
             parameter: parameter.detach().clone() for parameter, _ in self._replaced() if id(parameter) not in kept
         }
@@ -73,18 +75,18 @@ class ShownWeights:
         try:
             yield
         finally:
-            _load(shown)
             restore_buffers(buffers)
+            _load(shown)
 
     def _replaced(self) -> list[tuple[Tensor, Tensor]]:
         parameters = dict(self._module.named_parameters())
         return [(parameters[name], value) for name, value in self._common.items() if name in parameters]
 
     def _load_worker(self) -> None:
+        restore_buffers(self._worker_buffers)
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
         _load(self._worker_parameters)
-        restore_buffers(self._worker_buffers)
 
 
 @torch.no_grad()

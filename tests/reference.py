@@ -46,6 +46,9 @@ def round_robin_trace(minima, steps: int, tau: int, alpha: float, lr: float = 0.
 class BlockingAverager:
     """Plain synchronous EASGD: the reduction is waited for at once, and the center moved before the step."""
 
+    has_departed = False
+    has_exchanged = True
+
     def __init__(self, optimizer: Optimizer, line: ExchangeLine, make_sum, *, tau, rates: MovingRates, **_) -> None:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.centers = [parameter.detach().clone().float() for parameter in self.parameters]

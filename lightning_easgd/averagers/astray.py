@@ -1,20 +1,16 @@
 """What becomes of a worker that has gone astray: whose difference from the center is not finite."""
 
-import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import final
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.averagers.channel import ExchangeError
-from lightning_easgd.center import as_real
 
-__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray", "all_finite"]
+__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray"]
 
 
 class NonFiniteError(ExchangeError):
@@ -85,6 +81,9 @@ class ResetIfAstray(AstrayPolicy):
     @override
     def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
         optimizer.state.clear()  # what led there, or came of it, is in momentum and averages, too
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None  # it may have been taken already, where the worker was
         self._mend()
         warnings.warn(
             f"{self._strategy}(on_nonfinite='reset'): the weights of rank {rank} were not finite at the exchange after"
@@ -92,18 +91,3 @@ class ResetIfAstray(AstrayPolicy):
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-def all_finite(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> bool:
-    """Whether all elements are finite; it waits for the tensors' device.
-
-    Args:
-        tensors: Floating-point or complex ones.
-        norms: Norms of their parts, where they have been taken: if these are finite, the tensors are.
-    """
-    tensors = [as_real(tensor).detach() for tensor in tensors]
-    if norms is None:
-        norms = list(torch._foreach_norm(tensors)) if tensors else []
-    if all(math.isfinite(norm) for norm in norms):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # large squares may have been too large

@@ -1,7 +1,7 @@
 """What every way of averaging has in common: one averager per optimizer, and workers that meet."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers.astray import AstrayPolicy
+from lightning_easgd.averagers.averaged_parameters import Names
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import Header, Meeting, Statistics
 from lightning_easgd.common_values import CommonValues, common_values
@@ -21,9 +22,12 @@ class Averager(ABC):
 
     Attributes:
         clock: t, the optimizer's steps so far.
+        has_exchanged: Whether this center has taken an exchange of any worker, also in the run that is resumed; as far
+            as this worker knows.
     """
 
     clock: int
+    has_exchanged: bool = False
 
     @property
     @abstractmethod
@@ -34,6 +38,11 @@ class Averager(ABC):
     def laid_out(self) -> list[Tensor]:
         """The parameters in the order of the averager's flat vectors; some may not be averaged, or not yet."""
         return self.parameters
+
+    @property
+    def has_departed(self) -> bool:
+        """Whether some of :attr:`parameters` are not its optimizer's any more; another one's averager may have them."""
+        return False
 
     @abstractmethod
     def follow(self, optimizer: Optimizer) -> None:
@@ -124,14 +133,19 @@ class Averaging(ABC):
         self,
         optimizers: Sequence[Optimizer],
         ignored: Collection[Tensor] = (),
-        name_of: Callable[[Tensor], str] = lambda _: "",
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
     ) -> None:
         """Let the center begin where the workers are, and all clocks at 0. All workers call this at the same point.
 
         Args:
             optimizers: The worker's optimizers.
             ignored: Parameters that stay each worker's own.
-            name_of: A parameter's name in its module, empty if it has none there; for errors.
+            trained: Parameters that have been trained before, frozen now or not.
+            names: The module's parameters.
+
+        Raises:
+            RuntimeError: If the workers' optimizers have different parameters.
         """
 
     @abstractmethod
@@ -143,9 +157,14 @@ class Averaging(ABC):
         """
 
     @property
-    @abstractmethod
     def has_exchanged(self) -> bool:
-        """Whether the center has moved since :meth:`start`; asked on all workers after they have met."""
+        """Whether the center of every optimizer has taken an exchange; asked on all workers after they have met."""
+        return all(averager.has_exchanged for averager in self.averagers.values())
+
+    @property
+    def reaches_all(self) -> bool:
+        """Whether what all workers have in common can be found."""
+        return True
 
     @abstractmethod
     def meet(self, meeting: Meeting) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, all_finite
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
 from lightning_easgd.averagers.base import Averager
 from lightning_easgd.averagers.line import Statistics
 from lightning_easgd.averagers.served_parameters import ServedParameters
 from lightning_easgd.averagers.staging import Staging, make_staging
 from lightning_easgd.averagers.turns import FreeOrder, Turns
-from lightning_easgd.center import FlatTensors, as_parameter
+from lightning_easgd.center import FlatTensors, all_finite, as_parameter
 from lightning_easgd.service import CenterService
 
 __all__ = ["CenterPart", "ServedAverager"]
@@ -141,8 +141,6 @@ class ServedAverager(Averager):
         self._snapshot: FlatTensors | None = None
         self._distance: float | None = None
         self._is_measured = True  # whether the distance is that of the last exchange
-        self.has_seen_exchange = False
-        """Whether the center, when it was last read, had taken an exchange of any worker."""
         self.clock = 0
 
     @property
@@ -287,7 +285,7 @@ class ServedAverager(Averager):
     def _read(self, store: int) -> FlatTensors:
         values = self._like_wire()
         on_host = torch.empty_like(values.flat, device="cpu")
-        self.has_seen_exchange |= self._part.read(on_host, store)
+        self.has_exchanged |= self._part.read(on_host, store)
         values.flat.copy_(on_host)
         return values
 

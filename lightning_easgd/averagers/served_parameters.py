@@ -1,17 +1,17 @@
 """An optimizer's parameters as a served center holds them: fixed when it is opened, frozen ones apart."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_easgd.averagers.averaged_parameters import Names, described, in_order
 from lightning_easgd.center import FlatTensors, as_real
+from lightning_easgd.checksums import checksum
 
-__all__ = ["NameOf", "ServedParameters"]
-
-NameOf = Callable[[Tensor], str]
+__all__ = ["ServedParameters"]
 
 
 @final
@@ -24,7 +24,8 @@ class ServedParameters:
     Args:
         optimizer: The worker's optimizer.
         ignored: Parameters that stay each worker's own.
-        name_of: A parameter's name in its module, empty if it has none there; for errors.
+        trained: Parameters that have been trained before, frozen now or not.
+        names: The module's parameters.
         strategy: Name of the strategy, for errors.
 
     Attributes:
@@ -36,19 +37,23 @@ class ServedParameters:
         self,
         optimizer: Optimizer,
         ignored: Collection[Tensor] = (),
-        name_of: NameOf = lambda _: "",
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
         strategy: str = "EASGDStrategy",
     ) -> None:
-        self._name_of = name_of
+        self._names = names
         self._strategy = strategy
         self._known = [list(group["params"]) for group in optimizer.param_groups]
         leave_out = {id(parameter) for parameter in ignored}
         self.segments: list[list[Tensor]] = []
+        before = {id(parameter) for parameter in trained}
         for group in self._known:
             numbers = [p for p in group if (p.is_floating_point() or p.is_complex()) and id(p) not in leave_out]
-            self.segments.append([parameter for parameter in numbers if parameter.requires_grad])
-            self.segments.append([parameter for parameter in numbers if not parameter.requires_grad])
+            numbers = in_order(numbers, names())
+            self.segments.append([p for p in numbers if _is_trained(p) or id(p) in before])
+            self.segments.append([p for p in numbers if not (_is_trained(p) or id(p) in before)])
         self.exchanged: set[int] = {number for number in range(0, len(self.segments), 2) if self.segments[number]}
+        self._frozen_at = {n: [*map(checksum, self.segments[n])] for n in range(1, len(self.segments), 2)}
 
     @property
     def averaged(self) -> list[list[Tensor]]:
@@ -71,13 +76,35 @@ class ServedParameters:
             layout.load_([parameter for segment in self.segments for parameter in segment])
         return layout
 
+    @property
+    def described(self) -> list[list[str]]:
+        """The segments as all workers must have them in common."""
+        return described(self.segments, self._names())
+
     def unfreeze(self) -> bool:
-        """Let frozen segments travel of which a parameter is trained now; whether there were any."""
+        """Let frozen segments travel of which a parameter is trained now; whether there were any.
+
+        Raises:
+            RuntimeError: If a parameter was written to while it was frozen: the center has the value of the start.
+        """
         new = {
             number
             for number in range(1, len(self.segments), 2)
-            if number not in self.exchanged and any(parameter.requires_grad for parameter in self.segments[number])
+            if number not in self.exchanged and any(map(_is_trained, self.segments[number]))
         }
+        for number in new:
+            sums = map(checksum, self.segments[number])
+            moved = [
+                p
+                for p, now, then in zip(self.segments[number], sums, self._frozen_at[number], strict=True)
+                if now != then
+            ]
+            if moved:
+                raise RuntimeError(
+                    f"{self._strategy}: {self._listed(moved)} was written to while it was frozen, and is trained now,"
+                    " but a served center has its value of the start of training. Write to it before training starts,"
+                    " or use EASGDStrategy(mode='sync')."
+                )
         self.exchanged |= new
         return bool(new)
 
@@ -91,6 +118,13 @@ class ServedParameters:
         then = [parameter for group in self._known for parameter in group]
         if len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True)):
             return
+        if {id(parameter) for parameter in now} == {id(parameter) for parameter in then}:
+            groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+            if groups == [
+                {id(p) for p in group} for group in self._known
+            ]:  # in another order: the groups are as before
+                self._known = [list(group["params"]) for group in optimizer.param_groups]
+                return
         came, went = self._described(now, then), self._described(then, now)
         raise RuntimeError(
             f"{self._strategy}: the optimizer has got or lost parameters since training started (new: {came}; gone:"
@@ -101,9 +135,13 @@ class ServedParameters:
     def _described(self, parameters: Sequence[Tensor], others: Sequence[Tensor]) -> str:
         """Those of the parameters that are not among the others."""
         known = {id(other) for other in others}
-        texts = [
-            f"{self._name_of(parameter) or 'a parameter'} of shape {tuple(parameter.shape)}"
-            for parameter in parameters
-            if id(parameter) not in known
-        ]
+        return self._listed([parameter for parameter in parameters if id(parameter) not in known])
+
+    def _listed(self, parameters: Sequence[Tensor]) -> str:
+        names = self._names()
+        texts = [f"{names.get(p, 'a parameter')} of shape {tuple(p.shape)}" for p in parameters]
         return ", ".join(texts) or "none"
+
+
+def _is_trained(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None

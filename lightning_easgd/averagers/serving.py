@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
+from lightning_easgd.averagers.averaged_parameters import Names, check_in_common
 from lightning_easgd.averagers.base import Averaging, follow
 from lightning_easgd.averagers.channel import Channel, ExchangeError
 from lightning_easgd.averagers.line import Header, Meeting, Statistics, WorkersStoppedError
@@ -180,12 +181,14 @@ class ServedAveraging(Averaging):
         self,
         optimizers: Sequence[Optimizer],
         ignored: Collection[Tensor] = (),
-        name_of: Callable[[Tensor], str] = lambda _: "",
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
     ) -> None:
         for averager in self._served:  # of the learning rate finder's fit
             averager.close()
         self._let_go()
-        parameters = [ServedParameters(optimizer, ignored, name_of, self.strategy) for optimizer in optimizers]
+        parameters = [ServedParameters(optimizer, ignored, trained, names, self.strategy) for optimizer in optimizers]
+        check_in_common([segment for every in parameters for segment in every.described], self.control, self.strategy)
         dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
         layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
@@ -238,8 +241,8 @@ class ServedAveraging(Averaging):
 
     @property
     @override
-    def has_exchanged(self) -> bool:
-        return any(averager.has_seen_exchange for averager in self._served)
+    def reaches_all(self) -> bool:
+        return not self._lost
 
     @override
     def center_state_dict(self) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, all_finite
-from lightning_easgd.averagers.averaged_parameters import AveragedParameters
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFiniteError
+from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
 from lightning_easgd.averagers.base import Averager, Averaging, follow
 from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sums import MakeSum
-from lightning_easgd.center import FlatTensors, as_parameter, as_real, center_dtype
+from lightning_easgd.center import FlatTensors, all_finite, as_parameter, as_real, center_dtype
 from lightning_easgd.checksums import checksum
 from lightning_easgd.elastic import elastic_pull_
 from lightning_easgd.momentum import ParameterPosition, Position
@@ -51,6 +51,8 @@ class SynchronousAverager(Averager):
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
         center_device: Where the center and the differences are; None for where the parameters are.
         ignored: Parameters that stay each worker's own.
+        trained: Parameters that have been trained before, frozen now or not.
+        names: The module's parameters.
 
     Attributes:
         clock: t, the optimizer's steps so far.
@@ -69,12 +71,15 @@ class SynchronousAverager(Averager):
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         ignored: Collection[Tensor] = (),
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
     ) -> None:
         self.center: FlatTensors
         self._center_device = center_device
         self._optimizer = optimizer
-        self._averaged = AveragedParameters(optimizer, ignored)
+        self._averaged = AveragedParameters(optimizer, ignored, trained, names)
         self._line = line
+        check_in_common(self._averaged.described, line.control, "EASGDStrategy")
         self._number = number
         self._tau = tau
         self._rates = rates
@@ -111,14 +116,14 @@ class SynchronousAverager(Averager):
         self._begun_at = self.clock
         rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
         if self._averaged.have_changed:
-            agreement = self._averaged.selected_numel, self._rates.common(rates)
+            agreement = *self._averaged.changed, self._rates.common(rates)
             finite = self.is_finite()
             self._line.accept(self._line.announce(self._number, agreement, finite), self.clock)
             self._extend()
-            self._take_difference()
+            finite = self._take_difference() and finite
         else:
             finite = self._take_difference()
-            agreement = self.center.flat.numel(), self._rates.common(rates)
+            agreement = self._described, 0, self._rates.common(rates)
             self._header = self._line.announce(self._number, agreement, finite)
         if not finite:
             self._start_again()
@@ -137,8 +142,7 @@ class SynchronousAverager(Averager):
         finite = self.is_finite()
         if self._averaged.have_changed:
             self._extend()
-        self._take_difference()
-        if not finite:
+        if not (self._take_difference() and finite):
             self._start_again()
         self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
         self._pull()
@@ -167,6 +171,11 @@ class SynchronousAverager(Averager):
         self._line.under_way.remove(self)
         self._line.statistics.seconds_waited += time.monotonic() - started
 
+    @property
+    @override
+    def has_departed(self) -> bool:
+        return self._averaged.have_changed and bool(self._averaged.departed)
+
     @override
     def follow(self, optimizer: Optimizer) -> None:
         self._optimizer = self._averaged.optimizer = optimizer
@@ -174,7 +183,7 @@ class SynchronousAverager(Averager):
 
     @override
     def is_finite(self) -> bool:
-        return all_finite(self.parameters)
+        return all_finite(self.parameters) and self._position.is_finite()
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
@@ -262,7 +271,7 @@ class SynchronousAverager(Averager):
         else:
             alphas = [alpha for alpha, _ in rates]
             shares = [beta / self._line.control.size for _, beta in rates]
-        self._in_flight = True
+        self._in_flight = self.has_exchanged = True
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(shares)
@@ -291,6 +300,7 @@ class SynchronousAverager(Averager):
         """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them."""
         views = {id(parameter): view for parameter, view in zip(known, self.center.views if known else [], strict=True)}
         parameters = self.parameters
+        self._described = self._averaged.described
         self.center = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
         entered = {id(p): self._averaged.entered_with(p) for p in parameters if id(p) not in views}
         with torch.no_grad():
@@ -306,6 +316,11 @@ class SynchronousAverager(Averager):
         if control.rank != 0:
             flat.zero_()
         control.sum(flat).wait()
+        if not all_finite([flat]):
+            raise NonFiniteError(
+                "EASGDStrategy: the optimizer has parameters that are not finite on rank 0, where their center would"
+                " begin."
+            )
         for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
             value.copy_(part.view(value.shape))
 
@@ -345,7 +360,6 @@ class SynchronousAveraging(Averaging):
         self._rates = rates
         self._position = position
         self._synchronous: dict[Optimizer, SynchronousAverager] = {}
-        self._exchanges_before = 0
 
     @property
     @override
@@ -357,12 +371,12 @@ class SynchronousAveraging(Averaging):
         self,
         optimizers: Sequence[Optimizer],
         ignored: Collection[Tensor] = (),
-        name_of: Callable[[Tensor], str] = lambda _: "",
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
     ) -> None:
         for averager in self._synchronous.values():  # of the learning rate finder's fit
             averager.close()
         self.averagers = self._synchronous = {}
-        self._exchanges_before = self.statistics.exchanges
         for number, optimizer in enumerate(optimizers):
             self._synchronous[optimizer] = SynchronousAverager(
                 optimizer,
@@ -374,17 +388,14 @@ class SynchronousAveraging(Averaging):
                 position=self._position,
                 center_device=self._center_device,
                 ignored=ignored,
+                trained=trained,
+                names=names,
             )
 
     @override
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         self._synchronous = follow(self._synchronous, optimizers, self.strategy)
         self.averagers = self._synchronous
-
-    @property
-    @override
-    def has_exchanged(self) -> bool:
-        return self.statistics.exchanges > self._exchanges_before
 
     @override
     def center_state_dict(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd._compat import is_without_steps
 from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
-from lightning_easgd.buffers import FiniteBuffers, load_buffers
+from lightning_easgd.buffers import FiniteValues, load_buffers
 from lightning_easgd.common_values import CommonValues
 from lightning_easgd.service import CenterError, WorkerLostError
 from lightning_easgd.shown_weights import ShownWeights
@@ -23,7 +23,7 @@ from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
-from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
+from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
 from lightning_easgd.strategies.steps import Steps
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
 
     tau: int
     on_nonfinite: str
-    _finite_buffers: FiniteBuffers | None
+    _finite_values: FiniteValues | None
 
     def __init__(self, *arguments: Any, evaluate: str = "center", **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -58,8 +58,8 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._common = CommonValues()  # at the last meeting, of what no averager holds
         self._outside: OutsideValues | None = None  # as long as the shown weights
         self._steps: Steps | None = None  # from the start of training to teardown
-        self._steps_made = 0
-        self._has_exchanged_before = False  # in the run that is resumed
+        self._steps_made: dict[Averager, int] = {}
+        self._trained_before: frozenset[str] = frozenset()  # parameters, in the run that is resumed
         self._told_own = False
         self._calibrate: Callable[[], None] | None = None
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
@@ -143,6 +143,10 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer, and make it what a worker trains with, in place."""
 
+    @abstractmethod
+    def is_prepared(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it; asked before every step."""
+
     def setup_optimizers(self, trainer: "Trainer") -> None:
         """Create the optimizers."""
         super().setup_optimizers(trainer)
@@ -177,22 +181,28 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         assert self.lightning_module is not None
         for optimizer in self.optimizers:  # once more: a resumed one has the settings of the run that saved it
             self.prepare_optimizer(optimizer)
-        module = self.lightning_module
-        self._averaging.start(self._trained_optimizers(), ignored_parameters(module), self._name_of)
+        module, ignored = self.lightning_module, ignored_names(self.lightning_module)
+        parameters = dict(module.named_parameters())
+        self._averaging.start(
+            self._trained_optimizers(),
+            ignored=[parameter for name, parameter in parameters.items() if name in ignored],
+            trained=[parameter for name, parameter in parameters.items() if name in self._trained_before],
+            names=self._names,
+        )
         self._shown = ShownWeights(module, self._averagers)
         self._outside = OutsideValues(
             module,
             self._averagers,
             self._trained_optimizers,
+            ignored=ignored,
             with_buffers=self.has_common_buffers,
             strategy=type(self).__name__,
         )
         if self._steps is not None:  # of the learning rate finder's fit inside this one
             self._steps.close()
         self._steps = Steps(self.before_step, self.after_step)
-        self._steps_made = 0
-        self._has_exchanged_before = False
-        self._finite_buffers = FiniteBuffers(module) if self.on_nonfinite == "reset" else None
+        self._steps_made = dict.fromkeys(self._averagers, 0)
+        self._finite_values = FiniteValues(self._outside.tensors) if self.on_nonfinite == "reset" else None
         self._told_own = False
         self._training = True
         self._validating = self._replaced = False
@@ -217,24 +227,34 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return self._steps.make(optimizer, make)
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
-        averager = self._averager_of(optimizer) if self._is_averaging else None
-        if averager is not None:
+        """Begin an exchange if this optimizer's clock says so; called before every step, however it is made.
+
+        Raises:
+            RuntimeError: If the module shows the center: the step would be lost with it.
+        """
+        averagers = self._averagers_of_step(optimizer)
+        if averagers and self._shown is not None and self._shown.center:
+            raise RuntimeError(
+                f"{type(self).__name__}: an optimizer step in a validation, or inside of center_weights(), would be"
+                " taken at the center and lost with it; make it in training, or use evaluate='worker'."
+            )
+        if averagers and not self.is_prepared(optimizer):  # its settings have been loaded or changed
+            self.prepare_optimizer(optimizer)
+        for averager in averagers:
             averager.begin()
 
     def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
-        if not self._is_averaging:
+        averagers = self._averagers_of_step(optimizer)
+        if not averagers:
+            if self._is_averaging and self._outside is not None:
+                self._outside.note_step(optimizer)
             return
-        averager = self._averager_of(optimizer)
-        if averager is None:
-            assert self._outside is not None
-            self._outside.note_step(optimizer)
-            return
-        averager.finish()
-        self._steps_made += 1
-        if not (had_closure and self._trainer.lightning_module.automatic_optimization):
-            averager.look_ahead()
+        for averager in averagers:
+            averager.finish()
+            self._steps_made[averager] += 1
+            if not (had_closure and self._trainer.lightning_module.automatic_optimization):
+                averager.look_ahead()
         self._stop_if_agreed()
 
     def on_validation_start(self) -> None:
@@ -336,15 +356,37 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             self._averaging.follow(self._trained_optimizers())
         return self._averaging.averagers.get(optimizer)
 
-    def _name_of(self, parameter: Tensor) -> str:
+    def _averagers_of_step(self, optimizer: Optimizer) -> list[Averager]:
+        """The averagers whose clocks a step counts on.
+
+        That is its own; or, of an optimizer that the strategy does not know but that steps the parameters of those that
+        it knows (as the inner one of SAM does), theirs, unless the step is part of one of them.
+        """
+        if not self._is_averaging or self._steps is None:
+            return []
+        own = self._averager_of(optimizer)
+        if own is not None:
+            return [own]
+        assert self._averaging is not None
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        owners = [
+            (known, averager)
+            for known, averager in self._averaging.averagers.items()
+            if any(id(parameter) in stepped for parameter in averager.parameters)
+        ]
+        inside = any(self._steps.is_under_way(known) for known, _ in owners)
+        return [] if inside else [averager for _, averager in owners]
+
+    def _names(self) -> dict[Tensor, str]:
+        """The module's parameters, in its order, with their names."""
         assert self.lightning_module is not None
-        return next((name for name, each in self.lightning_module.named_parameters() if each is parameter), "")
+        return {parameter: name for name, parameter in self.lightning_module.named_parameters()}
 
     @property
     def _center_has_moved(self) -> bool:
         """Whether the center holds something of what the workers have learnt; asked after all have met."""
         assert self._averaging is not None
-        return self._averaging.has_exchanged or self._has_exchanged_before
+        return self._averaging.has_exchanged
 
     @property
     def _is_center_in_module(self) -> bool:
@@ -353,12 +395,16 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return self._center_has_moved and self._averaging.is_in_parameters
 
     def _warn_without_exchange(self) -> None:
-        if self._steps_made and not self._center_has_moved and not self._trainer.fast_dev_run:
-            rank_zero_warn(
-                f"{type(self).__name__}(tau={self.tau}): this fit ended after {self._steps_made} optimizer steps,"
-                " before the first exchange, so that the workers have trained apart; the module holds the mean of"
-                f" their weights. Make more than {self.tau} steps, or lower tau."
-            )
+        assert self._averaging is not None
+        apart = [steps for averager, steps in self._steps_made.items() if steps and not averager.has_exchanged]
+        if not apart or self._trainer.fast_dev_run:
+            return
+        held = "the mean of their weights" if self._averaging.reaches_all else "what training began with"
+        rank_zero_warn(
+            f"{type(self).__name__}(tau={self.tau}): this fit ended after {max(apart)} optimizer steps, before the"
+            f" first exchange, so that the workers have trained apart; the module holds {held}. Make more than"
+            f" {self.tau} steps of every optimizer, or lower tau."
+        )
 
     def _leave(self) -> None:
         if self._shown is None:
@@ -371,7 +417,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             replaced = self._shown.values() if self._shown.center else {}
             self._final_center = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
         ended_well = not self._training and not self._interrupted
-        self._shown = self._outside = self._finite_buffers = None
+        self._shown = self._outside = self._finite_values = None
         self._training = self._validating = False
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)
@@ -412,11 +458,11 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         tensors = self._outside.tensors()
         if not self._center_has_moved:
             self._averaging.check_finite()
-            tensors |= self._outside.averaged()
+            tensors |= self._outside.apart()
         self._common = self._averaging.common_values(tensors)
         self._same_everywhere = self._common.same & self._outside.tensors().keys()
-        if self._finite_buffers is not None:
-            self._finite_buffers.update(self._common.values)
+        if self._finite_values is not None:
+            self._finite_values.update(self._common.values)
         self._tell_own()
 
     def _check_outside(self) -> None:
@@ -456,7 +502,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         """
         assert self._averaging is not None
         assert self._outside is not None
-        tensors = self._outside.tensors() | self._outside.averaged()
+        tensors = self._outside.parameters() | self._outside.buffers()
         for name, value in self._averaging.common_values(tensors).values.items():
             tensors[name].copy_(value)
 

@@ -100,7 +100,7 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def _common_state(self, center: Mapping[str, Any]) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._common_part(self.lightning_module, self._averagers, center, self._center_has_moved)
+        return self._common_part(self.lightning_module, self._averagers, center)
 
     def _averaging_state(self) -> dict[str, Any]:
         """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""
@@ -148,14 +148,14 @@ class CheckpointedWorkers(KeptStates, CenterWorkers):
 
     def on_train_start(self) -> None:
         """Let the center begin where the workers are; go on where a checkpoint was saved."""
-        super().on_train_start()
         kept, self._resumed = self._resumed, None
+        self._trained_before = kept.trained if kept is not None and kept.own is not None else frozenset()
+        super().on_train_start()
         self._final = None
         if not self._training or kept is None:
             return
         assert self._averaging is not None
         assert self.lightning_module is not None
-        self._has_exchanged_before = kept.own is not None and kept.exchanged
         edited = self._edited(kept)
         self._start_center(kept, self.lightning_module, self._averaging, edited)
         self._restore(kept, self.lightning_module, self._averaging, edited)

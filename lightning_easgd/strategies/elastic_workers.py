@@ -198,6 +198,11 @@ class ElasticWorkers(ServedWorkers):
     def _count_of_workers(self) -> int:
         return self.num_nodes * self.num_processes
 
+    def is_prepared(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it: Nesterov, for EAMSGD."""
+        groups = optimizer.param_groups
+        return self.momentum is None or all(group.get("nesterov") and group.get("momentum") for group in groups)
+
     @property
     def is_served(self) -> bool:
         """Whether the center is a served one."""

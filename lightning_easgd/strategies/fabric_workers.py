@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging, Meeting, Statistics
-from lightning_easgd.buffers import FiniteBuffers
+from lightning_easgd.buffers import FiniteValues
 from lightning_easgd.checkpointing import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
-from lightning_easgd.strategies.outside_values import OutsideValues, ignored_parameters
+from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
 from lightning_easgd.strategies.processes import WorkerProcesses
 from lightning_easgd.strategies.steps import Steps
 
@@ -52,7 +52,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     """
 
     on_nonfinite: str
-    _finite_buffers: FiniteBuffers | None
+    _finite_values: FiniteValues | None
 
     def __init__(
         self, *arguments: Any, evaluate: str = "center", recalibrate_batchnorm: int = 0, **keywords: Any
@@ -77,7 +77,6 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._resumed = Kept()  # what to go on from at the next step
-        self._has_exchanged_before = False  # in the run that is resumed
         self._statistics = Statistics()
 
     @abstractmethod
@@ -87,6 +86,10 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     @abstractmethod
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer, and make it what a worker trains with, in place."""
+
+    @abstractmethod
+    def is_prepared(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it; asked before every step."""
 
     @property
     def center(self) -> Mapping[str, Tensor]:
@@ -204,6 +207,8 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
                 f"{type(self).__name__}: an optimizer step inside center_weights() would be taken at the center, not at"
                 " the worker; leave the context first."
             )
+        if not self.is_prepared(optimizer):  # its settings have been loaded or changed
+            self.prepare_optimizer(optimizer)
         self._started().averagers[optimizer].begin()
 
     def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
@@ -263,19 +268,25 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
             for optimizer in self._optimizers:  # once more: a loaded one has the settings of the run that saved it
                 self.prepare_optimizer(optimizer)
             modules = self._all_modules
-            averaging.start(self._optimizers, ignored_parameters(modules), self._name_of)
+            parameters = dict(modules.named_parameters())
+            kept, self._resumed = self._resumed, Kept()
+            averaging.start(
+                self._optimizers,
+                ignored=[parameter for name, parameter in parameters.items() if name in self._ignored_names],
+                trained=[parameter for name, parameter in parameters.items() if name in kept.trained],
+                names=self._names,
+            )
             self._statistics = averaging.statistics
             self._averaging = averaging
             self._outside = OutsideValues(
                 modules,
                 self._averagers,
                 lambda: self._optimizers,
+                ignored=self._ignored_names,
                 with_buffers=self.has_common_buffers,
                 strategy=type(self).__name__,
             )
-            self._finite_buffers = FiniteBuffers(modules) if self.on_nonfinite == "reset" else None
-            kept, self._resumed = self._resumed, Kept()
-            self._has_exchanged_before = kept.own is not None and kept.exchanged
+            self._finite_values = FiniteValues(self._outside.tensors) if self.on_nonfinite == "reset" else None
             self._resume(averaging, kept)
         return self._averaging
 
@@ -284,7 +295,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         modules = self._all_modules
         in_module = self._center_has_moved and self._averaging.is_in_parameters
         center = {} if in_module else self._averaging.center_state_dict()
-        common = self._common_part(modules, self._averagers, center, self._center_has_moved)
+        common = self._common_part(modules, self._averagers, center)
         if self.is_global_zero:
             state = modules.state_dict()
             common["sums"] = StateSums(state).saved(state)
@@ -323,12 +334,21 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
 
     def _end(self) -> None:
         averaging, self._averaging = self._averaging, None
-        self._outside = self._finite_buffers = None
+        self._outside = self._finite_values = None
         if averaging is not None:
             averaging.close()
 
-    def _name_of(self, parameter: Tensor) -> str:
-        return next((name for name, each in self._all_modules.named_parameters() if each is parameter), "")
+    def _names(self) -> dict[Tensor, str]:
+        """The modules' parameters, in their order, with their names."""
+        return {parameter: name for name, parameter in self._all_modules.named_parameters()}
+
+    @property
+    def _ignored_names(self) -> frozenset[str]:
+        if len(self._modules) == 1:
+            return ignored_names(self._modules[0])
+        return frozenset(
+            f"{number}.{name}" for number, each in enumerate(self._modules) for name in ignored_names(each)
+        )
 
     def _has(self, module: nn.Module) -> bool:
         return module in self._modules or getattr(module, "module", None) in self._modules
@@ -343,7 +363,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
     @property
     def _center_has_moved(self) -> bool:
         """Whether the center holds something of what the workers have learnt; asked after all have met."""
-        return self._averaging is not None and (self._averaging.has_exchanged or self._has_exchanged_before)
+        return self._averaging is not None and self._averaging.has_exchanged
 
     def _meet(self, averaging: Averaging, meeting: Meeting) -> None:
         """Wait for all ranks, and show the center; before the first exchange the workers' mean."""
@@ -353,7 +373,7 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         tensors = self._outside.tensors()
         if not self._center_has_moved:
             averaging.check_finite()
-            tensors |= self._outside.averaged()
+            tensors |= self._outside.apart()
         common = averaging.common_values(tensors)
         self._same_everywhere = common.same & self._outside.tensors().keys()
         self._shown = ShownWeights(self._all_modules, self._averagers)

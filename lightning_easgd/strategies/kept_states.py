@@ -66,7 +66,9 @@ class Kept:
         layouts: The layout of each optimizer's flat vectors; None if that is not known.
         shared: The tensors that no worker has of its own: they are what the module's state says.
         sums: The checksums of the module's state; None if they are not known.
-        exchanged: Whether workers had exchanged with the center; before, the module's state is their mean.
+        exchanged: Of each optimizer, whether workers had exchanged with its center; before, the module's state is their
+            mean. None for all.
+        trained: Names of the parameters that were averaged.
         fingerprints: Of the state that Lightning sees and each worker has of its own; None if they are not known.
         own: This worker's own state, if all workers can go on from theirs.
     """
@@ -77,7 +79,8 @@ class Kept:
     layouts: Sequence[Layout] | None = None
     shared: frozenset[str] = frozenset()
     sums: Mapping[str, Any] | None = None
-    exchanged: bool = True
+    exchanged: Sequence[bool] | None = None
+    trained: frozenset[str] = frozenset()
     fingerprints: Mapping[str, Any] | None = None
     own: Mapping[str, Any] | None = None
 
@@ -109,7 +112,7 @@ class KeptStates(_Base):
     # Saving
 
     def _common_part(
-        self, module: nn.Module, averagers: Sequence[Averager], center: Mapping[str, Any], exchanged: bool
+        self, module: nn.Module, averagers: Sequence[Averager], center: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What a checkpoint holds under :data:`KEY` whether or not the workers' own states are kept."""
         return {
@@ -117,7 +120,8 @@ class KeptStates(_Base):
             "method": self._method,
             "world_size": self.world_size,
             "center": center,
-            "exchanged": exchanged,
+            "exchanged": [averager.has_exchanged for averager in averagers],
+            "trained": sorted(_names_of_averaged(module, averagers)),
             "stores": self._store_names,
             "clocks": [averager.clock for averager in averagers],
             "layouts": [list(layout) for layout in layouts_of(module, averagers)],
@@ -180,7 +184,8 @@ class KeptStates(_Base):
             layouts=saved.get("layouts"),
             shared=frozenset(saved.get("shared", ())),
             sums=saved.get("sums"),
-            exchanged=saved.get("exchanged", True),
+            exchanged=saved.get("exchanged"),
+            trained=frozenset(saved.get("trained", ())),
             fingerprints=saved.get("fingerprints"),
         )
         if self.worker_state == "none":
@@ -225,8 +230,11 @@ class KeptStates(_Base):
     def _start_center(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
         averagers = list(averaging.averagers.values())
-        if averagers and kept.center and (kept.exchanged or kept.own is not None):
+        if averagers and kept.center:
             layouts = layouts_of(module, averagers)
+            if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
+                apart = zip(kept.layouts or layouts, kept.exchanged or (), strict=False)
+                edited = {*edited, *(name for layout, exchanged in apart if not exchanged for name, _ in layout)}
             averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self._store_names, edited))
             for averager in averagers:
                 averager.start_at_center()
@@ -248,6 +256,8 @@ class KeptStates(_Base):
         saved = kept.own["averagers"]
         names = {name for name, _ in chain.from_iterable(layouts)} - set(edited)
         # Of another number of optimizers those that are new start anew, as Lightning does it.
+        for averager, exchanged in zip(averagers, kept.exchanged or [True] * len(averagers), strict=False):
+            averager.has_exchanged |= exchanged
         for averager, own, new, old in zip(averagers, saved, layouts, kept.layouts or layouts, strict=False):
             averager.load_state_dict(merged(own, averager.state_dict(), old, new, names))
 
@@ -316,6 +326,11 @@ def layouts_of(module: nn.Module, averagers: Sequence[Averager]) -> list[list[tu
         ]
         for number, averager in enumerate(averagers)
     ]
+
+
+def _names_of_averaged(module: nn.Module, averagers: Sequence[Averager]) -> set[str]:
+    averaged = {id(parameter) for averager in averagers for parameter in averager.parameters}
+    return {name for name, parameter in module.named_parameters() if id(parameter) in averaged}
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

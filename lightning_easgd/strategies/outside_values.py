@@ -1,26 +1,22 @@
 """The parameters and buffers of a module that no averager holds: teachers, frozen weights, BatchNorm's statistics."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_easgd.averagers import Averager
 from lightning_easgd.checksums import checksum
 
-__all__ = ["OutsideValues", "ignored_names", "ignored_parameters"]
+__all__ = ["OutsideValues", "ignored_names"]
 
 
 def ignored_names(module: nn.Module) -> frozenset[str]:
     """Names of the parameters and buffers that the module's author keeps out of ``DistributedDataParallel``."""
     return frozenset(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
-
-
-def ignored_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters among them."""
-    names = ignored_names(module)
-    return [parameter for name, parameter in module.named_parameters() if name in names]
 
 
 @final
@@ -31,6 +27,7 @@ class OutsideValues:
         module: The module.
         averagers: The averagers of its parameters.
         optimizers: Gives the optimizers that the strategy knows.
+        ignored: Names of what stays each worker's own.
         with_buffers: Whether buffers belong to the center, or stay each worker's own.
         strategy: Name of the strategy, for errors.
     """
@@ -41,6 +38,7 @@ class OutsideValues:
         averagers: Sequence[Averager],
         optimizers: Callable[[], Iterable[Optimizer]],
         *,
+        ignored: Collection[str],
         with_buffers: bool,
         strategy: str,
     ) -> None:
@@ -49,31 +47,40 @@ class OutsideValues:
         self._optimizers = optimizers
         self._with_buffers = with_buffers
         self._strategy = strategy
-        self._unknown: dict[Tensor, str] = {}  # what an unknown optimizer has stepped, and the optimizer's class
+        self._ignored = frozenset(ignored)
+        self._unknown = WeakIdKeyDictionary()  # what an unknown optimizer has stepped, and the optimizer's class
         self._at_start = {name: checksum(p) for name, p in self._parameters().items() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters that no averager holds, and buffers, by name."""
-        ignored = ignored_names(self._module)
-        parameters = {name: p.detach() for name, p in self._parameters().items() if name not in ignored}
+        parameters = {name: p.detach() for name, p in self._parameters().items() if name not in self._ignored}
         return parameters | self.buffers()
 
+    def parameters(self) -> dict[str, Tensor]:
+        """All parameters that do not stay each worker's own, by name."""
+        return {name: p.detach() for name, p in self._module.named_parameters() if name not in self._ignored}
+
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to the center, by name."""
+        """The buffers that belong to the center, by name; not those that are views of averaged parameters."""
         if not self._with_buffers:
             return {}
-        ignored = ignored_names(self._module)
-        return {name: buffer.detach() for name, buffer in self._module.named_buffers() if name not in ignored}
+        memory = {_memory(p) for averager in self._averagers for p in averager.parameters} - {None}
+        return {
+            name: buffer.detach()
+            for name, buffer in self._module.named_buffers()
+            if name not in self._ignored and _memory(buffer) not in memory
+        }
 
-    def averaged(self) -> dict[str, Tensor]:
-        """The module's parameters that averagers hold, by name."""
-        held = self._held()
+    def apart(self) -> dict[str, Tensor]:
+        """The module's parameters whose averagers have not exchanged yet, by name."""
+        held = {id(p) for averager in self._averagers if not averager.has_exchanged for p in averager.parameters}
         return {name: p.detach() for name, p in self._module.named_parameters() if id(p) in held}
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Take notice of a step of an optimizer that the strategy does not know."""
         for group in optimizer.param_groups:
-            self._unknown.update((parameter, type(optimizer).__name__) for parameter in group["params"])
+            for parameter in group["params"]:
+                self._unknown[parameter] = type(optimizer).__name__
 
     def check(self) -> None:
         """Raise if parameters have been trained that no averager holds: each rank would end with its own.
@@ -84,12 +91,11 @@ class OutsideValues:
         Raises:
             RuntimeError: It names them.
         """
-        ignored = ignored_names(self._module)
         known = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
         trained = [
             name
             for name, p in self._parameters().items()
-            if name not in ignored and p.requires_grad and id(p) not in known and self._is_trained(name, p)
+            if name not in self._ignored and id(p) not in known and self._is_trained(name, p)
         ]
         if not trained:
             return
@@ -98,14 +104,15 @@ class OutsideValues:
         raise RuntimeError(
             f"{self._strategy}: {_listed(trained)} have been trained {by}, so that nothing averages them and each rank"
             " has its own. Return their optimizer from configure_optimizers (with Fabric: fabric.setup), also if its"
-            " steps are made by hand; parameters that are to stay each rank's own are named in the module's"
+            " steps are made by hand. If they are no more than written to, such as a target network, make that clear by"
+            " requires_grad_(False); those that are to stay each rank's own are named in the module's"
             " _ddp_params_and_buffers_to_ignore."
         )
 
     def _is_trained(self, name: str, parameter: Tensor) -> bool:
-        if name not in self._at_start:  # it has come later
+        if name not in self._at_start:  # it has come later, or was frozen
             return parameter in self._unknown
-        stepped = parameter in self._unknown or parameter.grad is not None
+        stepped = parameter in self._unknown or (parameter.requires_grad and parameter.grad is not None)
         return stepped and checksum(parameter) != self._at_start[name]
 
     def _parameters(self) -> Mapping[str, nn.Parameter]:
@@ -114,6 +121,13 @@ class OutsideValues:
 
     def _held(self) -> set[int]:
         return {id(parameter) for averager in self._averagers for parameter in averager.parameters}
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None for one without, and for those that are no plain tensors."""
+    if tensor.layout is not torch.strided or not tensor.numel():
+        return None
+    return tensor.untyped_storage().data_ptr()
 
 
 def _listed(names: Iterable[str], most: int = 8) -> str:

@@ -20,7 +20,7 @@ from lightning_easgd.averagers import (
     free_order,
     round_robin,
 )
-from lightning_easgd.buffers import FiniteBuffers
+from lightning_easgd.buffers import FiniteValues
 from lightning_easgd.service import CenterRule
 from lightning_easgd.strategies.processes import WorkerProcesses
 
@@ -38,7 +38,8 @@ class ServedWorkers(WorkerProcesses):
     """Workers that may exchange with a served center, each on its own clock."""
 
     _ddp_arguments_with_effect = frozenset({"broadcast_buffers", "forward_sync_buffers"})
-    _finite_buffers: FiniteBuffers | None = None
+    _averaging: Averaging | None = None
+    _finite_values: FiniteValues | None = None
 
     def __init__(
         self,
@@ -77,6 +78,10 @@ class ServedWorkers(WorkerProcesses):
                 " parameters, and workers do not; use the optimizer that it wraps."
             )
 
+    def is_prepared(self, optimizer: Optimizer) -> bool:  # noqa: ARG002
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it."""
+        return True
+
     def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None
         name = type(self).__name__
@@ -95,11 +100,19 @@ class ServedWorkers(WorkerProcesses):
 
     def _astray_policy(self) -> AstrayPolicy:
         name = type(self).__name__
-        return FailIfAstray(name) if self.on_nonfinite == "fail" else ResetIfAstray(name, self._mend_buffers)
+        return FailIfAstray(name) if self.on_nonfinite == "fail" else ResetIfAstray(name, self._mend_worker)
 
-    def _mend_buffers(self) -> None:
-        if self._finite_buffers is not None:
-            self._finite_buffers.mend()
+    def _mend_worker(self) -> None:
+        """Put right what of a worker that starts again is not one optimizer's: nothing of where it was may stay."""
+        averaging: Averaging | None = self._averaging
+        for optimizer, averager in averaging.averagers.items() if averaging is not None else ():
+            if not averager.is_finite():
+                averager.start_at_center()
+                optimizer.state.clear()
+            for parameter in averager.parameters:
+                parameter.grad = None
+        if self._finite_values is not None:
+            self._finite_values.mend()
 
 
 def check_period(strategy: str, tau: object) -> None:

@@ -51,6 +51,10 @@ class Steps:
         self._tell_after(optimizer, had_closure)
         return output
 
+    def is_under_way(self, optimizer: Optimizer) -> bool:
+        """Whether a step of this optimizer is being made, further up the stack."""
+        return self._is_open(optimizer, sys._getframe(1))
+
     def close(self) -> None:
         """Tell nobody any more."""
         for handle in self._handles:
