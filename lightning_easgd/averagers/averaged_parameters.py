@@ -8,9 +8,7 @@ from typing import final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.averagers.channel import Channel
 from lightning_easgd.center import as_real
-from lightning_easgd.common_values import differing
 
 __all__ = ["AveragedParameters", "Names", "check_in_common", "described", "in_order"]
 
@@ -35,23 +33,26 @@ def described(groups: Sequence[Sequence[Tensor]], names: Mapping[Tensor, str]) -
     ]
 
 
-def check_in_common(groups: list[list[str]], channel: Channel, strategy: str) -> None:
-    """Make sure that all workers average the same parameters; all call it at the same point.
+def check_in_common(everyones: Sequence[Sequence[Sequence[str]]], rank: int, strategy: str) -> None:
+    """Make sure that all workers average the same parameters.
+
+    Args:
+        everyones: What :func:`described` says on each rank.
+        rank: This worker's.
+        strategy: Name of the strategy, for the error.
 
     Raises:
         RuntimeError: It names the first that differs.
     """
-    everyones = differing(groups, channel)
-    if everyones is None:
-        return
-    nothing: list[str] = []
-    for rank, theirs in enumerate(everyones):
+    groups = everyones[rank]
+    nothing: Sequence[str] = []
+    for other_rank, theirs in enumerate(everyones):
         for number, (own, other) in enumerate(zip_longest(groups, theirs, fillvalue=nothing)):
             for here, there in zip_longest(own, other, fillvalue="nothing"):
                 if here != there:
                     raise RuntimeError(
                         f"{strategy}: the optimizers train different parameters on different ranks. Group {number} has"
-                        f" {here} on rank {channel.rank} and {there} on rank {rank}; give every rank's optimizers the"
+                        f" {here} on rank {rank} and {there} on rank {other_rank}; give every rank's optimizers the"
                         " same parameters in the same groups."
                     )
 

@@ -201,6 +201,9 @@ class Averaging(ABC):
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
         """Let the center begin at a state; all workers call it after :meth:`start`."""
 
+    def assemble(self) -> None:  # noqa: B027 - where a collective operation of its own tells who is missing
+        """Wait until all workers have come here, before what all do together without a meeting."""
+
     def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:
         """What the workers' values have in common; called on all workers after they have met."""
         return common_values(tensors, self.control)

@@ -245,10 +245,11 @@ class ExchangeLine:
         clock = max((averager.clock for averager in averagers), default=0)
         finite = all(averager.is_finite() for averager in averagers)
         while not self.agree():  # after a header that carries a request nobody announces another
-            center = _combined(averagers) if meeting in _READ_AT else 0
-            header = Header(self.control, meeting=meeting, center=center, stop=self.stop_requested, finite=finite)
+            header = Header(self.control, meeting=meeting, stop=self.stop_requested, finite=finite)
             self.accept(header, clock)
             if header.exchange is None:
+                if meeting in _READ_AT:  # once all have come: not a pass over the center for each exchange until then
+                    self.accept(Header(self.control, meeting=meeting, center=_combined(averagers)), clock)
                 self.agree()
                 return
             averagers[header.exchange].join()

@@ -276,11 +276,11 @@ class ServedAverager(Averager):
         """Exchange on the thread; the staleness, or None if this worker has gone astray and starts at the center."""
         messages = self._staging.messages()
         parts = torch.split(messages, [segment.numel() for segment in self._wire.segments])
-        if not all_finite([parts[number] for number in rates]):
+        finite = all_finite([parts[number] for number in rates])
+        if not finite:
             self._shared.on_astray.hear(f"rank {self._shared.rank}", self._begun_at)
-            return None
-        with self._shared.turns.turn():
-            return self._part.exchange(messages, rates)
+        with self._shared.turns.turn():  # also without a message: the others wait for its turn
+            return self._part.exchange(messages, rates) if finite else None
 
     def _read(self, store: int) -> FlatTensors:
         values = self._like_wire()

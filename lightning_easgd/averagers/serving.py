@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,7 @@ class ServedAveraging(Averaging):
         self._served: list[ServedAverager] = []
         self._starts = 0
         self._meetings = 0
+        self._assemblies = 0
         self._stop_agreed = False
 
     @override
@@ -188,7 +190,6 @@ class ServedAveraging(Averaging):
             averager.close()
         self._let_go()
         parameters = [ServedParameters(optimizer, ignored, trained, names, self.strategy) for optimizer in optimizers]
-        check_in_common([segment for every in parameters for segment in every.described], self.control, self.strategy)
         dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
         layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
@@ -196,6 +197,9 @@ class ServedAveraging(Averaging):
         keys = self._keys.under(f"start/{self._starts}")
         self._starts += 1
         rendezvous = Rendezvous(keys, self._presence, self.control.rank, self.control.size, timeout)
+        groups = [segment for every in parameters for segment in every.described]
+        if len(set(rendezvous.gather("layout", zlib.crc32(repr(groups).encode())))) > 1:
+            check_in_common(rendezvous.gather("layouts", groups), self.control.rank, self.strategy)
         self._center = open_center(
             self._client,
             rank=self.control.rank,
@@ -290,6 +294,11 @@ class ServedAveraging(Averaging):
             self._see_off()
         self._meetings += 1
         self._stop_agreed = self._opened.control.stop_requested
+
+    @override
+    def assemble(self) -> None:
+        self._assemblies += 1
+        self._gather(f"assembly/{self._assemblies}")
 
     @override
     def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:

@@ -104,15 +104,19 @@ class SharedVector(ForkAware):
             raise SharedMemoryUnavailableError(f"{path}: something else is there")
         return cls(descriptor, dtype, path, reader)
 
-    def admit(self, readers: int) -> None:
+    def admit(self, readers: int, own: int | None = None) -> None:
         """Publish the counts to so many readers; called by the owner before any of them attaches.
+
+        Args:
+            readers: How many there are, the owner among them.
+            own: Which of them is the owner, who needs no word from itself; None if none is.
 
         Raises:
             SharedMemoryUnavailableError: If they are too many, or this platform has no semaphores in shared memory.
         """
         if readers > _MOST_READERS:
             raise SharedMemoryUnavailableError(f"SharedVector: more than {_MOST_READERS} workers on one host.")
-        each = [self._semaphores(reader) for reader in range(readers)]
+        each = [self._semaphores(reader) for reader in range(readers) if reader != own]
         self._written = PublishedCount([written for written, _ in each])
         self._read = PublishedCount([read for _, read in each])
 

@@ -46,7 +46,7 @@ class SharedVectors:
         self._processes = processes
         self._vectors: list[SharedVector] = []  # of all ranks
         try:
-            self._own.admit(place.size)
+            self._own.admit(place.size, own=place.rank)
             place.enter(self._own.address)
         except BaseException:
             self.close()

@@ -17,6 +17,7 @@ from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sums import MakeSum
 from lightning_easgd.center import FlatTensors, all_finite, as_parameter, as_real, center_dtype
 from lightning_easgd.checksums import checksum
+from lightning_easgd.common_values import differing
 from lightning_easgd.elastic import elastic_pull_
 from lightning_easgd.momentum import ParameterPosition, Position
 from lightning_easgd.rates import MovingRates
@@ -79,7 +80,9 @@ class SynchronousAverager(Averager):
         self._optimizer = optimizer
         self._averaged = AveragedParameters(optimizer, ignored, trained, names)
         self._line = line
-        check_in_common(self._averaged.described, line.control, "EASGDStrategy")
+        everyones = differing(self._averaged.described, line.control)
+        if everyones is not None:
+            check_in_common(everyones, line.control.rank, "EASGDStrategy")
         self._number = number
         self._tau = tau
         self._rates = rates

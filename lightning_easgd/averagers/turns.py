@@ -105,7 +105,8 @@ class RoundRobin(Turns):
                 self._control.note_progress()  # the main thread waits for this one, and this one for another worker
                 time.sleep(_POLL_INTERVAL)
         except StoreLostError as error:
-            raise self._late(self._control.silent_ranks(), f"no turn comes, as the store is lost. {error}") from error
+            guilty = self._control.dead_ranks() or self._control.silent_ranks()  # the store may have gone with them
+            raise self._late(guilty, f"no turn comes, as the store is lost. {error}") from error
 
     def _gone(self) -> frozenset[int]:
         return self._control.silent_ranks() | self._control.left_ranks()

@@ -109,15 +109,14 @@ class ControlPlane(ForkAware):
     def silent_ranks(self) -> frozenset[int]:
         """The ranks, neither dead nor left nor this one, that do not get on: stopped, stuck, or cut off.
 
-        Either this host sees that a signal has stopped them, or their main thread has not moved for the timeout. Where
-        the store does not answer nothing is known of the others, and the rank that serves it is the silent one.
+        Their main thread has not moved for the timeout. Where the store does not answer nothing is known of the others
+        but what this host sees, and the rank that serves it is the silent one.
         """
         gone = self._dead | self.left_ranks() | {self._rank}
-        stopped = self._stopped()
         if self.store_lost:
             server = self._store.server
-            return (stopped if server is None else stopped | {server}) - gone
-        return (stopped | self._beats.unmoved(self._timeout)) - gone
+            return (self._stopped() if server is None else self._stopped() | {server}) - gone
+        return self._beats.unmoved(self._timeout) - gone
 
     def describe(self, ranks: Collection[int]) -> str:
         """What is known of ranks that do not come, in words."""

@@ -5,6 +5,7 @@ from typing import final
 
 __all__ = ["WatchedProcess", "has_ended", "is_stopped", "own_process"]
 
+_UNKNOWN = "?", ""
 _STATE, _START = 0, 19  # fields of /proc/PID/stat after the name
 
 
@@ -47,7 +48,9 @@ class WatchedProcess:
 def has_ended(number: int, start: str | None = None) -> bool:
     """Whether a process of this host is gone, a zombie, or another one than that which started then."""
     status = _status(number)
-    return status is None or status[0] in "ZX" or start not in (None, status[1])
+    if status is None:
+        return os.path.exists("/proc/self/stat")  # else nothing can be seen here
+    return status[0] in "ZX" or (status is not _UNKNOWN and start not in (None, status[1]))
 
 
 def is_stopped(number: int) -> bool:
@@ -57,12 +60,14 @@ def is_stopped(number: int) -> bool:
 
 
 def _status(number: int) -> tuple[str, str] | None:
-    """State and start time of a process, None if there is none."""
+    """State and start time of a process, None if there is none; not known where this process cannot look."""
     try:
         with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
             fields = file.read().rpartition(")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return None
+    except OSError:  # no descriptor is left, or it is forbidden: that says nothing of the other process
+        return _UNKNOWN
     return (fields[_STATE], fields[_START]) if len(fields) > _START else None
 
 

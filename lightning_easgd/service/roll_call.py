@@ -76,7 +76,9 @@ class RollCall:
             missing = [rank for rank in self._others if rank not in lost and not store.check([f"waits/{rank}"])]
             stopped = sorted(presence.stopped(missing))
             if stopped or not missing or time.monotonic() > deadline:
-                return _sentence({rank: lost[rank] for rank in lost if rank not in waited}, stopped, missing, waited)
+                # Who has said so and failed afterwards has failed because of another.
+                here = [rank for rank in lost if store.check([f"waits/{rank}"])]
+                return _sentence({rank: lost[rank] for rank in lost if rank not in here}, stopped, missing, waited)
             time.sleep(_PAUSE)
 
 

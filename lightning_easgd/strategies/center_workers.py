@@ -418,6 +418,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
             self._final_center = {name: tensor.cpu() for name, tensor in self._named_center(replaced).items()}
         ended_well = not self._training and not self._interrupted
         self._shown = self._outside = self._finite_values = None
+        self._steps_made = {}
         self._training = self._validating = False
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)
@@ -502,6 +503,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         """
         assert self._averaging is not None
         assert self._outside is not None
+        self._averaging.assemble()
         tensors = self._outside.parameters() | self._outside.buffers()
         for name, value in self._averaging.common_values(tensors).values.items():
             tensors[name].copy_(value)
@@ -515,6 +517,7 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         assert self._outside is not None
         assert self.lightning_module is not None
         self._calibrate()
+        self._averaging.assemble()
         of_buffers = self._averaging.common_values(self._outside.buffers()).values
         load_buffers(self.lightning_module, of_buffers)
 

@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 __all__ = ["first_line", "is_of_process_group"]
 
+_LONGEST = 500
 _MARKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out waiting")
 
 
@@ -16,5 +17,5 @@ def is_of_process_group(error: BaseException) -> bool:
 
 def first_line(error: BaseException) -> str:
     """An error in one line, for the other ranks' errors to quote."""
-    text = next(iter(str(error).splitlines()), "")
+    text = next(iter(str(error).splitlines()), "").encode("utf-8", "replace").decode()[:_LONGEST]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -38,6 +38,7 @@ class LocalWorkers(WorkerProcesses, _Base):
     _trainer: Any = None  # from setup to teardown
     _end_free_running: Callable[[], None] | None = None
     _in_signal_handler = False
+    _has_failed = False  # whether an error ends the run
     _roll_call: RollCall | None = None  # from setup_environment on
     _random_outside: dict[str, Any] | None = None  # of the generators, where a validation of a fit is inside
 
@@ -83,6 +84,7 @@ class LocalWorkers(WorkerProcesses, _Base):
     def on_exception(self, exception: BaseException) -> None:
         """Leave word of the error for the others; beside an error of the process group's own say who was missing."""
         super().on_exception(exception)
+        self._has_failed = True
         if self._roll_call is None:
             return
         if is_of_process_group(exception):
@@ -98,8 +100,9 @@ class LocalWorkers(WorkerProcesses, _Base):
 
     def teardown(self) -> None:
         """Undo :meth:`setup`; after an error let the others read why, before the store goes with this process."""
-        if self._interrupted and self.world_size > 1 and self.global_rank == store_server():
+        if self._has_failed and dist.is_initialized() and self.world_size > 1 and self.global_rank == store_server():
             time.sleep(_LAST_WORDS)
+        self._has_failed = False
         if self._end_free_running is not None:
             self._end_free_running()
             self._end_free_running = None

@@ -289,6 +289,66 @@ def test_an_unknown_policy_is_refused(make):
         make(on_nonfinite="ignore")
 
 
+class ByHand(Net):
+    """The gradient is there before the step begins."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, index))
+        optimizer.step()
+
+    def on_train_batch_end(self, *_):
+        self.finite = [*getattr(self, "finite", []), is_finite(dict(self.named_parameters()))]
+
+
+class Accumulated(Net):
+    def on_train_batch_end(self, *_):
+        self.finite = [*getattr(self, "finite", []), is_finite(dict(self.named_parameters()))]
+
+
+@pytest.mark.parametrize("name", ["shared", "int8", "async", "round_robin", "downpour"])
+@pytest.mark.parametrize(("kind", "options"), [(ByHand, {}), (Accumulated, {"accumulate_grad_batches": 2})])
+def test_a_gradient_of_before_the_reset_is_not_applied_after_it(name, kind, options):
+    def train():
+        module = kind(bad=3)
+        strategy = strategy_of(name, on_nonfinite="reset")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet_trainer(strategy=strategy, devices=2, use_distributed_sampler=False, **options).fit(module)
+        return module.finite
+
+    good, bad = run_ranks(train, 2, timeout=60)
+    assert all(good)
+    assert not all(bad), "the batch did no harm: the test shows nothing"
+    assert all(bad[8:])
+
+
+def test_a_teacher_that_has_taken_it_in_is_put_right():
+    class Taught(Net):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.teacher = nn.Linear(4, 8).requires_grad_(False)
+
+        def training_step(self, batch, index):
+            return (
+                super().training_step(batch, index) + 0.1 * (self.net[0](batch) - self.teacher(batch)).square().mean()
+            )
+
+        def on_train_batch_end(self, *_):
+            with torch.no_grad():
+                for target, source in zip(self.teacher.parameters(), self.net[0].parameters(), strict=True):
+                    target.lerp_(source, 0.1)
+
+    def train():
+        module, told = fit("shared", kind=Taught, more={"on_nonfinite": "reset"}, bad=2)
+        return is_finite(module.worker), len(told)
+
+    assert run_ranks(train, 2) == [(True, 0), (True, 1)]
+
+
 # Centers that differ
 
 

@@ -307,6 +307,7 @@ def test_ranks_whose_locks_are_refused_use_sockets():
         center.read_all(into)
         center.control.meet("read")
         center.close()
+        time.sleep(1.0 if rank == 0 else 0.0)  # it serves the store, in which the other looks for it
         return into.unique().tolist()
 
     assert run_ranks(run, 2) == [[2.0], [2.0]]

@@ -182,3 +182,33 @@ def test_a_short_training_under_fabric(tmp_path):
     assert final.equal(final2)
     assert center.equal(final)
     assert torch.load(tmp_path / "state.ckpt", weights_only=True)["module"]["weight"].equal(final)
+
+
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_of_two_optimizers_one_has_not_exchanged(name):
+    """It makes fewer steps than τ: what it trains is the workers' mean, what the other trains the center."""
+
+    class Rare(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, index):
+            often, rare = self.optimizers()
+            loss = super().training_step(batch, index)
+            often.zero_grad(), rare.zero_grad()
+            self.manual_backward(loss)
+            often.step()
+            if index % 5 == 0:
+                rare.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net[layer].parameters(), lr=0.05) for layer in (2, 0)]
+
+    def train():
+        module = Rare(batches=24)
+        told = fit(module, STRATEGIES[name](10), limit_val_batches=0)
+        return module.own, module.net[0].weight.detach(), told
+
+    (own, final, told), (own2, final2, _) = run_ranks(train, 2)
+    assert torch.allclose(final, (own + own2) / 2)
+    assert final.equal(final2)
+    assert len(told) == 1

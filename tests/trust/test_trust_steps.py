@@ -1,6 +1,8 @@
 """Steps that nobody counts: every step of a worker's optimizer takes part, however it is made, and once."""
 
 import contextlib
+import gc
+import weakref
 from datetime import timedelta
 
 import lightning as L
@@ -458,3 +460,163 @@ def test_an_inf_under_a_real_gradient_scaler():
     positions = run_ranks(train, 2)[0]
     assert positions[4] == positions[3], "the skipped step moved the worker"
     assert positions[5] != positions[4]
+
+
+# Steps of optimizers inside of others, and of others on the same parameters
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimization, as it is written everywhere: an optimizer around another one."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr)
+
+    @torch.no_grad()
+    def first_step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["old"] = parameter.clone()
+                parameter.add_(parameter.grad, alpha=0.01)
+
+    @torch.no_grad()
+    def second_step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.copy_(self.state[parameter]["old"])
+        self.base.step()
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+        self.first_step()
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+
+
+class SamByHand(Wrapped):
+    """Its own step is never called: the inner one's is the worker's step."""
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        for step in (optimizer.first_step, optimizer.second_step):
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            step()
+
+    def configure_optimizers(self):
+        return Sam(self.parameters(), lr=0.05)
+
+
+class SamByClosure(WrappedWithClosure):
+    """Its step counts once, the inner one's inside of it not at all."""
+
+    def configure_optimizers(self):
+        return Sam(self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_an_inner_optimizers_step_is_the_workers(strategy):
+    by_hand, by_closure = run_ranks(fitted, 2, SamByHand, strategy), run_ranks(fitted, 2, SamByClosure, strategy)
+    assert by_hand == by_closure
+    assert by_hand[0][0] != by_hand[1][0]
+    assert all(exchanges == 3 for _, exchanges, _ in by_hand)
+
+
+class ByGradient(Wrapped):
+    """Nothing requires a gradient: it is computed apart and written into ``grad``."""
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        parameters = dict(self.net.named_parameters())
+        loss = lambda values: (torch.func.functional_call(self.net, values, batch) - batch.sum(1, True)).square().mean()  # noqa: E731
+        for name, gradient in torch.func.grad(loss)({n: p.detach() for n, p in parameters.items()}).items():
+            parameters[name].grad = gradient
+        optimizer.step()
+
+    def configure_optimizers(self):
+        self.net.requires_grad_(False)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_parameters_that_are_frozen_and_trained_all_the_same(strategy):
+    first, second = run_ranks(fitted, 2, ByGradient, strategy)
+    assert first[2] == second[2]
+    assert first[2] == pytest.approx(run_ranks(fitted, 2, Wrapped, strategy)[0][2], abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", ["sync", "round_robin"])
+def test_a_step_at_the_center_would_be_lost_and_is_refused(strategy):
+    class Adapting(Bare):
+        def validation_step(self, batch, index):
+            with torch.enable_grad():
+                self.training_step(batch, index)
+
+        def val_dataloader(self):
+            return DataLoader(torch.ones(8, 4), batch_size=8)
+
+    def train():
+        quiet_trainer(strategy=STRATEGIES[strategy](), devices=2, num_sanity_val_steps=0).fit(Adapting())
+
+    for outcome in end_ranks(train, 2, timeout=60):
+        assert outcome.exitcode
+        assert "would be taken at the center" in outcome.error
+
+
+def test_an_optimizer_of_other_tensors_does_not_keep_them():
+    """As those of adversarial examples and inner loops are."""
+
+    class Inner(Net):
+        def training_step(self, batch, index):
+            delta = nn.Parameter(torch.zeros_like(batch))
+            optimizer = torch.optim.SGD([delta], lr=0.1)
+            self.loss(batch + delta).backward()
+            optimizer.step()
+            self.alive.append(weakref.ref(delta))
+            return self.loss(batch + delta.detach())
+
+    def train():
+        module = Inner()
+        module.alive = []
+        quiet_trainer(strategy=STRATEGIES["sync"](), devices=2).fit(module)
+        gc.collect()
+        return sum(reference() is not None for reference in module.alive)
+
+    assert run_ranks(train, 2) == [0, 0]
+
+
+def test_the_position_survives_groups_that_are_loaded():
+    x = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    averager = averager_of(optimizer)
+    for _ in range(2):
+        averager.begin()
+        x.grad = torch.ones(1)
+        optimizer.step()
+        averager.finish()
+    before = position(averager)
+    optimizer.param_groups[0]["lr"] = 0.001
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert position(averager) == before
+
+
+@pytest.mark.parametrize("settings", [{"nesterov": False}, {"momentum": 0, "nesterov": False}])
+def test_a_worker_of_eamsgd_stays_nesterov(settings):
+    """Whatever settings are loaded in mid-training."""
+
+    class Loads(Wrapped):
+        def on_train_batch_start(self, batch, index):
+            if index == 3:
+                (optimizer,) = self.trainer.optimizers
+                state = optimizer.state_dict()
+                state["param_groups"][0] |= settings
+                optimizer.load_state_dict(state)
+
+        def on_train_end(self):
+            group = self.trainer.optimizers[0].param_groups[0]
+            self.trace = [group["nesterov"], group["momentum"]]
+
+    assert run_ranks(fitted, 2, Loads, "eamsgd")[0][0] == [True, 0.9]
