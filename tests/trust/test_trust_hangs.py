@@ -1,5 +1,6 @@
 """Every wait has a deadline, knows whether the peer lives and gets on, and names the right rank."""
 
+import errno
 import os
 import re
 import signal
@@ -248,3 +249,22 @@ def test_threads_end_with_the_run_when_the_store_is_stopped():
 
     (error,) = survivors(run, 2, victim=0)
     assert "rank 0 is stopped by a signal" in error
+
+
+def test_a_rank_without_descriptors_declares_nobody_dead(monkeypatch):
+    """It cannot look at another process: that says nothing of that process."""
+    from lightning_easgd.service import processes
+
+    def no_descriptor(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    watched = processes.WatchedProcess.find(processes.own_process())
+    monkeypatch.setattr("builtins.open", no_descriptor)
+    assert not watched.has_ended
+    assert not watched.is_stopped
+
+
+def test_an_errors_first_line_can_be_handed_on_whatever_it_holds():
+    from lightning_easgd.strategies.failures import first_line
+
+    assert first_line(ValueError("a file \udcff\nmore")).encode() == b"ValueError: a file ?"
