@@ -24,7 +24,7 @@ from lightning_easgd.strategies.center_readings import CenterReadings, named_cen
 from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
-from lightning_easgd.strategies.steps import Steps
+from lightning_easgd.strategies.steps import Steps, averagers_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -357,25 +357,11 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         return self._averaging.averagers.get(optimizer)
 
     def _averagers_of_step(self, optimizer: Optimizer) -> list[Averager]:
-        """The averagers whose clocks a step counts on.
-
-        That is its own; or, of an optimizer that the strategy does not know but that steps the parameters of those that
-        it knows (as the inner one of SAM does), theirs, unless the step is part of one of them.
-        """
         if not self._is_averaging or self._steps is None:
             return []
-        own = self._averager_of(optimizer)
-        if own is not None:
-            return [own]
+        self._averager_of(optimizer)  # it may have been made anew
         assert self._averaging is not None
-        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        owners = [
-            (known, averager)
-            for known, averager in self._averaging.averagers.items()
-            if any(id(parameter) in stepped for parameter in averager.parameters)
-        ]
-        inside = any(self._steps.is_under_way(known) for known, _ in owners)
-        return [] if inside else [averager for _, averager in owners]
+        return averagers_of(optimizer, self._averaging.averagers, self._steps)
 
     def _names(self) -> dict[Tensor, str]:
         """The module's parameters, in its order, with their names."""

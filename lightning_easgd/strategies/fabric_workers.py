@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_easgd.averagers import Averaging, Meeting, Statistics
+from lightning_easgd.averagers import Averager, Averaging, Meeting, Statistics
 from lightning_easgd.buffers import FiniteValues
 from lightning_easgd.checkpointing import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.shown_weights import ShownWeights
@@ -19,7 +19,7 @@ from lightning_easgd.strategies.center_readings import CenterReadings, named_cen
 from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
 from lightning_easgd.strategies.processes import WorkerProcesses
-from lightning_easgd.strategies.steps import Steps
+from lightning_easgd.strategies.steps import Steps, averagers_of
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy as _Base
@@ -200,29 +200,33 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
-        if optimizer not in self._optimizers:
-            return
-        if self._shown is not None:
+        averagers = self._averagers_of_step(optimizer)
+        if averagers and self._shown is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: an optimizer step inside center_weights() would be taken at the center, not at"
                 " the worker; leave the context first."
             )
-        if not self.is_prepared(optimizer):  # its settings have been loaded or changed
+        if averagers and not self.is_prepared(optimizer):  # its settings have been loaded or changed
             self.prepare_optimizer(optimizer)
-        self._started().averagers[optimizer].begin()
+        for averager in averagers:
+            averager.begin()
 
     def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
-        if self._averaging is None:
-            return
-        averager = self._averaging.averagers.get(optimizer)
-        if averager is None:
-            assert self._outside is not None
+        averagers = self._averagers_of_step(optimizer)
+        if not averagers and self._outside is not None:
             self._outside.note_step(optimizer)
-            return
-        averager.finish()
-        if not had_closure:
-            averager.look_ahead()
+        for averager in averagers:
+            averager.finish()
+            if not had_closure:
+                averager.look_ahead()
+
+    def _averagers_of_step(self, optimizer: Optimizer) -> list[Averager]:
+        if self._steps is None or not self._optimizers:
+            return []
+        if self._averaging is None and not _share_parameters(optimizer, self._optimizers):
+            return []  # of something else, before training starts
+        return averagers_of(optimizer, self._started().averagers, self._steps)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """A module's state at the center. All ranks ask for it at the same point of their work."""
@@ -399,3 +403,10 @@ class _NoBackwardSync:
 
     def no_backward_sync(self, module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
         return contextlib.nullcontext()
+
+
+def _share_parameters(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:
+    own, *theirs = (
+        {id(parameter) for group in each.param_groups for parameter in group["params"]} for each in (optimizer, *others)
+    )
+    return any(not own.isdisjoint(each) for each in theirs)

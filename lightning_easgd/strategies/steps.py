@@ -9,7 +9,9 @@ from weakref import WeakMethod, finalize
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-__all__ = ["Steps"]
+from lightning_easgd.averagers import Averager
+
+__all__ = ["Steps", "averagers_of"]
 
 
 @final
@@ -92,3 +94,18 @@ class Steps:
                 return True
             frame = frame.f_back
         return False
+
+
+def averagers_of(optimizer: Optimizer, averagers: Mapping[Optimizer, Averager], steps: Steps) -> list[Averager]:
+    """The averagers whose clocks a step counts on.
+
+    That is its own; or, of an optimizer that the strategy does not know but that steps the parameters of those that it
+    knows (as the inner one of SAM does), theirs, unless the step is part of one of them.
+    """
+    own = averagers.get(optimizer)
+    if own is not None:
+        return [own]
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    owners = [known for known, each in averagers.items() if not stepped.isdisjoint(map(id, each.parameters))]
+    inside = any(steps.is_under_way(known) for known in owners)
+    return [] if inside else [averagers[known] for known in owners]

@@ -524,6 +524,31 @@ def test_an_inner_optimizers_step_is_the_workers(strategy):
     assert all(exchanges == 3 for _, exchanges, _ in by_hand)
 
 
+def test_an_inner_optimizers_step_is_the_workers_under_fabric():
+    def train(by_hand):
+        torch.manual_seed(0)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2, timeout=TIMEOUT))
+        fabric.launch()
+        model, optimizer = fabric.setup(net := nn.Linear(4, 1), Sam(net.parameters(), lr=0.05))
+        for batch in torch.randn(7, 8, 4, generator=torch.Generator().manual_seed(fabric.global_rank)):
+
+            def closure(batch=batch):
+                optimizer.zero_grad()
+                fabric.backward((model(batch) - 1).square().mean())
+
+            if by_hand:
+                for step in (optimizer.optimizer.first_step, optimizer.optimizer.second_step):
+                    closure()
+                    step()
+            else:
+                optimizer.step(closure)
+        fabric.strategy.finalize()
+        return fabric.strategy.communication.exchanges, model.state_dict()["weight"].tolist()
+
+    assert run_ranks(train, 2, True) == run_ranks(train, 2, False)
+    assert run_ranks(train, 2, True)[0][0] == 3
+
+
 class ByGradient(Wrapped):
     """Nothing requires a gradient: it is computed apart and written into ``grad``."""
 
