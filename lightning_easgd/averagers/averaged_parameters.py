@@ -1,6 +1,7 @@
 """Which of an optimizer's parameters are averaged, and what of them has changed."""
 
 import operator
+import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import final
@@ -139,11 +140,16 @@ class AveragedParameters:
         return [parameter for parameter in self.flat if id(parameter) not in has]
 
     @property
-    def changed(self) -> tuple[list[list[str]], int]:
-        """What :attr:`described` would be after :meth:`take_in`, and how many parameters would be new in it."""
+    def digest(self) -> int:
+        """Of :attr:`described`."""
+        return _digest(self.described)
+
+    @property
+    def changed(self) -> tuple[int, int]:
+        """What :attr:`digest` would be after :meth:`take_in`, and how many parameters would be new."""
         selected, known = self._selected(), {id(parameter) for parameter in self.flat}
         new = sum(id(parameter) not in known for group in selected for parameter in group)
-        return described(selected, self._names()), new
+        return _digest(described(selected, self._names())), new
 
     def take_in(self) -> None:
         """Let the groups be what the optimizer has now."""
@@ -178,3 +184,7 @@ class AveragedParameters:
 
 def _are_the_same(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
     return len(a) == len(b) and not any(map(operator.is_not, a, b))
+
+
+def _digest(groups: Sequence[Sequence[str]]) -> int:
+    return zlib.crc32(repr(groups).encode())

@@ -126,7 +126,7 @@ class SynchronousAverager(Averager):
             finite = self._take_difference() and finite
         else:
             finite = self._take_difference()
-            agreement = self._described, 0, self._rates.common(rates)
+            agreement = self._digest, 0, self._rates.common(rates)
             self._header = self._line.announce(self._number, agreement, finite)
         if not finite:
             self._start_again()
@@ -303,7 +303,7 @@ class SynchronousAverager(Averager):
         """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them."""
         views = {id(parameter): view for parameter, view in zip(known, self.center.views if known else [], strict=True)}
         parameters = self.parameters
-        self._described = self._averaged.described
+        self._digest = self._averaged.digest
         self.center = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
         entered = {id(p): self._averaged.entered_with(p) for p in parameters if id(p) not in views}
         with torch.no_grad():
