@@ -16,6 +16,7 @@ from lightning_easgd.service.errors import SharedMemoryUnavailableError
 __all__ = ["SharedVectors"]
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # seconds
+_LONGEST_LOOK = 1.0  # seconds from one look to the next that count
 _BETWEEN_LOOKS = 0.05  # seconds from one look at whether the others live to the next
 
 
@@ -159,13 +160,14 @@ class SharedVectors:
             return
         if not self.are_attached:
             self._attach_at_last()
-        started = time.monotonic()
-        look, pause = started + _BETWEEN_LOOKS, _FIRST_PAUSE
+        looked, pause, waited = time.monotonic(), _FIRST_PAUSE, 0.0
         while any(counter(vector) < exchange for vector in self._vectors):
             now = time.monotonic()
-            if now > look:
-                look = now + _BETWEEN_LOOKS
-                self._check(counter, exchange, now - started)
+            if now > looked + _BETWEEN_LOOKS:
+                # Time in which this process did not run itself is no time for which another has kept it waiting.
+                waited += min(now - looked, _LONGEST_LOOK)
+                looked = now
+                self._check(counter, exchange, waited)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
