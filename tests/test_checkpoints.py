@@ -82,8 +82,8 @@ def test_a_checkpoint_is_an_ordinary_one(tmp_path: Path, worker_state: str) -> N
     file = tmp_path / "x.ckpt"
     checkpoint = torch.load(file, weights_only=True)
     extra = checkpoint.pop("easgd")
-    common = {"format", "method", "world_size", "center", "exchanged", "stores", "clocks", "layouts", "shared"}
-    assert set(extra) == common | {"sums", "fingerprints"} | {
+    common = {"format", "method", "world_size", "center", "exchanged", "trained", "stores", "clocks", "layouts"}
+    assert set(extra) == common | {"shared", "sums", "fingerprints"} | {
         "embed": {"workers"}, "sidecar": {"generation"}, "none": set()
     }[worker_state]  # fmt: skip
     if worker_state == "embed":

@@ -161,7 +161,7 @@ class _Comparison(Callback):
             return
         strategy = trainer.strategy
         assert isinstance(strategy, EASGDStrategy)
-        buffers = [buffer.clone() for buffer in module.buffers()]
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         theirs = strategy.broadcast(buffers)
         self._center(trainer, module, MEAN)
         for count in self.batches:
