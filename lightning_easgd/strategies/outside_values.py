@@ -44,7 +44,7 @@ class OutsideValues:
     ) -> None:
         self._module = module
         self._averagers = averagers
-        self._optimizers = optimizers
+        self._known_optimizers = optimizers
         self._with_buffers = with_buffers
         self._strategy = strategy
         self._ignored = frozenset(ignored)
@@ -91,7 +91,7 @@ class OutsideValues:
         Raises:
             RuntimeError: It names them.
         """
-        known = {id(p) for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        known = {id(p) for optimizer in self._known_optimizers() for group in optimizer.param_groups for p in group["params"]}
         trained = [
             name
             for name, p in self._parameters().items()
