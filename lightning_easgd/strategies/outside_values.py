@@ -91,7 +91,8 @@ class OutsideValues:
         Raises:
             RuntimeError: It names them.
         """
-        known = {id(p) for optimizer in self._known_optimizers() for group in optimizer.param_groups for p in group["params"]}
+        groups = [group for optimizer in self._known_optimizers() for group in optimizer.param_groups]
+        known = {id(parameter) for group in groups for parameter in group["params"]}
         trained = [
             name
             for name, p in self._parameters().items()
