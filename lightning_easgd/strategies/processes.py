@@ -147,8 +147,9 @@ class WorkerProcesses(_Base):
         return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
     def _share_start(self, module: nn.Module) -> None:
-        """Give all ranks rank 0's weights."""
-        broadcast_states(module, with_buffers=self.has_common_buffers, strategy=type(self).__name__)
+        """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only."""
+        buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
+        broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
 
     def _who_is_missing(self) -> str:
         """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
