@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import warnings
 from datetime import timedelta
 
 import numpy as np
@@ -175,6 +176,56 @@ def test_center_weights_checkpoint_and_end(strategy, tmp_path):
         for a, b in zip(mine, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
     assert center[4] == pytest.approx((worker[4] + other[4]) / 2, abs=1e-6)  # BatchNorm's mean
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_buffers_of_different_shapes_stay_each_ranks_own_and_are_named_once(mode):
+    def run():
+        strategy = EASGDStrategy(tau=2, mode=mode)
+        fabric = launched(strategy)
+        module = network(0)
+        module.register_buffer("cache", torch.zeros(2))
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        module.register_buffer("cache", torch.full((2 + fabric.global_rank,), 1.0 + fabric.global_rank))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train(fabric, model, optimizer, 5)
+            for _ in range(2):
+                with strategy.center_weights(model):
+                    shown = module.cache.tolist()
+            strategy.finalize()
+        return shown, [str(each.message) for each in caught if "differ between the ranks" in str(each.message)]
+
+    (first, told), (second, _) = run_ranks(run, 2)
+    assert (first, second) == ([1.0] * 2, [2.0] * 3)
+    assert len(told) == 1
+    assert "EASGDStrategy: cache differ" in told[0]
+
+
+@pytest.mark.filterwarnings(r"ignore:EASGDStrategy\(on_nonfinite='reset'\)")
+def test_a_buffer_that_goes_astray_is_mended_with_what_was_common_at_the_last_meeting():
+    def run():
+        strategy = EASGDStrategy(tau=1, mode="async", on_nonfinite="reset", timeout=TIMEOUT)
+        fabric = launched(strategy)
+        module = network(0)
+        module.register_buffer("level", torch.zeros(1))
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        train(fabric, model, optimizer, 2)
+        module.level.fill_(1.0 + 2 * fabric.global_rank)
+        with strategy.center_weights(model):
+            shown = module.level.item()
+        fabric.barrier()
+        if fabric.global_rank == 1:
+            with torch.no_grad():
+                module.level.fill_(float("nan"))
+                module[0].weight.fill_(float("nan"))
+        optimizer.zero_grad()
+        optimizer.step()
+        level = module.level.item()
+        strategy.finalize()
+        return shown, level
+
+    assert run_ranks(run, 2) == [(2.0, 1.0), (2.0, 2.0)]
 
 
 def test_two_modules_and_optimizers_have_their_own_clocks():

@@ -60,7 +60,6 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._steps: Steps | None = None  # from the start of training to teardown
         self._steps_made: dict[Averager, int] = {}
         self._trained_before: frozenset[str] = frozenset()  # parameters, in the run that is resumed
-        self._told_own = False
         self._calibrate: Callable[[], None] | None = None
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._statistics = Statistics()
@@ -203,7 +202,6 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
         self._steps = Steps(self.before_step, self.after_step)
         self._steps_made = dict.fromkeys(self._averagers, 0)
         self._finite_values = FiniteValues(self._outside.tensors) if self.on_nonfinite == "reset" else None
-        self._told_own = False
         self._training = True
         self._validating = self._replaced = False
         self._look_for_meetings()
@@ -434,35 +432,17 @@ class CenterWorkers(CenterReadings, MeetingWorkers):
                 parameter.data = value
 
     def _meet(self, meeting: Meeting) -> None:
-        """Wait for all ranks, and find what belongs to the center beside what the averagers hold of it.
-
-        Before the first exchange the center is where training began, and the workers' mean is what is shown.
-        """
+        """Wait for all ranks, and find what belongs to the center beside what the averagers hold of it."""
         self._check_outside()
         self._wait_for_all(meeting)
         assert self._averaging is not None
         assert self._outside is not None
-        tensors = self._outside.tensors()
-        if not self._center_has_moved:
-            self._averaging.check_finite()
-            tensors |= self._outside.apart()
-        self._common = self._averaging.common_values(tensors)
+        self._common = self._outside.in_common(self._averaging, self._finite_values)
         self._same_everywhere = self._common.same & self._outside.tensors().keys()
-        if self._finite_values is not None:
-            self._finite_values.update(self._common.values)
-        self._tell_own()
 
     def _check_outside(self) -> None:
         if self._training and self._outside is not None:
             self._outside.check()
-
-    def _tell_own(self) -> None:
-        if self._common.own and not self._told_own:
-            self._told_own = True
-            rank_zero_warn(
-                f"{type(self).__name__}: {', '.join(sorted(self._common.own))} differ between the ranks in shape or"
-                " dtype, or are not there on all of them. Each rank keeps its own, and checkpoints hold rank 0's."
-            )
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:

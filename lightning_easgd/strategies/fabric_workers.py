@@ -370,15 +370,11 @@ class FabricCenterWorkers(CenterReadings, KeptStates, FabricWorkers):
         return self._averaging is not None and self._averaging.has_exchanged
 
     def _meet(self, averaging: Averaging, meeting: Meeting) -> None:
-        """Wait for all ranks, and show the center; before the first exchange the workers' mean."""
+        """Wait for all ranks, and show the center."""
         assert self._outside is not None
         self._outside.check()
         averaging.meet(meeting)
-        tensors = self._outside.tensors()
-        if not self._center_has_moved:
-            averaging.check_finite()
-            tensors |= self._outside.apart()
-        common = averaging.common_values(tensors)
+        common = self._outside.in_common(averaging, self._finite_values)
         self._same_everywhere = common.same & self._outside.tensors().keys()
         self._shown = ShownWeights(self._all_modules, self._averagers)
         self._shown.show_center(common.values)

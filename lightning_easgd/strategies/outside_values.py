@@ -4,12 +4,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import final
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lightning_easgd.averagers import Averager
+from lightning_easgd.averagers import Averager, Averaging
+from lightning_easgd.buffers import FiniteValues
 from lightning_easgd.checksums import checksum
+from lightning_easgd.common_values import CommonValues
 
 __all__ = ["OutsideValues", "ignored_names"]
 
@@ -49,6 +52,7 @@ class OutsideValues:
         self._strategy = strategy
         self._ignored = frozenset(ignored)
         self._unknown = WeakIdKeyDictionary()  # what an unknown optimizer has stepped, and the optimizer's class
+        self._has_warned = False
         self._at_start = {name: checksum(p) for name, p in self._parameters().items() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -75,6 +79,34 @@ class OutsideValues:
         """The module's parameters whose averagers have not exchanged yet, by name."""
         held = {id(p) for averager in self._averagers if not averager.has_exchanged for p in averager.parameters}
         return {name: p.detach() for name, p in self._module.named_parameters() if id(p) in held}
+
+    def in_common(self, averaging: Averaging, finite: FiniteValues | None) -> CommonValues:
+        """What belongs to the center beside what the averagers hold of it; all workers call this when they have met.
+
+        Before the first exchange the center is where training began: the common value of the parameters is then the
+        workers' mean.
+
+        Args:
+            averaging: That of the averagers.
+            finite: Takes the common values as good ones.
+
+        Raises:
+            NonFiniteError: If the run ends because a worker that has not exchanged yet is not at a finite point.
+        """
+        tensors = self.tensors()
+        if not averaging.has_exchanged:
+            averaging.check_finite()
+            tensors |= self.apart()
+        common = averaging.common_values(tensors)
+        if finite is not None:
+            finite.update(common.values)
+        if common.own and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{self._strategy}: {', '.join(sorted(common.own))} differ between the ranks in shape or dtype, or are"
+                " not there on all of them. Each rank keeps its own, and checkpoints hold rank 0's."
+            )
+        return common
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Take notice of a step of an optimizer that the strategy does not know."""
