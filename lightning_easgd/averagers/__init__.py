@@ -6,16 +6,10 @@ from lightning_easgd.averagers.base import Averager, Averaging
 from lightning_easgd.averagers.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
 from lightning_easgd.averagers.downpour import DownpourAverager
 from lightning_easgd.averagers.line import ExchangeLine, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.averagers.loss_policy import ContinueOnLoss, FailOnLoss, LossPolicy
 from lightning_easgd.averagers.message_channel import MessageChannel, ProcessGroupMessageChannel
 from lightning_easgd.averagers.served import ServedAverager
-from lightning_easgd.averagers.serving import (
-    ContinueOnLoss,
-    FailOnLoss,
-    LossPolicy,
-    ServedAveraging,
-    free_order,
-    round_robin,
-)
+from lightning_easgd.averagers.serving import ServedAveraging, free_order, round_robin
 from lightning_easgd.averagers.shared_channel import SharedChannel
 from lightning_easgd.averagers.sharing import shared_channel
 from lightning_easgd.averagers.sums import MakeSum, all_reduced_sums, compressed_sums, shared_sums

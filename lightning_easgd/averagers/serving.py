@@ -1,10 +1,8 @@
-"""The averaging of a fit with a served center: opening it, meeting, and what happens when a worker is lost."""
+"""The averaging of a fit with a served center: opening it, meeting, and noticing that a worker is lost."""
 
 import contextlib
-import logging
 import time
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -24,6 +22,7 @@ from lightning_easgd.averagers.averaged_parameters import Names, check_in_common
 from lightning_easgd.averagers.base import Averaging, follow
 from lightning_easgd.averagers.channel import Channel, ExchangeError
 from lightning_easgd.averagers.line import Header, Meeting, Statistics, WorkersStoppedError
+from lightning_easgd.averagers.loss_policy import FailOnLoss, LossPolicy
 from lightning_easgd.averagers.served import CenterPart, ServedAverager, Surroundings
 from lightning_easgd.averagers.served_parameters import ServedParameters
 from lightning_easgd.averagers.turns import FreeOrder, RoundRobin, Turns
@@ -35,9 +34,8 @@ from lightning_easgd.service.presence import Presence
 from lightning_easgd.service.rendezvous import Rendezvous
 from lightning_easgd.service.store_client import StoreClient, store_server
 
-__all__ = ["ContinueOnLoss", "FailOnLoss", "LossPolicy", "ServedAveraging", "free_order", "round_robin"]
+__all__ = ["ServedAveraging", "free_order", "round_robin"]
 
-_log = logging.getLogger(__name__)
 _fits = count()
 _LONGEST_GOODBYE = 10.0
 _LOSS_DELAY = 2.0
@@ -46,70 +44,6 @@ _PATIENCE = 0.5  # between two looks at who lives and whether to stop
 
 MakeAverager = Callable[..., ServedAverager]
 MakeTurns = Callable[[StoreClient, ServedCenter, Channel, float, str], Turns]
-
-
-class LossPolicy(ABC):
-    """What a worker does when another one has died."""
-
-    @abstractmethod
-    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
-        """Take notice of the dead before each step and meeting; raise to end the run.
-
-        Args:
-            dead: The workers that are lost.
-            workers: How many there were.
-            reasons: Why, of those of which it is known.
-        """
-
-
-@final
-class FailOnLoss(LossPolicy):
-    """End the run with an error that names the dead.
-
-    Args:
-        strategy: The strategy's name, for errors.
-    """
-
-    def __init__(self, strategy: str = "EASGDStrategy") -> None:
-        self.strategy = strategy
-
-    @override
-    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
-        why = "; ".join(f"rank {rank}: {reasons[rank]}" for rank in sorted(dead & reasons.keys()))
-        raise WorkerLostError(
-            f"{self.strategy}(on_worker_loss='fail'): workers {sorted(dead)} of {workers} have died or raised an error"
-            f"{f' ({why})' if why else ''}; look for the first error among the ranks. on_worker_loss='continue' lets"
-            " the others go on.",
-            dead,
-        )
-
-
-@final
-class ContinueOnLoss(LossPolicy):
-    """Go on with those that live; say so once for each that dies.
-
-    Args:
-        strategy: The strategy's name, for the warning.
-    """
-
-    def __init__(self, strategy: str = "EASGDStrategy") -> None:
-        self.strategy = strategy
-        self._known: frozenset[int] = frozenset()
-
-    @override
-    def notice(self, dead: frozenset[int], workers: int, reasons: Mapping[int, str]) -> None:
-        if dead != self._known:
-            self._known = dead
-            _log.warning(
-                "%s(on_worker_loss='continue'): workers %s of %d have died%s; %d go on, and what is divided by the"
-                " number of workers is divided by that from now on. From the next meeting on each rank evaluates its"
-                " own part of the data.",
-                self.strategy,
-                sorted(dead),
-                workers,
-                "".join(f" (rank {rank}: {reasons[rank]})" for rank in sorted(dead & reasons.keys())),
-                workers - len(dead),
-            )
 
 
 def free_order(store: StoreClient, center: ServedCenter, channel: Channel, timeout: float, strategy: str) -> Turns:  # noqa: ARG001
