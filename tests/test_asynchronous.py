@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
@@ -22,6 +23,7 @@ from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import serving
+from lightning_easgd.averagers.served_parameters import ServedParameters
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT = timedelta(seconds=6)
@@ -384,6 +386,25 @@ def test_nothing_is_left_behind():
         return left
 
     assert run_ranks(run, 2) == [(set(), set())] * 2
+
+
+@pytest.mark.parametrize(
+    ("groups", "is_refused"),
+    [
+        ([[1, 0], [2]], False),
+        ([[0], [1, 2]], True),
+        ([[0, 2], [1]], True),
+        ([[0, 1], [2], []], False),
+        ([[0, 1], []], True),
+    ],
+)
+def test_parameters_may_change_their_order_but_not_their_group(groups, is_refused):
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    optimizer = torch.optim.SGD([{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.2}])
+    served = ServedParameters(optimizer)
+    optimizer.param_groups = [{"params": [parameters[index] for index in group]} for group in groups]
+    with pytest.raises(RuntimeError, match="or has them in other groups") if is_refused else nullcontext():
+        served.check(optimizer)
 
 
 def test_parameters_added_in_mid_training_are_refused():

@@ -112,24 +112,18 @@ class ServedParameters:
         """Raise unless the optimizer still has the parameters that the center has room for.
 
         Raises:
-            RuntimeError: It names those that have come or gone.
+            RuntimeError: It has not, or has them in other groups; the error names those that have come or gone.
         """
-        now = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        then = [parameter for group in self._known for parameter in group]
-        if len(now) == len(then) and all(a is b for a, b in zip(now, then, strict=True)):
+        groups = [list(group["params"]) for group in optimizer.param_groups]
+        if _places(groups) == _places(self._known):
             return
-        if {id(parameter) for parameter in now} == {id(parameter) for parameter in then}:
-            groups = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
-            if groups == [
-                {id(p) for p in group} for group in self._known
-            ]:  # in another order: the groups are as before
-                self._known = [list(group["params"]) for group in optimizer.param_groups]
-                return
+        now, then = ([parameter for group in each for parameter in group] for each in (groups, self._known))
         came, went = self._described(now, then), self._described(then, now)
         raise RuntimeError(
             f"{self._strategy}: the optimizer has got or lost parameters since training started (new: {came}; gone:"
-            f" {went}), and a served center has a fixed size. Give it all parameters at the start (those that are"
-            " frozen first may have requires_grad=False), or use EASGDStrategy(mode='sync')."
+            f" {went}), or has them in other groups, and a served center has a fixed size. Give it all parameters at"
+            " the start (those that are frozen first may have requires_grad=False), or use"
+            " EASGDStrategy(mode='sync')."
         )
 
     def _described(self, parameters: Sequence[Tensor], others: Sequence[Tensor]) -> str:
@@ -141,6 +135,11 @@ class ServedParameters:
         names = self._names()
         texts = [f"{names.get(p, 'a parameter')} of shape {tuple(p.shape)}" for p in parameters]
         return ", ".join(texts) or "none"
+
+
+def _places(groups: Sequence[Sequence[Tensor]]) -> dict[int, int]:
+    """The number of each parameter's group, whatever its place in it."""
+    return {id(parameter): number for number, group in enumerate(groups) for parameter in group}
 
 
 def _is_trained(parameter: Tensor) -> bool:
