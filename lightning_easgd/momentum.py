@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_easgd.center import FlatTensors, all_finite, as_real
 from lightning_easgd.elastic import nesterov_position_
+from lightning_easgd.group_numbers import GroupNumbers
 
 __all__ = ["LookAheadPosition", "ParameterPosition", "Position", "make_nesterov"]
 
@@ -80,6 +81,7 @@ class LookAheadPosition(Position):
         # The groups of the last step, with their ηδ; kept, so that no other can get the identity of one.
         self._of_groups: dict[int, tuple[Any, int, float]] = {}
         self._handle: RemovableHandle | None = None
+        self._numbers = GroupNumbers()
         super().__init__(optimizer)
         self.follow(optimizer)
 
@@ -135,11 +137,13 @@ class LookAheadPosition(Position):
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Take notice of a step that was made: it wrote the buffers of the parameters that had a gradient."""
+        of_groups = [(group, (len(group["params"]), self._factor(group))) for group in optimizer.param_groups]
+        if not self._apart and all(self._of_groups.get(id(group), (None,))[1:] == now for group, now in of_groups):
+            return  # without asking whether it was made, which would wait for the device
         found = getattr(optimizer, "found_inf", None)  # a fused optimizer skips the step itself
         if found is not None and found.item():
             return
-        for group in optimizer.param_groups:
-            now = len(group["params"]), _lr_times_momentum(group)
+        for group, now in of_groups:
             written = self._apart.intersection(group["params"]) if self._apart else set()
             if self._of_groups.get(id(group), (None,))[1:] != now:
                 self._of_groups[id(group)] = group, *now
@@ -153,12 +157,11 @@ class LookAheadPosition(Position):
 
     def _of_groups_now(self) -> Iterator[tuple[Tensor, float]]:
         for group in self._optimizer.param_groups:
-            factor = _lr_times_momentum(group)
+            factor = self._factor(group)
             yield from ((parameter, factor) for parameter in group["params"])
 
-
-def _lr_times_momentum(group: Mapping[str, Any]) -> float:
-    return float(group["lr"]) * float(group["momentum"])
+    def _factor(self, group: Mapping[str, Any]) -> float:
+        return self._numbers.of(group["lr"]) * self._numbers.of(group["momentum"])
 
 
 def make_nesterov(optimizer: Optimizer, momentum: float) -> None:

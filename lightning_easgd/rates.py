@@ -8,6 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_easgd.elastic import moving_rate_from_center_rate, moving_rate_from_penalty
+from lightning_easgd.group_numbers import GroupNumbers
 from lightning_easgd.schedules import Schedule
 from lightning_easgd.stability import synchronous
 
@@ -67,6 +68,7 @@ class MovingRates:
     in_turn: bool = False
     owner: str = field(default="EASGDStrategy", compare=False)
     _watch: _Watch = field(default_factory=_Watch, init=False, repr=False, compare=False)
+    _numbers: GroupNumbers = field(default_factory=GroupNumbers, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("alpha", "rho"):
@@ -163,7 +165,7 @@ class MovingRates:
                 f"{self.owner}(rho={self.rho}): alpha = lr * rho needs a learning rate, and"
                 f" {type(optimizer).__name__} has none; give alpha."
             )
-        return [float(group["lr"]) for group in optimizer.param_groups]
+        return [self._numbers.of(group["lr"]) for group in optimizer.param_groups]
 
     def resolve(self, workers: int, lr: float, clock: int = 0) -> tuple[float, float]:
         """The pair (α, β) in force.

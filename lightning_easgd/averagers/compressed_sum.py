@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from typing_extensions import override
 
+from lightning_easgd.averagers.device_queue import HostQueue, SideQueue, make_queue
 from lightning_easgd.averagers.difference_sum import DifferenceSum
 from lightning_easgd.averagers.message_channel import MessageChannel, MessageTransfer
 from lightning_easgd.center import FlatTensors
@@ -35,8 +36,10 @@ class CompressedSum(DifferenceSum):
     uses the exact difference.
 
     The first messages are encoded and leave in :meth:`start`. When they are there, the second leave at the next
-    :meth:`advance`, and the center moves at the one after they are there, or in :meth:`finish`. A worker sends
-    2 (p - 1) / p times the encoded vector, an all-reduce 2 (p - 1) / p times the vector.
+    :meth:`advance`, and the center moves at the one after they are there, or in :meth:`finish`. Where messages are
+    queued on the device, both are put there in :meth:`start`, beside what it computes, and the center moves in
+    :meth:`finish`: when messages are there differs from worker to worker, and so would the order of what they start.
+    A worker sends 2 (p - 1) / p times the encoded vector, an all-reduce 2 (p - 1) / p times the vector.
 
     The memory beside the wire is one residual and the messages, twice the encoded vector.
 
@@ -44,10 +47,15 @@ class CompressedSum(DifferenceSum):
         center: As for :class:`DifferenceSum`.
         channel: A channel for this sum alone: different sums come to their second messages in different orders.
         codec: Q; for this sum alone.
+        queue: The side queue of the center's device; None for one of its own.
     """
 
-    def __init__(self, center: FlatTensors, channel: MessageChannel, codec: Codec) -> None:
+    def __init__(
+        self, center: FlatTensors, channel: MessageChannel, codec: Codec, queue: SideQueue | None = None
+    ) -> None:
         super().__init__(center, center.like())
+        self._is_queued = channel.are_queued(center.flat.device)
+        self._queue = queue or (make_queue(center.flat.device) if self._is_queued else HostQueue())
         self._channel = channel
         self._codec = codec
         self._residual = center.like()
@@ -84,16 +92,21 @@ class CompressedSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
-        for residual, difference, share in zip(self._residual.segments, self.wire.segments, shares, strict=True):
-            residual.add_(difference, alpha=share)
-        for rank in self._others:
-            self._codec.encode_rest_(self._residual.flat[self._shards[rank]], self._of_shards[rank])
-        self._transfer = self._channel.all_to_all(self._outgoing, self._incoming)
-        self._arrived = self._add_up
+        self._queue.follow()
+        with self._queue.beside():
+            for residual, difference, share in zip(self._residual.segments, self.wire.segments, shares, strict=True):
+                residual.add_(difference, alpha=share)
+            for rank in self._others:
+                self._codec.encode_rest_(self._residual.flat[self._shards[rank]], self._of_shards[rank])
+            self._transfer = self._channel.all_to_all(self._outgoing, self._incoming)
+            self._arrived = self._add_up
+            if self._is_queued:
+                self._transfer.follow()
+                self._add_up()
 
     @override
     def advance(self) -> None:
-        if self._transfer is not None and self._transfer.arrived:
+        if self._transfer is not None and not self._is_queued and self._transfer.arrived:
             self._proceed()
 
     @override
@@ -127,7 +140,7 @@ class CompressedSum(DifferenceSum):
     def _proceed(self) -> None:
         assert self._transfer is not None
         assert self._arrived is not None
-        self._transfer.wait()
+        self._transfer.wait()  # the side queue holds nothing that comes after it
         self._transfer = None
         self._arrived()
 

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import final
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.averagers.channel import Failure, Transfer, WorkTransfer
+from lightning_easgd.averagers.channel import Failure, OwnGroup, Transfer, WorkTransfer, is_queued
 
 __all__ = ["MessageChannel", "MessageTransfer", "ProcessGroupMessageChannel"]
 
@@ -22,12 +23,15 @@ class MessageTransfer(Transfer):
     def arrived(self) -> bool:
         """Whether :meth:`wait` would return, or raise, at once."""
 
+    def follow(self) -> None:
+        """Let what is queued on the messages' device from here on come after the transfer, where that is queued."""
+
 
 class MessageChannel(ABC):
     """The workers' common line for bytes that nobody may add up on the way.
 
     Both operations return at once. All workers call each in the same order, but may be at different calls of the one
-    when they make a call of the other.
+    when they make a call of the other; not so where they :meth:`are_queued`.
 
     Attributes:
         rank: This worker's number, 0 ≤ rank < size.
@@ -54,6 +58,14 @@ class MessageChannel(ABC):
             message: Shape (bytes,), uint8.
             messages: Shape (p, bytes), uint8.
         """
+
+    def are_queued(self, device: torch.device) -> bool:  # noqa: ARG002
+        """Whether the operations are queued on this device.
+
+        All workers must then start all of them in one order, those of other channels and of the user included: each
+        holds a part of the device until it has met its counterparts.
+        """
+        return False
 
     def close(self) -> None:  # noqa: B027 - most channels own nothing
         """Give back what the channel holds. Nothing may be under way."""
@@ -82,45 +94,48 @@ class ProcessGroupMessageChannel(MessageChannel):
         strategy: str = "EASGDStrategy",
         who_is_missing: Callable[[], str] = str,
     ) -> None:
-        self._all_to_all = dist.new_group(backend=backend, timeout=timeout)
-        self._all_gather = dist.new_group(backend=backend, timeout=timeout)
-        self._failure = Failure(timeout, strategy, who_is_missing)
+        failure = Failure(timeout, strategy, who_is_missing)
+        self._backend = backend
+        self._all_to_all = OwnGroup(backend, failure)
+        self._all_gather = OwnGroup(backend, failure)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
     @override
     def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> MessageTransfer:
-        work = dist.all_to_all_single(incoming, outgoing, group=self._all_to_all, async_op=True)
-        return self._transfer(work)
+        work = dist.all_to_all_single(incoming, outgoing, group=self._all_to_all.group, async_op=True)
+        return _WorkMessages(self._all_to_all.transfer(work, outgoing))
 
     @override
     def all_gather(self, message: Tensor, messages: Tensor) -> MessageTransfer:
         # Into a list: the operation on one tensor has another name in every other release of torch.
-        work = dist.all_gather(list(messages), message, group=self._all_gather, async_op=True)
-        return self._transfer(work)
+        work = dist.all_gather(list(messages), message, group=self._all_gather.group, async_op=True)
+        return _WorkMessages(self._all_gather.transfer(work, message))
+
+    @override
+    def are_queued(self, device: torch.device) -> bool:
+        return is_queued(self._backend, device)
 
     @override
     def close(self) -> None:
-        if dist.is_initialized():  # else they went with the default group
-            dist.destroy_process_group(self._all_to_all)
-            dist.destroy_process_group(self._all_gather)
-
-    def _transfer(self, work: dist.Work | None) -> MessageTransfer:
-        assert work is not None
-        return _WorkMessages(work, self._failure)
+        self._all_to_all.close()
+        self._all_gather.close()
 
 
 @final
 class _WorkMessages(MessageTransfer):
-    def __init__(self, work: dist.Work, failure: Failure) -> None:
-        self._work = work
-        self._transfer = WorkTransfer(work, failure)
+    def __init__(self, transfer: WorkTransfer) -> None:
+        self._transfer = transfer
 
     @property
     @override
     def arrived(self) -> bool:
-        return self._work.is_completed()
+        return self._transfer.has_ended
 
     @override
     def wait(self) -> None:
         self._transfer.wait()
+
+    @override
+    def follow(self) -> None:
+        self._transfer.follow()

@@ -56,6 +56,25 @@ def round_robin(store: StoreClient, center: ServedCenter, channel: Channel, time
     return RoundRobin(store, channel.rank, channel.size, timeout=timeout, control=center.control, strategy=strategy)
 
 
+def exchange_thread(
+    threads: int, device: torch.device | None, set_device: Callable[..., None] = torch.cuda.set_device
+) -> ThreadPoolExecutor:
+    """The thread that exchanges.
+
+    Args:
+        threads: What torch may use in it: a new thread would take all cores.
+        device: The worker's CUDA device: a new thread has device 0, where a context takes some hundred megabytes.
+        set_device: Makes a device the thread's own.
+    """
+
+    def begin() -> None:
+        torch.set_num_threads(threads)
+        if device is not None:
+            set_device(device)
+
+    return ThreadPoolExecutor(1, "easgd-exchange", initializer=begin)
+
+
 @final
 class ServedAveraging(Averaging):
     """All optimizers of a fit on one served center.
@@ -146,8 +165,8 @@ class ServedAveraging(Averaging):
             presence=self._presence,
         )
         self._turns = self._make_turns(keys, self._center, self.control, timeout, self.strategy)
-        threads = torch.get_num_threads()  # a new thread would take all cores
-        self._thread = ThreadPoolExecutor(1, "easgd-exchange", initializer=torch.set_num_threads, initargs=(threads,))
+        devices = [layout.flat.device for layout in layouts if layout.flat.is_cuda]
+        self._thread = exchange_thread(torch.get_num_threads(), devices[0] if devices else None)
         surroundings = Surroundings(
             self.control.rank,
             self._thread,

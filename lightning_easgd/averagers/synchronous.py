@@ -13,7 +13,9 @@ from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFini
 from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
 from lightning_easgd.averagers.base import Averager, Averaging, follow
 from lightning_easgd.averagers.channel import Channel
+from lightning_easgd.averagers.finiteness import make_finiteness
 from lightning_easgd.averagers.line import ExchangeLine, Header, Meeting
+from lightning_easgd.averagers.staging import brought_near
 from lightning_easgd.averagers.sums import MakeSum
 from lightning_easgd.center import FlatTensors, all_finite, as_parameter, as_real, center_dtype
 from lightning_easgd.checksums import checksum
@@ -95,6 +97,7 @@ class SynchronousAverager(Averager):
         self.clock = 0
         self._lay_out([])
         self._sum = make_sum(self.center)
+        self._finiteness = make_finiteness(self.center.flat)
 
     @property
     @override
@@ -186,7 +189,7 @@ class SynchronousAverager(Averager):
 
     @override
     def is_finite(self) -> bool:
-        return all_finite(self.parameters) and self._position.is_finite()
+        return self._finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
@@ -241,7 +244,7 @@ class SynchronousAverager(Averager):
         self._sum.close()
 
     def _take_difference(self) -> bool:
-        """Write x - x̃ into the wire; whether it is finite."""
+        """Write x - x̃ into the wire; False if this worker is known to have gone astray."""
         started = time.monotonic()
         self._sum.make_room()
         self._line.statistics.seconds_waited += time.monotonic() - started
@@ -249,7 +252,7 @@ class SynchronousAverager(Averager):
         self._position.write(wire, self.parameters)
         wire.flat.sub_(self.center.flat)
         self._distance = self._sum.norms()
-        return all_finite([wire.flat], self._distance)
+        return self._finiteness.judge(wire.flat, self._distance)
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
@@ -261,6 +264,7 @@ class SynchronousAverager(Averager):
             header, self._header = self._header, None
             self._line.accept(header, self.clock)
         self._sum.wire.flat.zero_()
+        self._finiteness.forget()
         self.start_at_center()
         self._line.on_astray.reset(self._optimizer, self._line.control.rank, self.clock)
 
@@ -284,10 +288,8 @@ class SynchronousAverager(Averager):
         if self._pull_due is None:
             return
         for parameters, differences, alpha in zip(self._averaged.real, *self._pull_due, strict=True):
-            # The copies to a GPU need not be waited for: the next writer of the differences comes after a read of the
-            # parameters, which waits for what is queued on their device.
-            near = [d.to(p.device, non_blocking=True) for p, d in zip(parameters, differences, strict=True)]
-            elastic_pull_(parameters, near, alpha)
+            for near, of_near in brought_near(parameters, differences):
+                elastic_pull_(near, of_near, alpha)
         self._pull_due = None
 
     def _extend(self) -> None:

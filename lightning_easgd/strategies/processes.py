@@ -162,10 +162,11 @@ class WorkerProcesses(_Base):
     def _configure_launcher(self) -> None:
         check_tree(self)
         for device in self.parallel_devices or ():
-            if str(device).partition(":")[0] == "mps":  # a third party's accelerator may have any objects for devices
+            if str(device).partition(":")[0] not in ("cpu", "cuda"):
                 raise ValueError(
-                    f"{type(self).__name__}(parallel_devices=[{device}]): torch.distributed has no backend for MPS;"
-                    " use Trainer(accelerator='cpu')."
+                    f"{type(self).__name__}(parallel_devices=[{device}]): workers are CPUs or CUDA devices (ROCm's"
+                    " too); elsewhere the order of the copies beside the gradient has not been shown to hold. Use"
+                    " Trainer(accelerator='cpu')."
                 )
         super()._configure_launcher()
         self._check_interactive()
