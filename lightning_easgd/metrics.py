@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_easgd.buffers import keep_buffers, restore_buffers
+from lightning_easgd.tensors.buffers import keep_buffers, restore_buffers
 
 __all__ = ["SIGMAS", "Errors", "LocalEnergy", "misclassified"]
 

@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from torch import nn
 
-from lightning_easgd.models import Classifier
+from lightning_easgd.lab.models import Classifier
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from toys import MINIMA
 
 from lightning_easgd.averagers import ExchangeLine
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.method.rates import MovingRates
 
 
 def synchronous_trace(

@@ -23,7 +23,7 @@ from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import serving
-from lightning_easgd.averagers.served_parameters import ServedParameters
+from lightning_easgd.averagers.served.parameters import ServedParameters
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT = timedelta(seconds=6)

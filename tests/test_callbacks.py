@@ -17,7 +17,7 @@ from lightning_easgd.callbacks import (
     WorkerEvaluation,
     ddp_bytes,
 )
-from lightning_easgd.data import DigitsDataModule
+from lightning_easgd.lab.data import DigitsDataModule
 
 pytestmark = pytest.mark.timeout(60)
 

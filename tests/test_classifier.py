@@ -7,8 +7,8 @@ import torch
 from application import quiet_trainer, tiny_classifier
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_easgd.data import DigitsDataModule
-from lightning_easgd.models import Classifier, DigitsNet
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.models import Classifier, DigitsNet
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -12,7 +12,7 @@ from toys import Quadratic
 
 import lightning_easgd
 import lightning_easgd.pl
-from lightning_easgd.schedules import ExponentialSchedule
+from lightning_easgd.method.schedules import ExponentialSchedule
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -79,7 +79,7 @@ def test_yaml(tmp_path, parsed):
 
 
 def test_a_schedule_is_a_class_of_its_own(parsed):
-    chosen = ["--trainer.strategy.rho", "lightning_easgd.schedules.ExponentialSchedule"]
+    chosen = ["--trainer.strategy.rho", "lightning_easgd.method.schedules.ExponentialSchedule"]
     values = [f"--trainer.strategy.rho.{name}={value}" for name, value in (("start", 0.1), ("end", 2), ("steps", 50))]
     strategy = parsed("--trainer.strategy", "lightning_easgd.EASGDStrategy", *chosen, *values).trainer.strategy
     assert strategy.rates.rho == ExponentialSchedule(0.1, 2.0, 50)

@@ -18,16 +18,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
-from lightning_easgd.callbacks import CURVE_FILE, LearningCurve, LocalEnergyMonitor
-from lightning_easgd.command_errors import UsageError
-from lightning_easgd.compare import plot_command, runs
-from lightning_easgd.compare.command import compare, planned
-from lightning_easgd.compare.curves import Panel, mean_curves, panels
-from lightning_easgd.compare.energies import energy_curves
-from lightning_easgd.compare.grid import cells
-from lightning_easgd.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
-from lightning_easgd.compare.tables import write_tables
-from lightning_easgd.train import build_model, build_trainer
+from lightning_easgd.callbacks import LocalEnergyMonitor
+from lightning_easgd.lab.command_errors import UsageError
+from lightning_easgd.lab.compare import plot_command, runs
+from lightning_easgd.lab.compare.command import compare, planned
+from lightning_easgd.lab.compare.curves import Panel, mean_curves, panels
+from lightning_easgd.lab.compare.energies import energy_curves
+from lightning_easgd.lab.compare.grid import cells
+from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
+from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
+from lightning_easgd.lab.train import build_model, build_trainer
 
 pytestmark = pytest.mark.timeout(120)
 COMPARISONS = [name for name in options("experiment") if name not in SINGLE_RUNS]
@@ -523,7 +524,7 @@ def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
 
 def test_sigterm_ends_the_run_under_way(tmp_path):
     waiting = (
-        "import sys, pathlib, time; from lightning_easgd.compare import command, runs;"
+        "import sys, pathlib, time; from lightning_easgd.lab.compare import command, runs;"
         "tree = pathlib.Path(sys.argv.pop(1)).read_text();"
         "supervise = runs._supervise;"
         "runs._supervise = lambda c, *rest: supervise([sys.executable, '-c', tree, 'pid', '60'], *rest);"

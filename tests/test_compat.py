@@ -1,4 +1,4 @@
-"""The contract with Lightning's private parts: if one of these fails, lightning_easgd/_compat.py must follow.
+"""The contract with Lightning's private parts: if one of these fails, lightning_easgd/strategies/lightning_private.py must follow.
 
 Private hooks that a strategy and a launcher can only override are listed here too, and nothing else is touched.
 """
@@ -26,7 +26,7 @@ from toys import Regression, fitted, quiet_trainer
 
 import lightning_easgd
 from lightning_easgd import LocalStrategy
-from lightning_easgd._compat import (
+from lightning_easgd.strategies.lightning_private import (
     communicates_at_epoch_end,
     free_running,
     is_without_steps,

@@ -17,14 +17,14 @@ from test_wire_bytes import sent_between, sent_by_socket
 from toys import quiet_trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.averagers.all_reduced_sum import AllReducedSum
-from lightning_easgd.averagers.channel import ExchangeError, ProcessGroupChannel
-from lightning_easgd.averagers.compressed_sum import CompressedSum
-from lightning_easgd.averagers.message_channel import MessageChannel, MessageTransfer, ProcessGroupMessageChannel
-from lightning_easgd.center import FlatTensors
-from lightning_easgd.compression import make_codec
-from lightning_easgd.data import DigitsDataModule
-from lightning_easgd.models import Classifier, DigitsNet
+from lightning_easgd.averagers.sync.all_reduced_sum import AllReducedSum
+from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.models import Classifier, DigitsNet
+from lightning_easgd.method.compression import make_codec
+from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport.channel import ExchangeError, ProcessGroupChannel
+from lightning_easgd.transport.message_channel import MessageChannel, MessageTransfer, ProcessGroupMessageChannel
 
 pytestmark = pytest.mark.timeout(60)
 

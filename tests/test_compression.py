@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightning_easgd.compression import BFloat16Codec, Int8Codec, make_codec
+from lightning_easgd.method.compression import BFloat16Codec, Int8Codec, make_codec
 
 CODECS = [BFloat16Codec, Int8Codec]
 LENGTHS = [0, 1, 2, 3, 255, 256, 257, 511, 513, 1000, 3 * 2**18 + 77]

@@ -14,11 +14,11 @@ from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
-from lightning_easgd.command_errors import explain
-from lightning_easgd.data import DataError
-from lightning_easgd.evaluate import evaluate
+from lightning_easgd.lab.command_errors import explain
+from lightning_easgd.lab.data import DataError
+from lightning_easgd.lab.evaluate import evaluate
+from lightning_easgd.lab.train import build_model, build_strategy, build_trainer, train
 from lightning_easgd.strategies.ddp_arguments import known_ddp_arguments
-from lightning_easgd.train import build_model, build_strategy, build_trainer, train
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
 # What the Trainer gives to a strategy itself, and what it takes for the sake of projects that ran with DDP.

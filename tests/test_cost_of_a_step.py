@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_easgd.averagers import SynchronousAverager, all_reduced_sums
-from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_sum import SharedSum
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.averagers.sync.shared_sum import SharedSum
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.transport.meeting_place import MeetingPlace
 
 TAU = 4
 

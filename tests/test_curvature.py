@@ -21,8 +21,8 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.callbacks import CurvatureMonitor
+from lightning_easgd.callbacks.curvature import HessianProduct, PowerIteration
 from lightning_easgd.callbacks.stable_region import NotJudgedError, region_of
-from lightning_easgd.curvature import HessianProduct, PowerIteration
 from lightning_easgd.stability import downpour, round_robin, synchronous
 
 pytestmark = pytest.mark.timeout(120)

@@ -10,9 +10,9 @@ import torch
 from application import quiet_trainer, tiny_classifier
 from torch.utils.data import DistributedSampler
 
-from lightning_easgd.data import DigitsDataModule, WorkerSampler
-from lightning_easgd.data.sampling import BatchedTensors
-from lightning_easgd.data.splits import stratified_split
+from lightning_easgd.lab.data import DigitsDataModule, WorkerSampler
+from lightning_easgd.lab.data.sampling import BatchedTensors
+from lightning_easgd.lab.data.splits import stratified_split
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -8,7 +8,7 @@ import pytest
 from ranks import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
-TRAIN = ["-m", "lightning_easgd.train", "trainer.enable_progress_bar=false", "plot=false"]
+TRAIN = ["-m", "lightning_easgd.lab.train", "trainer.enable_progress_bar=false", "plot=false"]
 
 
 def center_accuracy(output: str) -> float:

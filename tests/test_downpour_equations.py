@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_easgd.downpour import downpour_push_, nesterov_push_, polyak_rate, running_average_
+from lightning_easgd.method.downpour import downpour_push_, nesterov_push_, polyak_rate, running_average_
 
 # Two workers with f_i = (x - b_i)^2 / 2, b = (1, -3), all at 1, η = 0.1, τ = 2, in turn: (x1, x2, center) after both.
 DOWNPOUR = [

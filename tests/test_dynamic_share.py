@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from toys import Regression, fitted
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.data import DynamicShare
+from lightning_easgd.lab.data import DynamicShare
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_easgd.elastic import (
+from lightning_easgd.method.elastic import (
     center_update_,
     elastic_difference,
     elastic_exchange_,

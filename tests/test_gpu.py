@@ -9,8 +9,8 @@ from torch.distributed import is_nccl_available
 from toys import Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
-from lightning_easgd.averagers.staging import CudaStaging
-from lightning_easgd.center import FlatTensors
+from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport.staging import CudaStaging
 
 pytestmark = [
     pytest.mark.gpu,

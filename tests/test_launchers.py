@@ -139,7 +139,7 @@ exec(open({str(SCRIPT)!r}).read())
 
 @pytest.mark.parametrize("method", ["popen", "spawn"])
 def test_hydra(method, tmp_path):
-    command = [sys.executable, "-m", "lightning_easgd.train", f"strategy.start_method={method}"]
+    command = [sys.executable, "-m", "lightning_easgd.lab.train", f"strategy.start_method={method}"]
     quick = ["trainer.devices=2", "trainer.max_epochs=1", "trainer.limit_train_batches=12", "plot=false"]
     run = tmp_path / "run"
     launch([*command, *quick, f"hydra.run.dir={run}", "callbacks.progress_bar.refresh_rate=0"])

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.callbacks import LocalEnergyMonitor
-from lightning_easgd.data import CIFAR10DataModule, DigitsDataModule
-from lightning_easgd.data.crops import WORDS
+from lightning_easgd.lab.data import CIFAR10DataModule, DigitsDataModule
+from lightning_easgd.lab.data.crops import WORDS
 from lightning_easgd.metrics import SIGMAS, LocalEnergy
 
 pytestmark = pytest.mark.timeout(60)

@@ -8,8 +8,8 @@ from application import quiet_trainer, tiny_classifier
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_easgd.data import DigitsDataModule
-from lightning_easgd.models import (
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.models import (
     Classifier,
     ConvNet7,
     ConvNet11,

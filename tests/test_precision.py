@@ -13,7 +13,7 @@ from toys import MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.averagers import ExchangeLine, SynchronousAverager, all_reduced_sums
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.method.rates import MovingRates
 
 pytestmark = pytest.mark.timeout(120)
 both = pytest.mark.parametrize("mode", ["sync", "async"])

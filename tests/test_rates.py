@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.method.rates import MovingRates
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from test_configs import FROM_TRAINER
 from test_packaging import PROJECT, sources
 
 from lightning_easgd import EASGDStrategy, plots, report
-from lightning_easgd.elastic import elastic_pull_, elastic_push_
+from lightning_easgd.method.elastic import elastic_pull_, elastic_push_
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "examples" / "results" / "digits"
@@ -147,14 +147,14 @@ LANGUAGES = {
 def run_train(arguments: list[str], folder: Path) -> None:
     epochs = [] if "max_epochs" in "".join(arguments) else ["trainer.max_epochs=1"]
     before = set(folder.rglob("accuracy.csv"))
-    done = run([sys.executable, "-m", "lightning_easgd.train", *arguments, *CHEAP, *epochs], folder)
+    done = run([sys.executable, "-m", "lightning_easgd.lab.train", *arguments, *CHEAP, *epochs], folder)
     runs = set(folder.rglob("accuracy.csv")) - before
     jobs = len(re.findall(r"\[HYDRA\] \t#", done.stdout)) or 1
     assert len(runs) == jobs == done.stdout.count("run directory")
 
 
 def run_evaluate(arguments: list[str], folder: Path) -> None:
-    assert "test/accuracy" in run([sys.executable, "-m", "lightning_easgd.evaluate", *arguments], folder).stdout
+    assert "test/accuracy" in run([sys.executable, "-m", "lightning_easgd.lab.evaluate", *arguments], folder).stdout
 
 
 def run_make(arguments: list[str], folder: Path) -> None:
@@ -172,7 +172,7 @@ def run_make(arguments: list[str], folder: Path) -> None:
 
 def run_python(arguments: list[str], folder: Path) -> None:
     if arguments[0] == "-m":
-        assert arguments[1] == "lightning_easgd.train"
+        assert arguments[1] == "lightning_easgd.lab.train"
         run_train(arguments[2:], folder)
         return
     script, *options = arguments

@@ -6,7 +6,7 @@ import pytest
 from application import CONF
 from omegaconf import OmegaConf
 
-from lightning_easgd import plots, report
+from lightning_easgd.lab import plots, report
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -16,7 +16,7 @@ from toys import quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
-from lightning_easgd.schedules import ExponentialSchedule
+from lightning_easgd.method.schedules import ExponentialSchedule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"

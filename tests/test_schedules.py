@@ -17,9 +17,15 @@ from toys import MINIMA, Quadratic, fitted
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.averagers import Meeting
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.schedules import ConstantSchedule, CosineSchedule, ExponentialSchedule, LinearSchedule, Schedule
-from lightning_easgd.train import build_strategy
+from lightning_easgd.lab.train import build_strategy
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.schedules import (
+    ConstantSchedule,
+    CosineSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    Schedule,
+)
 
 pytestmark = pytest.mark.timeout(60)
 RAMPS = [LinearSchedule, CosineSchedule, ExponentialSchedule]

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from channels import Hub, LoneChannel, on_threads
 
 from lightning_easgd.averagers import ExchangeError, SharedChannel
-from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_channel import ROW
-from lightning_easgd.averagers.shared_vectors import SharedVectors
+from lightning_easgd.transport.meeting_place import MeetingPlace
+from lightning_easgd.transport.shared_channel import ROW
+from lightning_easgd.transport.shared_vectors import SharedVectors
 
 pytestmark = pytest.mark.timeout(60)
 SECONDS = timedelta(seconds=20)

@@ -12,8 +12,7 @@ from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM, SYNCHRONOUS
 from torch import nn
 from toys import MINIMA
 
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.simulation import (
+from lightning_easgd.lab.simulation import (
     AsynchronousSchedule,
     Cluster,
     Link,
@@ -27,9 +26,10 @@ from lightning_easgd.simulation import (
     spectrum,
     time_run,
 )
-from lightning_easgd.simulation.events import Failure, Finish
-from lightning_easgd.simulation.networks import ClassificationProblem
-from lightning_easgd.simulation.problems import Problem
+from lightning_easgd.lab.simulation.events import Failure, Finish
+from lightning_easgd.lab.simulation.networks import ClassificationProblem
+from lightning_easgd.lab.simulation.problems import Problem
+from lightning_easgd.method.rates import MovingRates
 
 NO_EXCHANGE = MovingRates(alpha=0.0)
 
@@ -383,7 +383,7 @@ def test_errors_name_the_argument(make, message):
 
 def test_lightning_is_not_imported():
     code = (
-        "import sys, lightning_easgd.simulation, lightning_easgd.simulation.command\n"
+        "import sys, lightning_easgd.lab.simulation, lightning_easgd.lab.simulation.command\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from lightning_easgd.simulation.command import run
-from lightning_easgd.simulation.figures import best_times
-from lightning_easgd.simulation.scenario import Scenario
-from lightning_easgd.simulation.sweep import ALONE, read_rows
+from lightning_easgd.lab.simulation.command import run
+from lightning_easgd.lab.simulation.figures import best_times
+from lightning_easgd.lab.simulation.scenario import Scenario
+from lightning_easgd.lab.simulation.sweep import ALONE, read_rows
 
 SMALL = ["dimension=10", "condition=4", "steps=200", "noise=0.02"]
 

@@ -8,16 +8,16 @@ from torch import nn
 from toys import fitted
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.data import DigitsDataModule
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.simulation import (
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.simulation import (
     Cluster,
     LocalSGD,
     RoundRobinSchedule,
     SynchronousSchedule,
     simulate,
 )
-from lightning_easgd.simulation.digits import digits_network, digits_problem
+from lightning_easgd.lab.simulation.digits import digits_network, digits_problem
+from lightning_easgd.method.rates import MovingRates
 
 pytestmark = pytest.mark.timeout(120)
 BATCH, EPOCHS, STEPS = 100, 2, 26

@@ -30,17 +30,17 @@ from lightning_easgd.averagers import (
     compressed_sums,
     shared_sums,
 )
-from lightning_easgd.averagers.all_reduced_sum import BUCKET_BYTES, AllReducedSum
-from lightning_easgd.averagers.compressed_sum import CompressedSum
-from lightning_easgd.averagers.meeting_place import MeetingPlace
-from lightning_easgd.averagers.shared_sum import SharedSum
-from lightning_easgd.averagers.shared_vector import SharedVector
-from lightning_easgd.averagers.shared_vectors import SharedVectors
-from lightning_easgd.center import FlatTensors
-from lightning_easgd.compression import make_codec
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.service import CenterError
-from lightning_easgd.service.errors import SharedMemoryUnavailableError
+from lightning_easgd.averagers.sync.all_reduced_sum import BUCKET_BYTES, AllReducedSum
+from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
+from lightning_easgd.averagers.sync.shared_sum import SharedSum
+from lightning_easgd.method.compression import make_codec
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.served_center import CenterError
+from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport.errors import SharedMemoryUnavailableError
+from lightning_easgd.transport.meeting_place import MeetingPlace
+from lightning_easgd.transport.shared_vector import SharedVector
+from lightning_easgd.transport.shared_vectors import SharedVectors
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = timedelta(seconds=20)

@@ -7,8 +7,8 @@ from reference import synchronous_trace
 from toys import MINIMA
 
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAverager, all_reduced_sums
-from lightning_easgd.momentum import LookAheadPosition, make_nesterov
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.method.position import LookAheadPosition, make_nesterov
+from lightning_easgd.method.rates import MovingRates
 
 
 def quadratic_step(averager, x, optimizer, minimum):

@@ -9,7 +9,7 @@ import pytest
 from application import command, composed, only_run
 from omegaconf import OmegaConf
 
-from lightning_easgd import evaluate, train
+from lightning_easgd.lab import evaluate, train
 
 SHORT = ("trainer.devices=2", "trainer.max_epochs=2", "trainer.limit_train_batches=24", "strategy.tau=4")
 
@@ -168,7 +168,7 @@ def test_ranks_of_torchrun_write_one_directory(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "lightning_easgd.train", *SHORT, "callbacks.elastic_monitor.every_n_exchanges=1",
+            "-m", "lightning_easgd.lab.train", *SHORT, "callbacks.elastic_monitor.every_n_exchanges=1",
         ],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90,
         check=False,

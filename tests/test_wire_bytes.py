@@ -16,7 +16,7 @@ from toys import quiet_trainer
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.callbacks import ddp_bytes
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
 # include/uapi/linux/tcp.h, struct tcp_info: tcpi_bytes_sent, a 64 bit count of payload bytes with those sent again, and
 # tcpi_bytes_retrans, the latter alone: on a busy machine the kernel sends again what was only late.

@@ -41,11 +41,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.buffers import load_buffers
 from lightning_easgd.callbacks import RecalibrateBatchNorm, gather
-from lightning_easgd.data import CIFAR10DataModule, DataError
-from lightning_easgd.models import Classifier, ResNet18, SmallImageStem
-from lightning_easgd.rehearsal import copy_batch
+from lightning_easgd.lab.data import CIFAR10DataModule, DataError
+from lightning_easgd.lab.models import Classifier, ResNet18, SmallImageStem
+from lightning_easgd.strategies.rehearsal import copy_batch
+from lightning_easgd.tensors.buffers import load_buffers
 
 CENTER, OWN = "center", "own"
 MEAN, RANK_0 = "mean of workers", "rank 0"

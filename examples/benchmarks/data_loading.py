@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_easgd.data import PadCropFlip, RandomCropFlip, RandomResizedCropFlip, ShortSideRandomCropFlip
-from lightning_easgd.data.crops import BatchCrop
-from lightning_easgd.data.image_folders import ImageFiles
-from lightning_easgd.data.images import Normalise
-from lightning_easgd.data.in_memory import ImageBatches
-from lightning_easgd.data.sampling import augmenting_loader, keep_batch
+from lightning_easgd.lab.data import PadCropFlip, RandomCropFlip, RandomResizedCropFlip, ShortSideRandomCropFlip
+from lightning_easgd.lab.data.crops import BatchCrop
+from lightning_easgd.lab.data.image_folders import ImageFiles
+from lightning_easgd.lab.data.images import Normalise
+from lightning_easgd.lab.data.in_memory import ImageBatches
+from lightning_easgd.lab.data.sampling import augmenting_loader, keep_batch
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -34,11 +34,11 @@ from harness.ranks import Place, RanksError, Send, one_host, run_ranks
 from harness.ratios import Row, median_and_range
 from harness.results import print_table, write_results
 
-from lightning_easgd.service import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
-from lightning_easgd.service.interface import CenterService, Pending
-from lightning_easgd.service.serving import ShardServer
-from lightning_easgd.service.sockets import RemoteShard
-from lightning_easgd.service.wire import as_bytes
+from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
+from lightning_easgd.served_center.interface import CenterService, Pending
+from lightning_easgd.served_center.tcp_client import RemoteShard
+from lightning_easgd.served_center.tcp_server import ShardServer
+from lightning_easgd.transport.wire import as_bytes
 
 MEMCPY, MEMORY, RAW, SOCKETS = "memcpy", "memory", "raw socket", "sockets"
 LIMIT = {MEMCPY: MEMCPY, MEMORY: MEMCPY, RAW: RAW, SOCKETS: RAW}

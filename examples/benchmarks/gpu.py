@@ -36,8 +36,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
-from lightning_easgd.elastic import elastic_exchange_
-from lightning_easgd.models import ResNet18, ResNet50, SmallImageStem
+from lightning_easgd.lab.models import ResNet18, ResNet50, SmallImageStem
+from lightning_easgd.method.elastic import elastic_exchange_
 
 COPIED, EXCHANGED = 8, 16  # bytes of a parameter that a copy and an exchange move at least
 

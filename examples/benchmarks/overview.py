@@ -18,7 +18,7 @@ from harness.figures import Panel, draw_bars
 from harness.network import Link
 from harness.ratios import Row
 
-from lightning_easgd.report import read_rows
+from lightning_easgd.lab.report import read_rows
 
 SHOWN = {
     "easgd": "EASGD",

@@ -23,9 +23,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.data import DigitsDataModule
-from lightning_easgd.simulation import AsynchronousSchedule, Cluster, LocalSGD, SynchronousSchedule, simulate
-from lightning_easgd.simulation.digits import digits_network, digits_problem
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.simulation import AsynchronousSchedule, Cluster, LocalSGD, SynchronousSchedule, simulate
+from lightning_easgd.lab.simulation.digits import digits_network, digits_problem
 
 LR, TAU, SEEDS = 0.3, 10, (0, 1, 2)
 MODES = {"sync": SynchronousSchedule(TAU), "async": AsynchronousSchedule(TAU)}

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.averagers import Channel, ProcessGroupChannel, Transfer, served
-from lightning_easgd.simulation import (
+from lightning_easgd.lab.simulation import (
     AsynchronousSchedule,
     Cluster,
     Link,
@@ -46,7 +46,7 @@ from lightning_easgd.simulation import (
     SynchronousSchedule,
     time_run,
 )
-from lightning_easgd.simulation.events import Finish
+from lightning_easgd.lab.simulation.events import Finish
 from lightning_easgd.strategies import elastic_workers
 
 ELEMENTS = 10_000

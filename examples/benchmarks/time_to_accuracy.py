@@ -31,10 +31,10 @@ from harness.ratios import Row
 from harness.results import print_table, write_results
 from harness.turns import quiet_trainer
 
-from lightning_easgd.callbacks import CURVE_FILE, LearningCurve
-from lightning_easgd.data import CIFAR10DataModule, DataError
-from lightning_easgd.models import Classifier, StridedNet
-from lightning_easgd.report import read_rows
+from lightning_easgd.lab.data import CIFAR10DataModule, DataError
+from lightning_easgd.lab.models import Classifier, StridedNet
+from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
+from lightning_easgd.lab.report import read_rows
 
 NAMES = ("ddp", "post_local_sgd", "easgd", "eamsgd")
 MOMENTUM = 0.9

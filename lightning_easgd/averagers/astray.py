@@ -8,7 +8,7 @@ from typing import final
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.channel import ExchangeError
+from lightning_easgd.transport.channel import ExchangeError
 
 __all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray"]
 

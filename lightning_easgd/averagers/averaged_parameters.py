@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd.center import as_real
+from lightning_easgd.tensors.flat_tensors import as_real
 
 __all__ = ["AveragedParameters", "Names", "check_in_common", "described", "in_order"]
 

@@ -7,18 +7,15 @@ With strategies that have no center (DDP, one device, independent workers) they 
 
 from lightning_easgd.callbacks.curvature_monitor import CurvatureMonitor, CurvatureReading
 from lightning_easgd.callbacks.elastic_monitor import COMMUNICATION_FILE, ELASTIC_DIRECTORY, ElasticMonitor
-from lightning_easgd.callbacks.iterate_average import IterateAverage
-from lightning_easgd.callbacks.learning_curve import CURVE_FILE, LearningCurve
 from lightning_easgd.callbacks.local_energy_monitor import LOCAL_ENERGY_FILE, LocalEnergyMonitor
-from lightning_easgd.callbacks.recalibrate_batchnorm import RecalibrateBatchNorm
 from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
 from lightning_easgd.callbacks.time_split import TIME_FILE, TimeSplit
 from lightning_easgd.callbacks.worker_evaluation import ACCURACY_FILE, WorkerEvaluation, accuracy
+from lightning_easgd.strategies.batchnorm import RecalibrateBatchNorm
 
 __all__ = [
     "ACCURACY_FILE",
     "COMMUNICATION_FILE",
-    "CURVE_FILE",
     "ELASTIC_DIRECTORY",
     "LOCAL_ENERGY_FILE",
     "TIME_FILE",
@@ -26,8 +23,6 @@ __all__ = [
     "CurvatureReading",
     "ElasticMonitor",
     "ElasticStrategy",
-    "IterateAverage",
-    "LearningCurve",
     "LocalEnergyMonitor",
     "RecalibrateBatchNorm",
     "TimeSplit",

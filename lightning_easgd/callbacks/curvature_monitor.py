@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from lightning_easgd.callbacks.curvature import Estimate, HessianProduct, PowerIteration
 from lightning_easgd.callbacks.stable_region import NotJudgedError, StableRegion, region_of
-from lightning_easgd.checkpointing import random_state, set_random_state
-from lightning_easgd.curvature import Estimate, HessianProduct, PowerIteration
-from lightning_easgd.rehearsal import copy_batch, rehearsal, rehearse_step
 from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.rehearsal import copy_batch, rehearsal, rehearse_step
+from lightning_easgd.strategies.worker_state import random_state, set_random_state
 
 __all__ = ["CurvatureMonitor", "CurvatureReading", "Loss"]
 

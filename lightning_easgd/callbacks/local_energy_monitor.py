@@ -12,8 +12,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_easgd.callbacks.recording import ElasticStrategy, gather, own_weights, write_csv
-from lightning_easgd.checkpointing import random_state, set_random_state
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
+from lightning_easgd.strategies.worker_state import random_state, set_random_state
 from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["LOCAL_ENERGY_FILE", "LocalEnergyMonitor"]

@@ -1,9 +1,6 @@
 """The callback through which a strategy acts before all other callbacks."""
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from lightning_easgd.strategies.center_workers import CenterWorkers
+from typing import Any
 
 __all__ = ["CenterHooks"]
 
@@ -11,7 +8,7 @@ __all__ = ["CenterHooks"]
 class CenterHooks:
     """Calls the strategy before all other callbacks; Lightning calls a strategy's own hooks after them."""
 
-    def __init__(self, strategy: "CenterWorkers") -> None:
+    def __init__(self, strategy: Any) -> None:
         self._strategy = strategy
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:  # noqa: ARG002

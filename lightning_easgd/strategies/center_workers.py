@@ -13,18 +13,18 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_easgd._compat import is_without_steps
 from lightning_easgd.averagers import Averager, Averaging, ExchangeError, Meeting, Statistics, WorkersStoppedError
-from lightning_easgd.buffers import FiniteValues, load_buffers
-from lightning_easgd.common_values import CommonValues
-from lightning_easgd.service import CenterError, WorkerLostError
-from lightning_easgd.shown_weights import ShownWeights
+from lightning_easgd.averagers.common_values import CommonValues
+from lightning_easgd.served_center import CenterError, WorkerLostError
 from lightning_easgd.strategies.center_hooks import CenterHooks
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.failures import first_line
+from lightning_easgd.strategies.lightning_private import is_without_steps
 from lightning_easgd.strategies.meeting_workers import MeetingWorkers
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
+from lightning_easgd.strategies.shown_weights import ShownWeights
 from lightning_easgd.strategies.steps import Steps, averagers_of
+from lightning_easgd.tensors.buffers import FiniteValues, load_buffers
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -7,8 +7,15 @@ from typing import Any
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_easgd._compat import begins_epoch, fetches_next, renew_training_iterator, watch_fetching
-from lightning_easgd.checkpointing import (
+from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
+from lightning_easgd.strategies.lightning_private import (
+    begins_epoch,
+    fetches_next,
+    renew_training_iterator,
+    watch_fetching,
+)
+from lightning_easgd.strategies.worker_state import (
     EditedState,
     FetchObserver,
     StateSums,
@@ -17,8 +24,6 @@ from lightning_easgd.checkpointing import (
     remove_sidecar,
     set_random_state,
 )
-from lightning_easgd.strategies.center_workers import CenterWorkers
-from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 
 __all__ = ["CheckpointedWorkers"]
 

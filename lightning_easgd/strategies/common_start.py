@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_params_and_buffers
 
-from lightning_easgd.buffers import can_be_written
 from lightning_easgd.strategies.outside_values import ignored_names
+from lightning_easgd.tensors.buffers import can_be_written
 
 __all__ = ["broadcast_states"]
 

@@ -9,8 +9,8 @@ import torch
 from torch.optim import SGD, Optimizer
 
 from lightning_easgd.averagers import Averaging, DownpourAverager
-from lightning_easgd.rates import check_number
-from lightning_easgd.service import (
+from lightning_easgd.method.rates import check_number
+from lightning_easgd.served_center import (
     AveragedRule,
     CenterRule,
     ConstantRate,

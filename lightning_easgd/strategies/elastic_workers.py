@@ -25,10 +25,10 @@ from lightning_easgd.averagers import (
     shared_channel,
     shared_sums,
 )
-from lightning_easgd.compression import WireDtype, make_codec
-from lightning_easgd.momentum import LookAheadPosition, ParameterPosition, make_nesterov
-from lightning_easgd.rates import MovingRates, check_number
-from lightning_easgd.schedules import Schedule
+from lightning_easgd.method.compression import WireDtype, make_codec
+from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
+from lightning_easgd.method.rates import MovingRates, check_number
+from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
 from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
@@ -68,7 +68,7 @@ class ElasticWorkers(ServedWorkers):
         tau: Communication period τ ≥ 1, in steps of the worker's optimizer (not batches).
         beta: The center's moving rate β in (0, 2); 0.9 unless ``alpha`` or ``rho`` is given, then p·α.
         alpha: The worker's moving rate α in (-1, 1]; β/p unless given. It does not change with the learning rate. A
-            :class:`~lightning_easgd.schedules.Schedule` is a function of the optimizer's own clock t.
+            :class:`~lightning_easgd.method.schedules.Schedule` is a function of the optimizer's own clock t.
         rho: Elastic penalty ρ > 0 in place of ``alpha``: α = lr·ρ follows the learning rate. It may be a schedule, too:
             replicated SGD is ``beta=1`` and a ``rho`` that grows.
         mode: "sync": all workers exchange at the same clock, by an all-reduce. "async": each worker exchanges on its

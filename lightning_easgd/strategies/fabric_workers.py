@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging, Meeting, Statistics
-from lightning_easgd.buffers import FiniteValues
-from lightning_easgd.checkpointing import EditedState, StateSums, fingerprints, random_state, set_random_state
-from lightning_easgd.shown_weights import ShownWeights
 from lightning_easgd.strategies.center_readings import CenterReadings, named_center
 from lightning_easgd.strategies.kept_states import KEY, Kept, KeptStates, edited_tensors
 from lightning_easgd.strategies.outside_values import OutsideValues, ignored_names
 from lightning_easgd.strategies.processes import WorkerProcesses
+from lightning_easgd.strategies.shown_weights import ShownWeights
 from lightning_easgd.strategies.steps import Steps, averagers_of
+from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
+from lightning_easgd.tensors.buffers import FiniteValues
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy as _Base

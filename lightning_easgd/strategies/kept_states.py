@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging
-from lightning_easgd.center import as_real
-from lightning_easgd.checkpointing import (
+from lightning_easgd.strategies.worker_state import (
     EmbeddedStates,
     Layout,
     NoStates,
@@ -27,6 +26,7 @@ from lightning_easgd.checkpointing import (
     sidecar_folder,
     with_edits,
 )
+from lightning_easgd.tensors.flat_tensors import as_real
 
 __all__ = ["KEY", "Kept", "KeptStates", "WorkerState", "edited_tensors", "named_tensors"]
 

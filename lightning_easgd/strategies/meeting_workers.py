@@ -3,7 +3,8 @@
 import math
 from typing import Any, ClassVar
 
-from lightning_easgd._compat import (
+from lightning_easgd.averagers import Averaging, Meeting, WorkersStoppedError
+from lightning_easgd.strategies.lightning_private import (
     communicates_at_epoch_end,
     has_new_loader,
     reads_common_clock,
@@ -11,7 +12,6 @@ from lightning_easgd._compat import (
     saves_after_batch,
     saves_in_epoch,
 )
-from lightning_easgd.averagers import Averaging, Meeting, WorkersStoppedError
 from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["MeetingWorkers"]

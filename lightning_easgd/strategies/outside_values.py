@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_easgd.averagers import Averager, Averaging
-from lightning_easgd.buffers import FiniteValues
-from lightning_easgd.checksums import checksum
-from lightning_easgd.common_values import CommonValues
+from lightning_easgd.averagers.common_values import CommonValues
+from lightning_easgd.tensors.buffers import FiniteValues
+from lightning_easgd.tensors.checksums import checksum
 
 __all__ = ["OutsideValues", "ignored_names"]
 

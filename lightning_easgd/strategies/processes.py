@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 import torch
 from torch import nn
 
-from lightning_easgd._compat import interactive_error
 from lightning_easgd.strategies.class_trees import check_tree, describe, tree_of
 from lightning_easgd.strategies.common_start import broadcast_states
 from lightning_easgd.strategies.ddp_arguments import (
@@ -15,6 +14,7 @@ from lightning_easgd.strategies.ddp_arguments import (
     takes_ddp_arguments,
     warn_without_effect,
 )
+from lightning_easgd.strategies.lightning_private import interactive_error
 
 __all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses"]
 

@@ -32,8 +32,8 @@ class RecalibratedWorkers(CheckpointedWorkers):
         super().setup(trainer)
         if trainer.state.fn != "fit" or not self.recalibrate_batchnorm:
             return
-        # Callbacks are built on strategies, and on lightning.pytorch whatever the tree of this class is.
-        from lightning_easgd.callbacks import RecalibrateBatchNorm  # noqa: PLC0415
+        # It imports lightning.pytorch, whatever the tree of this class is.
+        from lightning_easgd.strategies.batchnorm import RecalibrateBatchNorm  # noqa: PLC0415
 
         self._recalibration = RecalibrateBatchNorm(self.recalibrate_batchnorm)
         assert self.lightning_module is not None

@@ -20,9 +20,9 @@ from lightning_easgd.averagers import (
     free_order,
     round_robin,
 )
-from lightning_easgd.buffers import FiniteValues
-from lightning_easgd.service import CenterRule
+from lightning_easgd.served_center import CenterRule
 from lightning_easgd.strategies.processes import WorkerProcesses
+from lightning_easgd.tensors.buffers import FiniteValues
 
 __all__ = ["OnNonFinite", "OnWorkerLoss", "Order", "ServedWorkers", "check_period"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_easgd._compat import reads_common_clock
+from lightning_easgd.strategies.lightning_private import reads_common_clock
 from lightning_easgd.strategies.recalibrated_workers import RecalibratedWorkers
 
 __all__ = ["TrainerWorkers"]

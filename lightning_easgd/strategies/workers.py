@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from lightning_easgd._compat import free_running, request_stop
 from lightning_easgd.averagers import ExchangeError
-from lightning_easgd.checkpointing import random_state, set_random_state
-from lightning_easgd.service.roll_call import RollCall
-from lightning_easgd.service.store_client import store_server
 from lightning_easgd.strategies.failures import first_line, is_of_process_group
+from lightning_easgd.strategies.lightning_private import free_running, request_stop
 from lightning_easgd.strategies.processes import WorkerProcesses
+from lightning_easgd.strategies.worker_state import random_state, set_random_state
+from lightning_easgd.transport.roll_call import RollCall
+from lightning_easgd.transport.store_client import store_server
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as _Base

@@ -18,8 +18,8 @@ from official_data import (
     write_cifar100,
 )
 
-from lightning_easgd.data import CenterCrop, CIFAR10DataModule, CIFAR100DataModule, DataError, PadCropFlip
-from lightning_easgd.data.pickles import read_pickle
+from lightning_easgd.lab.data import CenterCrop, CIFAR10DataModule, CIFAR100DataModule, DataError, PadCropFlip
+from lightning_easgd.lab.data.pickles import read_pickle
 
 pytestmark = pytest.mark.timeout(60)
 

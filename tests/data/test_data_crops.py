@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_easgd.data import CenterCrop, PadCropFlip, RandomCropFlip
-from lightning_easgd.data.crops import WORDS
-from lightning_easgd.data.images import Normalise
-from lightning_easgd.data.in_memory import ImageBatches
-from lightning_easgd.data.randomness import below, random_words
+from lightning_easgd.lab.data import CenterCrop, PadCropFlip, RandomCropFlip
+from lightning_easgd.lab.data.crops import WORDS
+from lightning_easgd.lab.data.images import Normalise
+from lightning_easgd.lab.data.in_memory import ImageBatches
+from lightning_easgd.lab.data.randomness import below, random_words
 
 pytestmark = pytest.mark.timeout(60)
 IMAGES = np.random.default_rng(0).integers(0, 256, (30, 3, 12, 10), dtype=np.uint8)

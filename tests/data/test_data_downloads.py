@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from official_data import CIFAR10_FOLDER, pack, write_cifar10, write_mnist
 
-from lightning_easgd.data import CIFAR10DataModule, DataError, FashionMNISTDataModule
-from lightning_easgd.data.cifar import CIFARFiles
-from lightning_easgd.data.official_files import OfficialFile, fetch
+from lightning_easgd.lab.data import CIFAR10DataModule, DataError, FashionMNISTDataModule
+from lightning_easgd.lab.data.cifar import CIFARFiles
+from lightning_easgd.lab.data.official_files import OfficialFile, fetch
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from official_data import WNIDS, write_imagenet, write_jpeg
 
-from lightning_easgd.data import (
+from lightning_easgd.lab.data import (
     DataError,
     ImageNetDataModule,
     RandomResizedCropFlip,
     ShortSideCenterCrop,
     ShortSideRandomCropFlip,
 )
-from lightning_easgd.data.jpeg_crops import _maybe_mirrored
+from lightning_easgd.lab.data.jpeg_crops import _maybe_mirrored
 
 Image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.timeout(60)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from official_data import idx_bytes, write_mnist
 
-from lightning_easgd.data import DataError, FashionMNISTDataModule, MNISTDataModule
-from lightning_easgd.data.idx import read_idx
+from lightning_easgd.lab.data import DataError, FashionMNISTDataModule, MNISTDataModule
+from lightning_easgd.lab.data.idx import read_idx
 
 pytestmark = pytest.mark.timeout(60)
 

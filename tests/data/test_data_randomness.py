@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DistributedSampler
 
-from lightning_easgd.data import DynamicShare, WorkerSampler
-from lightning_easgd.data.randomness import EpochKeys, below, random_words
+from lightning_easgd.lab.data import DynamicShare, WorkerSampler
+from lightning_easgd.lab.data.randomness import EpochKeys, below, random_words
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -14,9 +14,9 @@ from ranks import end_ranks, run_ranks
 from toys import quiet_trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.data import CenterCrop, CIFAR10DataModule
-from lightning_easgd.data.randomness import EpochKeys
-from lightning_easgd.models import Classifier, StridedNet
+from lightning_easgd.lab.data import CenterCrop, CIFAR10DataModule
+from lightning_easgd.lab.data.randomness import EpochKeys
+from lightning_easgd.lab.models import Classifier, StridedNet
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:verify=False:UserWarning")]
 PLAIN = {"train_transform": CenterCrop(32), "eval_transform": CenterCrop(32), "val_fraction": 0.0}

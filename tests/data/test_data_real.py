@@ -8,7 +8,7 @@ import pytest
 import torch
 from application import quiet_trainer
 
-from lightning_easgd.data import CIFAR10DataModule, FashionMNISTDataModule
+from lightning_easgd.lab.data import CIFAR10DataModule, FashionMNISTDataModule
 
 ROOT = Path(os.environ.get("EASGD_DATA", "nowhere"))
 pytestmark = pytest.mark.timeout(120)
@@ -78,7 +78,7 @@ def test_an_epoch_has_each_training_image_once(cls, folder, count):
 def test_the_strided_network_learns_cifar10():
     import functools
 
-    from lightning_easgd.models import Classifier, StridedNet
+    from lightning_easgd.lab.models import Classifier, StridedNet
 
     torch.manual_seed(0)
     optimizer = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "lightning_easgd.service"])
+CONTEXT.set_forkserver_preload(["torch", "lightning_easgd.served_center"])
 
 
 class Rank:

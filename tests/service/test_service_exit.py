@@ -10,7 +10,7 @@ SCRIPT = """
 import os, signal, sys, threading, time
 import torch
 from torch.distributed import TCPStore
-from lightning_easgd.service import ElasticRule, open_center
+from lightning_easgd.served_center import ElasticRule, open_center
 
 rank, port, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 center = open_center(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from service_ranks import connect, die, wait_until, world
 
-from lightning_easgd.service import (
+from lightning_easgd.served_center import (
     AveragedRule,
     CenterError,
     CenterTimeoutError,

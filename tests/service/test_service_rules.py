@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from lightning_easgd.service import (
+from lightning_easgd.served_center import (
     AsymmetricElasticRule,
     AveragedRule,
     CenterTimeoutError,
@@ -18,7 +18,7 @@ from lightning_easgd.service import (
     NesterovDownpourRule,
     PolyakRate,
 )
-from lightning_easgd.service.layout import place_chunks
+from lightning_easgd.served_center.layout import place_chunks
 
 ETA, ALPHA, OPTIMA = 0.1, 0.2, (1.0, -3.0)
 # (x1, x2, center) after both workers' turns, two workers in turn, τ = 2.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from service_ranks import Rank, die, is_stopped, running, wait_until
 
-from lightning_easgd.service import (
+from lightning_easgd.served_center import (
     CenterError,
     CenterRule,
     CenterTimeoutError,
@@ -21,7 +21,7 @@ from lightning_easgd.service import (
     SharedMemoryCenter,
     SharedMemoryUnavailableError,
 )
-from lightning_easgd.service import memory as memory_module
+from lightning_easgd.served_center import memory as memory_module
 
 ELEMENTS, CHUNKS = 3 * 40_000, 3
 LAYOUT = Layout.cut([(0, ELEMENTS)], ELEMENTS // CHUNKS)

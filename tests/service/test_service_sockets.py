@@ -10,7 +10,7 @@ import pytest
 import torch
 from service_ranks import Rank, die, running, wait_until
 
-from lightning_easgd.service import (
+from lightning_easgd.served_center import (
     CenterError,
     CenterTimeoutError,
     DownpourRule,
@@ -19,9 +19,9 @@ from lightning_easgd.service import (
     Layout,
     WorkerLostError,
 )
-from lightning_easgd.service.serving import GREETING, ShardServer
-from lightning_easgd.service.sockets import RemoteShard
-from lightning_easgd.service.wire import Operation, Request
+from lightning_easgd.served_center.tcp_client import RemoteShard
+from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
+from lightning_easgd.transport.wire import Operation, Request
 
 LAYOUT = Layout.cut([(0, 1000)], 400)
 SECRET = b"0123456789abcdef"

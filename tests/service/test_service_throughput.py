@@ -7,11 +7,11 @@ import time
 import pytest
 import torch
 
-from lightning_easgd.service import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
-from lightning_easgd.service.interface import CenterService
-from lightning_easgd.service.serving import ShardServer
-from lightning_easgd.service.sockets import RemoteShard
-from lightning_easgd.service.wire import as_bytes
+from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
+from lightning_easgd.served_center.interface import CenterService
+from lightning_easgd.served_center.tcp_client import RemoteShard
+from lightning_easgd.served_center.tcp_server import ShardServer
+from lightning_easgd.transport.wire import as_bytes
 
 ELEMENTS = 10_000_000
 LAYOUT = Layout.cut([(0, ELEMENTS)])

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_easgd import checksums
-from lightning_easgd.checksums import checksum
+from lightning_easgd.tensors import checksums
+from lightning_easgd.tensors.checksums import checksum
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8,

@@ -15,7 +15,7 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
-from lightning_easgd.schedules import LinearSchedule
+from lightning_easgd.method.schedules import LinearSchedule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory", "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint",

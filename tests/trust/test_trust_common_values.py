@@ -4,8 +4,8 @@ import pytest
 import torch
 from channels import Hub, on_threads
 
-from lightning_easgd.buffers import keep_buffers, restore_buffers
-from lightning_easgd.common_values import common_values
+from lightning_easgd.averagers.common_values import common_values
+from lightning_easgd.tensors.buffers import keep_buffers, restore_buffers
 
 
 def common(*of_workers):
@@ -95,7 +95,7 @@ def test_a_tensor_that_is_not_contiguous():
 
 
 def test_large_tensors_travel_in_pieces(monkeypatch):
-    monkeypatch.setattr("lightning_easgd.common_values._PIECE", 7)
+    monkeypatch.setattr("lightning_easgd.averagers.common_values._PIECE", 7)
     for found in common(*({"x": torch.arange(20.0) * rank} for rank in (1, 3))):
         assert found.values["x"].tolist() == (torch.arange(20.0) * 2).tolist()
 

@@ -5,9 +5,9 @@ import time
 import pytest
 from torch.distributed import TCPStore
 
-from lightning_easgd.service import CenterTimeoutError, ControlPlane, WorkerLostError
-from lightning_easgd.service.heartbeats import Heartbeats, alive, dead, left
-from lightning_easgd.service.store_client import StoreClient
+from lightning_easgd.served_center import CenterTimeoutError, ControlPlane, WorkerLostError
+from lightning_easgd.transport.heartbeats import Heartbeats, alive, dead, left
+from lightning_easgd.transport.store_client import StoreClient
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -19,8 +19,8 @@ from toys import Quadratic, fitted
 import lightning_easgd
 import lightning_easgd.fabric
 import lightning_easgd.pl
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 from lightning_easgd.strategies import lightning_fabric_tree
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
-from lightning_easgd.checkpointing.interning import interned
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.strategies.kept_states import KeptStates
+from lightning_easgd.strategies.worker_state.interning import interned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
 

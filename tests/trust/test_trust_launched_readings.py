@@ -11,7 +11,7 @@ from toys import Quadratic, quiet_trainer
 import lightning_easgd
 import lightning_easgd.fabric
 import lightning_easgd.pl
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -13,8 +13,8 @@ from toys import Quadratic, fitted, quiet_trainer
 
 import lightning_easgd.fabric
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.schedules import LinearSchedule
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.schedules import LinearSchedule
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -17,8 +17,7 @@ import torch
 from ranks import run_ranks
 from torch.distributed import HashStore, TCPStore
 
-from lightning_easgd.averagers.shared_vector import SharedVector
-from lightning_easgd.service import (
+from lightning_easgd.served_center import (
     CenterError,
     DownpourRule,
     InProcessCenter,
@@ -30,12 +29,13 @@ from lightning_easgd.service import (
     stores,
     strangers,
 )
-from lightning_easgd.service.errors import StoreLostError
-from lightning_easgd.service.processes import WatchedProcess, has_ended, is_stopped, own_process
-from lightning_easgd.service.serving import GREETING, ShardServer
-from lightning_easgd.service.sockets import RemoteShard
-from lightning_easgd.service.store_client import StoreClient
-from lightning_easgd.service.wire import REPLY_SIZE, Operation, Reply, Request
+from lightning_easgd.served_center.tcp_client import RemoteShard
+from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
+from lightning_easgd.transport.errors import StoreLostError
+from lightning_easgd.transport.processes import WatchedProcess, has_ended, is_stopped, own_process
+from lightning_easgd.transport.shared_vector import SharedVector
+from lightning_easgd.transport.store_client import StoreClient
+from lightning_easgd.transport.wire import REPLY_SIZE, Operation, Reply, Request
 
 pytestmark = pytest.mark.timeout(60)
 LAYOUT = Layout.cut([(0, 1000)], 400)
@@ -390,7 +390,7 @@ class TestSharedCounts:
         other.close()
 
     def test_the_room_for_a_semaphore_is_enough(self):
-        from lightning_easgd.averagers.shared_counts import SEMAPHORE_BYTES
+        from lightning_easgd.transport.shared_counts import SEMAPHORE_BYTES
 
         library = ctypes.CDLL(None)
         room = ctypes.create_string_buffer(b"\xaa" * 2 * SEMAPHORE_BYTES, 2 * SEMAPHORE_BYTES)

@@ -18,8 +18,8 @@ from toys import quiet_trainer
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import ExchangeLine, SynchronousAverager, all_reduced_sums
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
-from lightning_easgd.momentum import LookAheadPosition, make_nesterov
-from lightning_easgd.rates import MovingRates
+from lightning_easgd.method.position import LookAheadPosition, make_nesterov
+from lightning_easgd.method.rates import MovingRates
 
 pytestmark = pytest.mark.timeout(120)
 NO_OPTIMIZER = pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")

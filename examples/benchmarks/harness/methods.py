@@ -18,7 +18,7 @@ from harness.averaging_peers import AccelerateLocalSGD, FlatLocalSGD
 from harness.ranks import Place
 from harness.torchft_peers import TorchFTDiLoCo, TorchFTLocalSGD
 from lightning_easgd import EASGDStrategy, LocalStrategy
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
 __all__ = ["LOCAL", "NAMES", "Method", "methods", "why_missing"]
 

@@ -1,0 +1,1 @@
+"""Averaging with a served center, on each worker's own clock."""

@@ -1,0 +1,437 @@
+r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFiniteError
+from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
+from lightning_easgd.averagers.averager import Averager, Averaging, follow
+from lightning_easgd.averagers.common_values import differing
+from lightning_easgd.averagers.exchange_order import ExchangeLine, Header, Meeting
+from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.finiteness import make_finiteness
+from lightning_easgd.method.elastic import elastic_pull_
+from lightning_easgd.method.position import ParameterPosition, Position
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.tensors.checksums import checksum
+from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
+from lightning_easgd.transport.channel import Channel
+from lightning_easgd.transport.staging import brought_near
+
+__all__ = ["SynchronousAverager", "SynchronousAveraging"]
+
+
+@final
+class SynchronousAverager(Averager):
+    r"""Elastic averaging of one optimizer's parameters, every τ of its steps.
+
+    .. math::
+        x^i_{t+1} &= x^i_t - \eta g^i_t(x^i_t) - \alpha (x^i_t - \tilde x_t) \\
+        \tilde x_{t+1} &= \tilde x_t + \tfrac{\beta}{p} \sum_i (x^i_t - \tilde x_t)
+
+    (Zhang, Choromanska, LeCun 2015, eqs 3-6, in Jacobi form: both lines use the values of before the step). Around
+    each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their sum, and
+    :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
+    waits for nothing; the sum has τ steps to arrive and is waited for by the next exchange, or by a reader of the
+    center. No staleness comes of it: the numbers are those of a blocking sum.
+
+    The step t = 0 makes no exchange: worker and center are equal there.
+
+    Args:
+        optimizer: The worker's optimizer; its :class:`AveragedParameters` are what is averaged, also those that come
+            later.
+        line: The exchanges' common order.
+        make_sum: Makes what sums up the differences.
+        number: This averager's place in the list given to :meth:`ExchangeLine.meet`.
+        tau: τ, the communication period in optimizer steps.
+        rates: α and β.
+        position: What the worker exchanges: its parameters, or the point before the look-ahead.
+        center_device: Where the center and the differences are; None for where the parameters are.
+        ignored: Parameters that stay each worker's own.
+        trained: Parameters that have been trained before, frozen now or not.
+        names: The module's parameters.
+
+    Attributes:
+        clock: t, the optimizer's steps so far.
+        center: :math:`\tilde x`, bitwise the same on all workers. Up to date after :meth:`complete`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        line: ExchangeLine,
+        make_sum: MakeSum,
+        *,
+        number: int,
+        tau: int,
+        rates: MovingRates,
+        position: Callable[[Optimizer], Position] = ParameterPosition,
+        center_device: str | None = None,
+        ignored: Collection[Tensor] = (),
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
+    ) -> None:
+        self.center: FlatTensors
+        self._center_device = center_device
+        self._optimizer = optimizer
+        self._averaged = AveragedParameters(optimizer, ignored, trained, names)
+        self._line = line
+        everyones = differing(self._averaged.described, line.control)
+        if everyones is not None:
+            check_in_common(everyones, line.control.rank, "EASGDStrategy")
+        self._number = number
+        self._tau = tau
+        self._rates = rates
+        self._position = position(optimizer)
+        self._header: Header | None = None  # of the exchange under way, unless this worker only joined it
+        self._in_flight = False
+        self._pull_due: tuple[list[list[Tensor]], list[float]] | None = None  # differences and α of each group
+        self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
+        self._distance: list[Tensor] = []  # norms of the last difference's groups
+        self.clock = 0
+        self._lay_out([])
+        self._sum = make_sum(self.center)
+        self._finiteness = make_finiteness(self.center.flat)
+
+    @property
+    @override
+    def parameters(self) -> list[Tensor]:
+        return self._averaged.flat
+
+    @override
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Before an optimizer step, at the point where its gradient is taken: begin an exchange if one is due.
+
+        Raises:
+            ExchangeError: If the exchange before this one was never completed by all workers.
+            NonFiniteError: If this worker's difference is not finite, and the run cannot go on with it.
+        """
+        self._averaged.watch()
+        if self.clock % self._tau or self.clock == self._begun_at:
+            return
+        self.complete()
+        if self._line.agree():  # nobody begins another exchange
+            return
+        self._begun_at = self.clock
+        rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
+        if self._averaged.have_changed:
+            agreement = *self._averaged.changed, self._rates.common(rates)
+            finite = self.is_finite()
+            self._line.accept(self._line.announce(self._number, agreement, finite), self.clock)
+            self._extend()
+            finite = self._take_difference() and finite
+        else:
+            finite = self._take_difference()
+            agreement = self._digest, 0, self._rates.common(rates)
+            self._header = self._line.announce(self._number, agreement, finite)
+        if not finite:
+            self._start_again()
+        self._start(rates)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After an optimizer step: pull the worker by the exchange that :meth:`begin` began, and count the step."""
+        self._pull()
+        self._sum.advance()
+        self.clock += 1
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Take part in an exchange that other workers announced, without a step of this worker's own."""
+        finite = self.is_finite()
+        if self._averaged.have_changed:
+            self._extend()
+        if not (self._take_difference() and finite):
+            self._start_again()
+        self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
+        self._pull()
+        self.complete()
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Wait for the exchange under way, if any, and move the center.
+
+        Raises:
+            ExchangeError: If a worker is lost, or the workers' exchanges do not match.
+        """
+        if not self._in_flight:
+            return
+        while self._line.under_way[0] is not self:
+            self._line.under_way[0].complete()
+        if self._pull_due is not None:  # the center is read within a step: keep what the sum may overwrite
+            differences, alphas = self._pull_due
+            self._pull_due = [[each.clone() for each in group] for group in differences], alphas
+        started = time.monotonic()
+        if self._header is not None:
+            self._line.accept(self._header, self._begun_at)
+            self._header = None
+        self._sum.finish()
+        self._in_flight = False
+        self._line.under_way.remove(self)
+        self._line.statistics.seconds_waited += time.monotonic() - started
+
+    @property
+    @override
+    def has_departed(self) -> bool:
+        return self._averaged.have_changed and bool(self._averaged.departed)
+
+    @override
+    def follow(self, optimizer: Optimizer) -> None:
+        self._optimizer = self._averaged.optimizer = optimizer
+        self._position.follow(optimizer)
+
+    @override
+    def is_finite(self) -> bool:
+        return self._finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+
+    def center_checksum(self) -> int:
+        """A checksum of the center, which is the same on all workers when no exchange is under way."""
+        return checksum(self.center.flat)
+
+    @override
+    def settle(self) -> None:
+        self.complete()
+
+    @override
+    def center_values(self) -> list[Tensor]:
+        pairs = zip(self.center.views, self.parameters, strict=True)
+        return [as_parameter(value, parameter) for value, parameter in pairs]
+
+    @override
+    def elastic_distance(self) -> float | None:
+        return float(torch.linalg.vector_norm(torch.stack(self._distance))) if self._distance else None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        position = self._position.state_dict(self.parameters)
+        return {"clock": self.clock, "position": position, "sum": self._sum.state_dict()}
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = state["clock"]
+        self._position.load_state_dict(state["position"], self.parameters)
+        self._sum.load_state_dict(state.get("sum", {}))  # a checkpoint of version 0.1.0 has none
+
+    @torch.no_grad()
+    @override
+    def start_at_center(self) -> None:
+        self.center.store(self.parameters)
+
+    @torch.no_grad()
+    @override
+    def show_center(self) -> None:
+        # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
+        # when an error cut an exchange short.
+        self._kept = self._sum.wire if self._sum.has_room and not self._in_flight else self.center.like()
+        self._kept.load_(self.parameters)
+        self.center.store(self.parameters)
+
+    @torch.no_grad()
+    @override
+    def show_worker(self) -> None:
+        self._kept.store(self.parameters)
+
+    def close(self) -> None:
+        """Give back what the sum holds."""
+        self._position.close()
+        self._sum.close()
+
+    def _take_difference(self) -> bool:
+        """Write x - x̃ into the wire; False if this worker is known to have gone astray."""
+        started = time.monotonic()
+        self._sum.make_room()
+        self._line.statistics.seconds_waited += time.monotonic() - started
+        wire = self._sum.wire
+        self._position.write(wire, self.parameters)
+        wire.flat.sub_(self.center.flat)
+        self._distance = self._sum.norms()
+        return self._finiteness.judge(wire.flat, self._distance)
+
+    def _start_again(self) -> None:
+        """Let a worker that has gone astray start again at the center; its difference counts as zero.
+
+        Raises:
+            NonFiniteError: If the run ends instead; all workers have heard of it then.
+        """
+        if self._header is not None:
+            header, self._header = self._header, None
+            self._line.accept(header, self.clock)
+        self._sum.wire.flat.zero_()
+        self._finiteness.forget()
+        self.start_at_center()
+        self._line.on_astray.reset(self._optimizer, self._line.control.rank, self.clock)
+
+    def _start(self, rates: list[tuple[float, float]]) -> None:
+        wire = self._sum.wire
+        if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
+            for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
+                segment.mul_(alpha)
+            alphas = [1.0] * len(rates)
+            shares = [1.0] * len(rates)
+        else:
+            alphas = [alpha for alpha, _ in rates]
+            shares = [beta / self._line.control.size for _, beta in rates]
+        self._in_flight = self.has_exchanged = True
+        self._line.under_way.append(self)
+        self._line.count(self._sum.nbytes, self._header)
+        self._sum.start(shares)
+        self._pull_due = self._sum.given, alphas
+
+    def _pull(self) -> None:
+        if self._pull_due is None:
+            return
+        for parameters, differences, alpha in zip(self._averaged.real, *self._pull_due, strict=True):
+            for near, of_near in brought_near(parameters, differences):
+                elastic_pull_(near, of_near, alpha)
+        self._pull_due = None
+
+    def _extend(self) -> None:
+        """Take in what has become of the optimizer's parameters; all workers do it at the same exchange."""
+        self.complete()
+        before = self.parameters
+        self._averaged.take_in()
+        self._lay_out(before)
+        places = {id(parameter): number for number, parameter in enumerate(before)}
+        self._sum = self._sum.renewed(self.center, [places.get(id(parameter)) for parameter in self.parameters])
+
+    def _lay_out(self, known: Sequence[Tensor]) -> None:
+        """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them."""
+        views = {id(parameter): view for parameter, view in zip(known, self.center.views if known else [], strict=True)}
+        parameters = self.parameters
+        self._digest = self._averaged.digest
+        self.center = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
+        entered = {id(p): self._averaged.entered_with(p) for p in parameters if id(p) not in views}
+        with torch.no_grad():
+            self.center.load_([views.get(id(p), entered.get(id(p), p)) for p in parameters])
+            new = [view for view, p in zip(self.center.views, parameters, strict=True) if id(p) in entered]
+            self._take_from_rank_zero(new)
+
+    def _take_from_rank_zero(self, values: list[Tensor]) -> None:
+        if not values:
+            return
+        control = self._line.control
+        flat = torch.cat([value.flatten() for value in values]).cpu()
+        if control.rank != 0:
+            flat.zero_()
+        control.sum(flat).wait()
+        if not all_finite([flat]):
+            raise NonFiniteError(
+                "EASGDStrategy: the optimizer has parameters that are not finite on rank 0, where their center would"
+                " begin."
+            )
+        for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
+            value.copy_(part.view(value.shape))
+
+
+@final
+class SynchronousAveraging(Averaging):
+    """Synchronous EASGD of all optimizers of a fit, on one line of exchanges.
+
+    Args:
+        control: The channel of the headers.
+        make_sum: Makes what sums up the differences.
+        tau: τ, the communication period of each optimizer, in its own steps.
+        rates: α and β.
+        position: What the workers exchange.
+        center_device: Where the center and the differences are; None for where the parameters are.
+        on_astray: What a worker whose difference is not finite means to the run.
+    """
+
+    def __init__(
+        self,
+        control: Channel,
+        make_sum: MakeSum,
+        *,
+        tau: int,
+        rates: MovingRates,
+        position: Callable[[Optimizer], Position] = ParameterPosition,
+        center_device: str | None = None,
+        on_astray: AstrayPolicy | None = None,
+    ) -> None:
+        self._center_device = center_device
+        self.control = control
+        self.on_astray = on_astray or FailIfAstray()
+        self._line = ExchangeLine(control, on_astray=self.on_astray)
+        self._make_sum = make_sum
+        self.statistics = self._line.statistics
+        self._tau = tau
+        self._rates = rates
+        self._position = position
+        self._synchronous: dict[Optimizer, SynchronousAverager] = {}
+
+    @property
+    @override
+    def waits_for_all(self) -> bool:
+        return True
+
+    @override
+    def start(
+        self,
+        optimizers: Sequence[Optimizer],
+        ignored: Collection[Tensor] = (),
+        trained: Collection[Tensor] = (),
+        names: Names = dict,
+    ) -> None:
+        for averager in self._synchronous.values():  # of the learning rate finder's fit
+            averager.close()
+        self.averagers = self._synchronous = {}
+        for number, optimizer in enumerate(optimizers):
+            self._synchronous[optimizer] = SynchronousAverager(
+                optimizer,
+                self._line,
+                self._make_sum,
+                number=number,
+                tau=self._tau,
+                rates=self._rates,
+                position=self._position,
+                center_device=self._center_device,
+                ignored=ignored,
+                trained=trained,
+                names=names,
+            )
+
+    @override
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        self._synchronous = follow(self._synchronous, optimizers, self.strategy)
+        self.averagers = self._synchronous
+
+    @override
+    def center_state_dict(self) -> dict[str, Any]:
+        return {"stores": [[each.center.flat for each in self._synchronous.values()]]}
+
+    @property
+    @override
+    def is_in_parameters(self) -> bool:
+        averagers = self._synchronous.values()
+        return all(each.center.flat.dtype == as_real(p).dtype for each in averagers for p in each.parameters)
+
+    @override
+    def load_center_state_dict(self, state: dict[str, Any]) -> None:
+        for averager, center in zip(self._synchronous.values(), state["stores"][0], strict=True):
+            averager.center.flat.copy_(center)
+
+    @override
+    def meet(self, meeting: Meeting) -> None:
+        self._line.meet(meeting, list(self._synchronous.values()))
+
+    @override
+    def request_stop(self) -> None:
+        self._line.stop_requested = True
+
+    @property
+    @override
+    def stop_agreed(self) -> bool:
+        return self._line.stop_agreed
+
+    @override
+    def close(self) -> None:
+        for averager in self._synchronous.values():
+            averager.close()
+        self.control.close()

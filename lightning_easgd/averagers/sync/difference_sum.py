@@ -1,0 +1,108 @@
+"""The sum over the workers that moves the center of synchronous EASGD: the interface."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.tensors.flat_tensors import FlatTensors
+
+__all__ = ["DifferenceSum"]
+
+
+class DifferenceSum(ABC):
+    r"""Sums up how far the workers are from their center, and moves the center by it, exchange after exchange.
+
+    .. math:: \tilde x \leftarrow \tilde x + s \sum_i \Delta^i
+
+    An exchange of a worker is, in this order: :meth:`make_room`; :math:`\Delta^i` is written into ``wire``;
+    :meth:`start`; ``given`` is read, at the latest before the first :meth:`advance`; :meth:`advance` after each of the
+    worker's optimizer steps, which does what can be done without waiting; :meth:`finish`, which waits for the rest.
+    All workers make the same exchanges in the same order, each when it gets there. The center comes out bitwise the
+    same on all of them.
+
+    Args:
+        center: :math:`\tilde x`, which only this object changes while an exchange is under way.
+        wire: A buffer with the center's layout.
+
+    Attributes:
+        center: As given.
+        wire: Where a worker writes its :math:`\Delta^i`; between two exchanges it may hold anything else.
+    """
+
+    def __init__(self, center: FlatTensors, wire: FlatTensors) -> None:
+        self.center = center
+        self.wire = wire
+        self._norms: list[Tensor] | None = None
+
+    @abstractmethod
+    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "DifferenceSum":
+        """The sum that takes this one's place when the center has got another layout; with no exchange under way.
+
+        Each worker makes it when it gets there, without waiting for one that has not. This one is closed.
+
+        Args:
+            center: The new center.
+            origins: For each view of the new center the number of its view in this one's; None for a new one.
+        """
+
+    @property
+    def given(self) -> list[list[Tensor]]:
+        r"""This worker's :math:`\Delta^i` of the exchange that has been started, in the groups of ``wire``."""
+        return self.wire.groups
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that this worker sends for an exchange."""
+
+    def make_room(self) -> None:
+        """Return when ``wire`` may be written to.
+
+        Raises:
+            ExchangeError: If a worker that still reads it is lost.
+        """
+        self._norms = None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether ``wire`` may be written to now."""
+        return True
+
+    @abstractmethod
+    def start(self, shares: Sequence[float]) -> None:
+        """Give the difference in ``wire`` to the sum.
+
+        Args:
+            shares: s for each group.
+        """
+
+    @abstractmethod
+    def advance(self) -> None:
+        """Do what the exchange under way can do without waiting; without one, nothing."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Wait for the exchange under way, and move the center by it.
+
+        Raises:
+            ExchangeError: If a worker is lost.
+        """
+
+    def norms(self) -> list[Tensor]:
+        r"""The norm of each group of the last :math:`\Delta^i`, each a tensor of shape (); taken once for each."""
+        if self._norms is None:
+            self._norms = [torch.linalg.vector_norm(segment) for segment in self.wire.segments]
+        return self._norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed worker must know, in tensors and primitives; with no exchange under way."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have no memory
+        """Go on where :meth:`state_dict` was taken."""
+
+    def close(self) -> None:  # noqa: B027 - most own nothing
+        """Give back what it holds."""

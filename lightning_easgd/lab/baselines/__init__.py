@@ -1,0 +1,1 @@
+"""Methods that elastic averaging is compared with."""

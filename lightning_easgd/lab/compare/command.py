@@ -1,0 +1,144 @@
+"""`easgd-compare experiment=...`: runs a grid of training methods with equal budgets, and draws what came out."""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.lab.compare import runs
+from lightning_easgd.lab.compare.figures import draw
+from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
+from lightning_easgd.lab.compare.records import collect
+from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.train import machine
+
+__all__ = ["main", "planned"]
+
+_GRID_FILE = "grid.yaml"
+_MACHINE_FILE = "machine.txt"
+_OWN_KEYS = ("directory", "fast_dev_run", "grid", "hydra")
+_OF_THE_CELLS = ("callbacks", "logger", "method", "seed", "strategy")
+_TRIAL_DIRECTORY = "fast_dev_run"
+
+
+def main() -> None:
+    """Runs the command."""
+    run_command(COMMAND, _hydra_main)
+
+
+@hydra.main(config_path="pkg://lightning_easgd.conf", config_name="compare", version_base="1.3")
+def _hydra_main(config: DictConfig) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
+    with usage_errors():
+        failures = compare(config, planned(config, HydraConfig.get().overrides.task))
+    if failures:
+        for name, failure in failures.items():
+            print(f"  failed: {name}: {failure}")
+        sys.exit(f"{COMMAND}: {len(failures)} run(s) failed; their output lies in {_directory(config) / runs.FAILED}")
+
+
+def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
+    """Lists the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
+
+    Args:
+        config: The composed configuration `compare`.
+        overrides: What was written on the command line; what is not the comparison's own goes to every run.
+
+    Raises:
+        UsageError: If an override sets what the grid sets.
+    """
+    passed_on = [override for override in overrides if _key(override) not in _OWN_KEYS]
+    for override in passed_on:
+        if override.split("=")[0] in _OF_THE_CELLS:
+            raise UsageError(
+                f"{COMMAND}({override}): every run has its own; see grid.methods, grid.seeds and grid.only"
+            )
+    every = cells(config.grid, passed_on)
+    if not config.fast_dev_run:
+        return every
+    small = OmegaConf.merge(config.grid, {"workers": [min(2, int(config.grid.workers[0]))]})
+    assert isinstance(small, DictConfig)
+    return first_of_each(cells(small, [*passed_on, "trainer.fast_dev_run=true"]))
+
+
+def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
+    """Runs those cells that have not been run, then writes tables and figures of all.
+
+    Args:
+        config: The composed configuration `compare`.
+        every: The cells.
+
+    Returns:
+        What went wrong, by name of the run that failed.
+    """
+    directory = _directory(config)
+    with runs.only_one(directory) as lock:
+        left = [cell for cell in every if not runs.is_finished(directory, cell)]
+        (directory / _GRID_FILE).write_text(OmegaConf.to_yaml(config.grid, resolve=True), encoding="utf-8")
+        (directory / _MACHINE_FILE).write_text("\n".join(machine()) + "\n", encoding="utf-8")
+        failures = {}
+        progress = _Progress(len(every), len(every) - len(left))
+        for cell in left:
+            progress.begin(cell.name)
+            ending = runs.run(directory, cell, config.grid.timeout, lock)
+            if ending.failure is not None:
+                failures[cell.name] = ending.failure
+            progress.end(ending.failure or f"{ending.seconds:.0f} s")
+        grid = config.grid
+        collect(directory, list(grid.methods), grid.target_errors, grid.baseline, failures)
+        print(write_tables(directory))
+        try:
+            files: list[Any] = draw(directory)
+        except ModuleNotFoundError as error:
+            files = [f"no figures: {error}"]
+        for path in files:
+            print(f"  {path}")
+    return failures
+
+
+def _directory(config: DictConfig) -> Path:
+    directory = Path(config.directory)
+    return directory / _TRIAL_DIRECTORY if config.fast_dev_run else directory
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").split("=")[0].split(".")[0].split("/")[0]
+
+
+class _Progress:
+    """Says how far the grid is, and how long the rest will take if its runs are like those so far."""
+
+    def __init__(self, total: int, finished: int) -> None:
+        self._total, self._finished = total, finished
+        self._run = 0
+        self._started = time.monotonic()
+        if finished:
+            print(f"{finished} of {total} runs are finished and skipped")
+
+    def begin(self, name: str) -> None:
+        """Announces a run."""
+        print(f"[{self._finished + self._run + 1}/{self._total}] {name} ...", end=" ", flush=True)
+
+    def end(self, result: str) -> None:
+        """Says how it ended."""
+        self._run += 1
+        elapsed = time.monotonic() - self._started
+        rest = (self._total - self._finished - self._run) * elapsed / self._run
+        print(f"{result}; {_clock(elapsed)} elapsed, about {_clock(rest)} left", flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The cells of a comparison: methods x communication periods x workers x learning rates x seeds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_easgd.lab.command_errors import UsageError
+
+__all__ = ["COMMAND", "Cell", "cells", "first_of_each"]
+
+COMMAND = "easgd-compare"
+SEQUENTIAL = frozenset(("sgd", "msgd", "asgd", "mvasgd"))
+WITHOUT_PERIOD = SEQUENTIAL | {"ddp", "local"}
+_OF_A_METHOD = frozenset(("method", "lr", "tau", "workers", "overrides"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a comparison.
+
+    Attributes:
+        label: Name of the method in the grid.
+        method: The option of the configuration group `method`.
+        tau: Communication period, None for a method without one.
+        workers: Number of workers.
+        lr: Learning rate.
+        seed: Seed of initial weights, data order and dropout.
+        panel_tau: The grid's period that this cell belongs to; None if its method does not follow the grid's, so that
+            it is compared with all.
+        panel_workers: The same for the number of workers.
+        overrides: Overrides of `easgd-train` that make this run.
+    """
+
+    label: str
+    method: str
+    tau: int | None
+    workers: int
+    lr: float
+    seed: int
+    panel_tau: int | None
+    panel_workers: int | None
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Its directory's name."""
+        period = "" if self.tau is None else f"-tau{self.tau}"
+        return f"{self.label}{period}-p{self.workers}-lr{self.lr:g}-seed{self.seed}"
+
+
+def cells(grid: DictConfig, common: Sequence[str] = ()) -> list[Cell]:
+    """Lists the runs of a grid, seed by seed, so that an interrupted comparison has whole seeds.
+
+    A method follows the grid's `tau` and `workers` unless it has its own; sequential methods have one worker, methods
+    without a period none, MDOWNPOUR the period 1.
+
+    Args:
+        grid: The configuration `grid`.
+        common: Overrides of every run; those of the grid and of the method come after them.
+
+    Raises:
+        UsageError: If the grid is empty, has no budget, or has two, or a method has an unknown key or no rates.
+    """
+    budget = _budget(grid)
+    methods = {str(label): _settings(str(label), settings) for label, settings in grid.methods.items()}
+    chosen = list(methods) if grid.only is None else [str(label) for label in grid.only]
+    unknown = [label for label in chosen if label not in methods]
+    if unknown or not chosen:
+        raise UsageError(
+            f"{COMMAND}(grid.only={chosen}): the grid has no {', '.join(unknown) or 'methods'}; choose an experiment,"
+            f" and labels among: {', '.join(methods) or '(none)'}"
+        )
+    return [
+        replace(cell, overrides=(*common, *budget, *_strings(grid.overrides), *cell.overrides))
+        for seed in grid.seeds
+        for label in chosen
+        for cell in _cells_of(label, methods[label], grid, int(seed))
+    ]
+
+
+def first_of_each(every: Sequence[Cell]) -> list[Cell]:
+    """Returns the first cell of each label, to try whether everything runs.
+
+    Args:
+        every: The cells of a grid.
+    """
+    return list({cell.label: cell for cell in reversed(every)}.values())[::-1]
+
+
+def _budget(grid: DictConfig) -> list[str]:
+    if (grid.steps is None) == (grid.seconds is None):
+        raise UsageError(
+            f"{COMMAND}(grid.steps={grid.steps}, grid.seconds={grid.seconds}): give one budget, in optimizer steps of"
+            " each worker or in seconds"
+        )
+    ends = (
+        [f"trainer.max_steps={grid.steps}"]
+        if grid.seconds is None
+        else ["trainer.max_steps=-1", f"callbacks.learning_curve.max_seconds={grid.seconds}"]
+    )
+    return [
+        *ends,
+        "trainer.max_epochs=-1",
+        f"trainer.val_check_interval={grid.validate_every}",
+        "trainer.check_val_every_n_epoch=null",
+    ]
+
+
+def _settings(label: str, settings: Any) -> Mapping[str, Any]:
+    plain = OmegaConf.to_container(settings, resolve=True) if isinstance(settings, DictConfig) else None
+    if not isinstance(plain, dict) or not plain.get("lr"):
+        raise UsageError(f"{COMMAND}(grid.methods.{label}={settings}): give it learning rates, as {{lr: [0.1, 0.05]}}")
+    unknown = set(plain) - _OF_A_METHOD
+    if unknown:
+        raise UsageError(
+            f"{COMMAND}(grid.methods.{label}.{min(unknown)}=...): there is no such key; choose among:"
+            f" {', '.join(sorted(_OF_A_METHOD))}"
+        )
+    return {str(key): value for key, value in plain.items()}
+
+
+def _cells_of(label: str, settings: Mapping[str, Any], grid: DictConfig, seed: int) -> Iterator[Cell]:
+    method = settings.get("method", label)
+    own_taus = settings.get("tau") or ([None] if method in WITHOUT_PERIOD else [1] if method == "mdownpour" else None)
+    own_workers = settings.get("workers") or ([1] if method in SEQUENTIAL else None)
+    for tau, workers, lr in product(own_taus or grid.tau, own_workers or grid.workers, settings["lr"]):
+        yield Cell(
+            label=label,
+            method=method,
+            tau=tau,
+            workers=workers,
+            lr=lr,
+            seed=seed,
+            panel_tau=None if own_taus else tau,
+            panel_workers=None if own_workers else workers,
+            overrides=(
+                f"method={method}",
+                f"seed={seed}",
+                f"optimizer.lr={lr}",
+                f"trainer.devices={workers}",
+                *([] if tau is None else [f"strategy.tau={tau}"]),
+                *_strings(settings.get("overrides") or []),
+            ),
+        )
+
+
+def _strings(overrides: Sequence[Any]) -> list[str]:
+    return [str(override) for override in overrides]

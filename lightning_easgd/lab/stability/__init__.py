@@ -1,0 +1,1 @@
+"""The command easgd-stability and its figures."""

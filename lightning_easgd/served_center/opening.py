@@ -1,0 +1,250 @@
+"""How the ranks of a run bring up the served center together."""
+
+import hashlib
+import secrets
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.served_center.in_process import InProcessCenter
+from lightning_easgd.served_center.interface import CenterService
+from lightning_easgd.served_center.layout import CHUNK_ELEMENTS, Layout, place_chunks
+from lightning_easgd.served_center.placed import ServedCenter
+from lightning_easgd.served_center.shared_memory import SharedMemoryCenter
+from lightning_easgd.served_center.tcp_client import RemoteShard
+from lightning_easgd.served_center.tcp_server import ShardServer
+from lightning_easgd.transport.control import ControlPlane
+from lightning_easgd.transport.errors import CenterError, SharedMemoryUnavailableError
+from lightning_easgd.transport.presence import Presence
+from lightning_easgd.transport.rendezvous import Rendezvous
+from lightning_easgd.transport.store_client import StoreClient, store_server
+from lightning_easgd.transport.stores import own_address
+
+__all__ = ["open_center"]
+
+_openings: Counter[str] = Counter()  # a run may open its center again; the keys of the last time are still there
+
+
+def open_center(
+    store: Store | StoreClient,
+    *,
+    rank: int,
+    nodes: Sequence[Sequence[int]],
+    segments: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    rule: CenterRule,
+    initial: Tensor | None,
+    timeout: float = 60.0,
+    name: str = "center",
+    chunk_elements: int = CHUNK_ELEMENTS,
+    presence: Presence | None = None,
+) -> ServedCenter:
+    """Open the served center; every rank calls it once, and gets its own end.
+
+    Ranks of one node share memory; where the platform cannot, each rank keeps a part of its own and all talk over
+    sockets, with a warning. Rank j of a node talks to rank j of every other node.
+
+    Args:
+        store: The ranks' store; keys are set under a prefix of this center's own. It is cloned; a client is used as it
+            is, and left open.
+        rank: This process's rank.
+        nodes: The ranks of each node; together they are 0 … world size - 1.
+        segments: (start, stop) of each part of the flat vector that has one rate. Together they are the vector.
+        dtype: float32 or float64.
+        rule: What an exchange does; the same on all ranks.
+        initial: The center's initial value as a flat vector; only that of rank 0 is used.
+        timeout: Seconds that any operation waits for another rank.
+        name: Distinguishes the centers that are opened on one store.
+        chunk_elements: The most elements of one chunk.
+        presence: Who the ranks are, if they have told that before.
+
+    Raises:
+        WorkerLostError: If a rank dies, or fails, before the center is open.
+        CenterTimeoutError: If a rank does not come, or the store does not answer.
+        CenterError: If the center cannot be set up on some rank; on every rank, with that rank's reason.
+    """
+    world_size = sum(map(len, nodes))
+    if sorted(other for node in nodes for other in node) != list(range(world_size)):
+        raise ValueError(f"open_center(nodes={nodes}): every rank from 0 to {world_size - 1} must be in one node.")
+    if rank == 0 and initial is None:
+        raise ValueError("open_center(initial=None): rank 0 gives the center's initial value.")
+    _openings[name] += 1
+    plan = _Plan(Layout.cut(segments, chunk_elements), dtype, rule, timeout)
+    with ExitStack() as opened:  # closed again if something fails
+        client = store if isinstance(store, StoreClient) else StoreClient(store, timeout, server=store_server())
+        if client is not store:
+            opened.callback(client.close)
+        own_store = client.under(f"easgd/{name}/{_openings[name]}")
+        if presence is None:
+            presence = Presence(own_store, rank)
+            presence.enter()
+        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout)
+        secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
+        shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
+        opened.callback(shard.close)
+        lost: set[int] = set()
+        node, position = _place(rank, nodes)
+        server, remote = _connect(
+            rendezvous, rank, nodes, shard, opened, timeout=timeout, secret=secret, lost=lost, store=client.address
+        )
+        processes = {other: presence.process(other) for other in range(world_size)}
+        control = ControlPlane(
+            own_store,
+            rank=rank,
+            nodes=nodes,
+            processes={other: process for other, process in processes.items() if process is not None},
+            lost=lost,
+            timeout=timeout,
+        )
+        opened.callback(control.close)
+        center = ServedCenter(
+            plan.layout,
+            dtype,
+            placement=place_chunks(plan.layout, len(nodes)),
+            node=node,
+            position=position / len(nodes[node]),
+            shard=shard,
+            remote=remote,
+            server=server,
+            control=control,
+            store=None if client is store else client,
+        )
+        opened.callback(center.close)
+        if rank == 0:
+            assert initial is not None
+            for number, values in enumerate(rule.initial_stores(initial.detach().to("cpu", dtype).contiguous())):
+                center.write_all(values, number)
+        rendezvous.gather("ready", None)
+        opened.pop_all()
+        return center
+
+
+def _connect(
+    rendezvous: Rendezvous,
+    rank: int,
+    nodes: Sequence[Sequence[int]],
+    shard: CenterService,
+    opened: ExitStack,
+    *,
+    timeout: float,
+    secret: bytes,
+    lost: set[int],
+    store: tuple[str, int] | None,
+) -> tuple[ShardServer | None, dict[int, RemoteShard]]:
+    """Connect this rank with one of every other node; what serves this node's part, and the others' parts."""
+    if len(nodes) == 1:
+        return None, {}
+    node, position = _place(rank, nodes)
+    address = own_address(store)
+    server = ShardServer(shard, secret, timeout, lost, host=address.listener)
+    opened.callback(server.close)
+    homes = rendezvous.gather("homes", [address.host, server.port])
+    remote: dict[int, RemoteShard] = {}
+    for other, ranks in enumerate(nodes):
+        if other != node:
+            peer = ranks[position % len(ranks)]
+            remote[other] = RemoteShard(
+                tuple(homes[peer]), server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost
+            )
+            opened.callback(remote[other].close)
+    rendezvous.gather("connected", None)
+    server.stop_accepting()
+    return server, remote
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every part of the center is made from."""
+
+    layout: Layout
+    dtype: torch.dtype
+    rule: CenterRule
+    timeout: float
+
+    def in_process(self, held: Sequence[int]) -> InProcessCenter:
+        return InProcessCenter(self.layout, self.dtype, self.rule, held=held, timeout=self.timeout)
+
+    def create(self, held: Sequence[int], rank: int) -> SharedMemoryCenter:
+        return SharedMemoryCenter.create(self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout)
+
+    def attach(self, address: str, held: Sequence[int], rank: int) -> SharedMemoryCenter:
+        return SharedMemoryCenter.attach(
+            address, self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout
+        )
+
+    def held(self, node: int, nodes: int) -> list[int]:
+        return [chunk for chunk, owner in enumerate(place_chunks(self.layout, nodes)) if owner == node]
+
+
+def _agree(rendezvous: Rendezvous, rank: int, terms: list[object]) -> bytes:
+    """Make sure that all ranks open the same center, and return the secret that rank 0 draws."""
+    digest = hashlib.sha256(repr(terms).encode()).hexdigest()
+    answers = rendezvous.gather("terms", [digest, secrets.token_hex(16) if rank == 0 else ""])
+    others = [other for other, (theirs, _) in enumerate(answers) if theirs != digest]
+    if others:
+        raise CenterError(
+            f"open_center: ranks {others} open another center than rank {rank}: their segments, dtype, rule or nodes"
+            " differ. Build the same model and optimizer on every rank."
+        )
+    return bytes.fromhex(answers[0][1])
+
+
+def _place(rank: int, nodes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """This rank's node, and its position in it."""
+    return next((node, list(ranks).index(rank)) for node, ranks in enumerate(nodes) if rank in ranks)
+
+
+def _open_shard(
+    rendezvous: Rendezvous, rank: int, nodes: Sequence[Sequence[int]], plan: _Plan
+) -> tuple[CenterService, Sequence[Sequence[int]]]:
+    """This rank's view of its node's part, and the nodes as they turn out to be."""
+    node, position = _place(rank, nodes)
+    held = plan.held(node, len(nodes))
+    shard: CenterService | None = None
+    address, problem = "", _NO_PROBLEM
+    try:
+        if len(nodes[node]) == 1:
+            shard = plan.in_process(held)
+        elif position == 0:
+            shard = created = plan.create(held, rank)
+            address = created.address
+    except CenterError as error:
+        problem = _describe(error)
+    answers = rendezvous.gather("memory", [address, problem])
+    if shard is None and not any(kind for _, (kind, _) in answers):
+        try:
+            shard = plan.attach(answers[nodes[node][0]][0], held, rank)
+        except CenterError as error:
+            problem = _describe(error)
+    problems = {other: told for other, told in enumerate(rendezvous.gather("mapped", problem)) if told != _NO_PROBLEM}
+    if not problems:
+        assert shard is not None
+        return shard, nodes
+    if shard is not None:
+        shard.close()
+    for other, (kind, text) in problems.items():
+        if kind != SharedMemoryUnavailableError.__name__:
+            raise CenterError(f"open_center: rank {other}: {text}")
+    if rank == 0:
+        other, (_, text) = min(problems.items())
+        warnings.warn(
+            f"open_center: rank {other} cannot share memory ({text}) All ranks use sockets instead, which is slower.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    alone = [[other] for ranks in nodes for other in ranks]
+    return plan.in_process(plan.held(_place(rank, alone)[0], len(alone))), alone
+
+
+_NO_PROBLEM = ["", ""]
+
+
+def _describe(error: Exception) -> list[str]:
+    return [type(error).__name__, str(error)]

@@ -1,0 +1,176 @@
+"""The serving side of a connection between nodes: remote ranks exchange with this node's part of the center."""
+
+import socket
+import threading
+import time
+from contextlib import suppress
+from typing import final
+
+import torch
+
+from lightning_easgd.served_center.interface import CenterService
+from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
+from lightning_easgd.transport.forking import ForkAware
+from lightning_easgd.transport.strangers import GREETING, Strangers
+from lightning_easgd.transport.wire import (
+    FAILED,
+    FAILED_BY_TIMEOUT,
+    REQUEST_SIZE,
+    ConnectionLostError,
+    Operation,
+    Reply,
+    Request,
+    StalledError,
+    as_bytes,
+    configure,
+    receive_into,
+    send,
+)
+
+__all__ = ["GREETING", "ShardServer"]
+
+_LOOK = 0.05  # seconds from one look at whether to go on accepting to the next
+_LAST_GREETINGS = 1.0  # seconds that the greetings of those who have connected may be under way
+_LONGEST_GOODBYE = 1.0
+
+
+@final
+class ShardServer(ForkAware):
+    """Serves one node's part of the center to ranks of other nodes: one thread for each that knows the secret.
+
+    A client that dies, leaves, or stops in the middle of a message loses its connection, and its thread ends. No chunk
+    is locked while anything travels. All threads are daemons blocked in system calls that :meth:`close` interrupts, so
+    neither a missing :meth:`close` nor a silent peer keeps the process from ending.
+
+    Args:
+        shard: What to serve.
+        secret: 16 bytes that clients must know.
+        timeout: Seconds without progress after which a client in the middle of a message is given up.
+        lost: Takes the rank of a client that ended its connection without a goodbye.
+        host: The address to listen at; empty for all of this host's.
+
+    Attributes:
+        port: Where clients connect.
+    """
+
+    def __init__(self, shard: CenterService, secret: bytes, timeout: float, lost: set[int], *, host: str = "") -> None:
+        super().__init__()
+        self._shard = shard
+        self._timeout = timeout
+        self._lost = lost
+        self._accepting = True
+        self._closed = False
+        self._guard = threading.Lock()
+        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._listener = _listen(host)
+        self.port: int = self._listener.getsockname()[1]
+        strangers = Strangers(self._listener, secret)
+        self._acceptor = threading.Thread(target=self._accept, args=(strangers,), name="easgd-accept", daemon=True)
+        self._acceptor.start()
+
+    def stop_accepting(self) -> None:
+        """Close the listening socket, when those who have connected have said who they are."""
+        self._accepting = False
+        self._acceptor.join(_LAST_GREETINGS + _LONGEST_GOODBYE)
+        self._listener.close()
+
+    def close(self) -> None:
+        """End all connections and threads. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.stop_accepting()
+        with self._guard:
+            connections = dict(self._connections)
+        for connection in connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + _LONGEST_GOODBYE
+        for thread in connections.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def abandon(self) -> None:  # noqa: D102
+        self._closed = True
+        self._listener.close()
+        for connection in self._connections:
+            connection.close()
+
+    def _accept(self, strangers: Strangers) -> None:
+        deadline = None
+        try:
+            while not self._closed and (deadline is None or (strangers.may_come and time.monotonic() < deadline)):
+                for connection, client in strangers.welcome(_LOOK):
+                    self._take(connection, client)
+                if deadline is None and not self._accepting:
+                    deadline = time.monotonic() + _LAST_GREETINGS
+        finally:
+            strangers.close()
+
+    def _take(self, connection: socket.socket, client: int) -> None:
+        configure(connection, self._timeout)
+        thread = threading.Thread(target=self._serve, args=(connection, client), name="easgd-serve", daemon=True)
+        with self._guard:
+            self._connections[connection] = thread
+        thread.start()
+
+    def _serve(self, connection: socket.socket, client: int) -> None:
+        try:
+            self._answer_requests(connection)
+        except StalledError:
+            pass  # it may go on one day, and find its connection closed
+        except ConnectionLostError:
+            # What it had begun here is either complete or was never started.
+            if not self._closed:
+                self._lost.add(client)
+        finally:
+            with self._guard:
+                del self._connections[connection]
+            connection.close()
+
+    def _answer_requests(self, connection: socket.socket) -> None:
+        shard = self._shard
+        largest = max((shard.layout.size(chunk) for chunk in range(len(shard.chunks))), default=0)
+        staging = torch.empty(largest, dtype=shard.dtype)
+        header = bytearray(REQUEST_SIZE)
+        while True:
+            receive_into(connection, memoryview(header), idle=True)
+            request = Request.unpack(header)
+            if request.operation == Operation.LEAVE:
+                return
+            if not self._understands(request):
+                text = f"ShardServer: {request} asks for nothing that is served here".encode()
+                send(connection, Reply(FAILED, 0, len(text)).pack(), text)
+                return
+            numbers = staging[: shard.layout.size(request.chunk)]
+            data = as_bytes(numbers)
+            if request.operation != Operation.READ:
+                receive_into(connection, data)
+            try:
+                version = self._perform(request, numbers)
+            except CenterError as error:
+                text = str(error).encode()
+                kind = FAILED_BY_TIMEOUT if isinstance(error, CenterTimeoutError) else FAILED
+                send(connection, Reply(kind, 0, len(text)).pack(), text)
+                continue
+            payload = b"" if request.operation == Operation.WRITE else data
+            send(connection, Reply(0, version, len(payload)).pack(), payload)
+
+    def _understands(self, request: Request) -> bool:
+        known = (Operation.EXCHANGE, Operation.READ, Operation.WRITE)
+        return request.operation in known and self._shard.keeps(request.chunk, request.store)
+
+    def _perform(self, request: Request, numbers: torch.Tensor) -> int:
+        if request.operation == Operation.EXCHANGE:
+            return self._shard.exchange(request.chunk, numbers, request.rate)
+        if request.operation == Operation.READ:
+            return self._shard.read(request.chunk, numbers, request.store)
+        self._shard.write(request.chunk, numbers, request.store, None if request.version < 0 else request.version)
+        return max(request.version, 0)
+
+
+def _listen(host: str) -> socket.socket:
+    if host:
+        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))

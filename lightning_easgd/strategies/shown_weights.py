@@ -1,0 +1,95 @@
+"""Which weights the module shows: the worker's own, or the center's."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_easgd.averagers import Averager
+from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, restore_buffers
+
+__all__ = ["ShownWeights"]
+
+
+@final
+class ShownWeights:
+    """Switches a module between the worker's parameters and buffers and those of the center, by copying.
+
+    The tensors keep their addresses, which compiled modules and CUDA graphs rely on.
+
+    Args:
+        module: The module.
+        averagers: The averagers that hold its parameters' center.
+
+    Attributes:
+        center: Whether the module shows the center.
+    """
+
+    def __init__(self, module: nn.Module, averagers: Sequence[Averager]) -> None:
+        self._module = module
+        self._averagers = averagers
+        self._worker_buffers: list[KeptBuffer] = []
+        self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
+        self._common: Mapping[str, Tensor] = {}
+        self.center = False
+
+    @torch.no_grad()
+    def show_center(self, common: Mapping[str, Tensor]) -> None:
+        """Show the center, with these values of buffers and parameters by their names, in place of the averagers'."""
+        self._worker_buffers = keep_buffers(self._module)  # first: one may be a view of a parameter
+        # What has gone to another optimizer is shown by that one's averager: last.
+        self._averagers = sorted(self._averagers, key=lambda averager: not averager.has_departed)
+        for averager in self._averagers:
+            averager.show_center()
+        kept = {id(parameter) for averager in self._averagers for parameter in averager.parameters}
+        self._common = common
+        self._worker_parameters = {
+            parameter: parameter.detach().clone() for parameter, _ in self._replaced() if id(parameter) not in kept
+        }
+        for parameter, value in self._replaced():
+            parameter.copy_(value)
+        load_buffers(self._module, common)
+        self.center = True
+
+    def values(self) -> dict[Tensor, Tensor]:
+        """What is shown of each parameter that has a center or a common value."""
+        pairs = [pair for each in self._averagers for pair in zip(each.parameters, each.center_values(), strict=True)]
+        return dict(pairs) | dict(self._replaced())
+
+    def show_worker(self) -> None:
+        """Show the worker's own values, bit for bit those of before :meth:`show_center`."""
+        self._load_worker()
+        self.center = False
+
+    @contextlib.contextmanager
+    def worker(self) -> Iterator[None]:
+        """Context in which the module shows the worker; afterwards exactly what it showed before."""
+        if not self.center:
+            yield
+            return
+        shown = {parameter: parameter.detach().clone() for parameter in self.values()}
+        buffers = keep_buffers(self._module)
+        self._load_worker()
+        try:
+            yield
+        finally:
+            restore_buffers(buffers)
+            _load(shown)
+
+    def _replaced(self) -> list[tuple[Tensor, Tensor]]:
+        parameters = dict(self._module.named_parameters())
+        return [(parameters[name], value) for name, value in self._common.items() if name in parameters]
+
+    def _load_worker(self) -> None:
+        restore_buffers(self._worker_buffers)
+        for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
+            averager.show_worker()
+        _load(self._worker_parameters)
+
+
+@torch.no_grad()
+def _load(values: Mapping[Tensor, Tensor]) -> None:
+    for tensor, value in values.items():
+        tensor.copy_(value)

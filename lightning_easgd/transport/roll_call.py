@@ -1,0 +1,101 @@
+"""Who has not come: asked when a collective operation has failed, so that it costs nothing while all goes well."""
+
+import time
+from itertools import count
+from typing import final
+
+from torch.distributed.distributed_c10d import Store
+
+from lightning_easgd.transport.errors import StoreLostError
+from lightning_easgd.transport.presence import Presence
+from lightning_easgd.transport.store_client import StoreClient, store_server
+
+__all__ = ["RollCall"]
+
+_ANSWER = 2.0  # seconds within which the store answers, unless its server is stopped
+_PATIENCE = 3.0  # seconds in which the ranks whose operation failed with this one's say so
+_PAUSE = 0.05
+
+_calls = count()  # keys of those of before are still in the store
+
+
+@final
+class RollCall:
+    """What the ranks of one run can say about a collective operation that failed.
+
+    A rank whose operation has failed says that it was there. Who does not say so, and is neither dead nor stopped, has
+    not come to it. All ranks make the object at the same point.
+
+    Args:
+        store: The ranks' store, of which nothing else is asked meanwhile.
+        rank: This process's rank.
+        size: The number of ranks.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._others = [other for other in range(size) if other != rank]
+        self._keys = f"easgd/roll/{next(_calls)}"
+        client = self._client()
+        try:
+            Presence(client.under(self._keys), rank).enter()
+        finally:
+            client.close()
+
+    def fail(self, reason: str) -> None:
+        """Say that this rank has failed, and why."""
+        client = self._client()
+        try:
+            Presence(client.under(self._keys), self._rank).fail(reason)
+        except StoreLostError:
+            pass
+        finally:
+            client.close()
+
+    def explain(self) -> str:
+        """A sentence on who is to blame for the failure of an operation in which this rank was."""
+        client = self._client()
+        try:
+            return self._ask(client.under(self._keys))
+        except StoreLostError as error:
+            return str(error)
+        finally:
+            client.close()
+
+    def _client(self) -> StoreClient:
+        return StoreClient.on(self._store, _ANSWER, server=store_server())
+
+    def _ask(self, store: StoreClient) -> str:
+        presence = Presence(store, self._rank)
+        waited = [rank for rank in self._others if store.check([f"waits/{rank}"])]
+        store.set(f"waits/{self._rank}", "")
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            lost = presence.lost(self._others)
+            missing = [rank for rank in self._others if rank not in lost and not store.check([f"waits/{rank}"])]
+            stopped = sorted(presence.stopped(missing))
+            if stopped or not missing or time.monotonic() > deadline:
+                # Who has said so and failed afterwards has failed because of another.
+                here = [rank for rank in lost if store.check([f"waits/{rank}"])]
+                return _sentence({rank: lost[rank] for rank in lost if rank not in here}, stopped, missing, waited)
+            time.sleep(_PAUSE)
+
+
+def _sentence(lost: dict[int, str], stopped: list[int], missing: list[int], waited: list[int]) -> str:
+    if stopped:
+        return f"Ranks {stopped} are stopped by a signal."
+    if lost:
+        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in lost.items())
+        return f"Ranks {sorted(lost)} have died or raised an error ({reasons})."
+    if missing:
+        return (
+            f"Ranks {missing} have not come to it: they are in a hook that takes longer than the timeout, or hang. Give"
+            " a longer timeout if that hook is meant to take so long."
+        )
+    if waited:
+        return (
+            f"Ranks {waited} have given up before: they had waited for this one longer than the timeout. Give a longer"
+            " timeout if a hook of this rank is meant to take so long."
+        )
+    return "All ranks were there; the connection between them failed."

@@ -1,0 +1,192 @@
+"""The one way in which this package calls the ranks' store: from any thread, and never without a deadline."""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, final
+
+from torch.distributed.distributed_c10d import Store
+
+from lightning_easgd.transport.errors import StoreLostError
+from lightning_easgd.transport.forking import ForkAware
+from lightning_easgd.transport.stores import own_client, store_address
+
+__all__ = ["StoreClient", "store_server"]
+
+_GRACE = 1.0  # seconds: one who was stopped himself finds his deadlines passed when he goes on
+_LONGEST_JOIN = 1.0
+
+
+def store_server() -> int | None:
+    """The rank whose process serves the store, None if the launcher does."""
+    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+
+
+@final
+class StoreClient:
+    """A client of the ranks' store for any number of threads, whose calls end by a deadline.
+
+    A call to a TCP store whose server is stopped returns never: neither the store's own timeout nor that of the socket
+    bounds it, and even a new connection blocks, as the kernel accepts it. So a daemon thread makes the calls, one after
+    the other on a connection of its own, and the caller waits for its answer only so long. After a call that was given
+    up the client is lost for good.
+
+    Only calls that do not wait for another rank are offered: :meth:`get` is for keys that :meth:`check` has found.
+
+    Args:
+        store: The ranks' store; cloned, not used itself.
+        timeout: Seconds within which the store must answer.
+        server: The rank that serves it, for errors; None for the launcher.
+    """
+
+    def __init__(self, store: Store, timeout: float, *, server: int | None = 0) -> None:
+        self._line = _Line(store, own_client, timeout, server)
+        self._prefix = ""
+
+    @classmethod
+    def on(cls, store: Store, timeout: float, *, server: int | None = 0) -> "StoreClient":
+        """One that uses the connection of a client that is idle, where it would be too late to make another."""
+        client = object.__new__(cls)
+        client._line = _Line(store, lambda connected: connected, timeout, server)
+        client._prefix = ""
+        return client
+
+    def under(self, prefix: str) -> "StoreClient":
+        """The same client, with a prefix before every key."""
+        client = object.__new__(StoreClient)
+        client._line = self._line
+        client._prefix = f"{self._prefix}{prefix}/"
+        return client
+
+    @property
+    def server(self) -> int | None:
+        """The rank that serves the store, None if the launcher does."""
+        return self._line.server
+
+    @property
+    def address(self) -> tuple[str, int] | None:
+        """Host and port of the store, None if it is no TCP store."""
+        return self._line.address
+
+    @property
+    def problem(self) -> StoreLostError | None:
+        """Why the store is lost, None while it answers."""
+        return self._line.problem
+
+    def set(self, key: str, value: str) -> None:
+        """Set a key.
+
+        Raises:
+            StoreLostError: If the store does not answer; so do all other calls.
+        """
+        self._line.call("set", self._prefix + key, value)
+
+    def check(self, keys: Sequence[str]) -> bool:
+        """Whether all of these keys are there."""
+        return bool(self._line.call("check", [self._prefix + key for key in keys]))
+
+    def get(self, key: str) -> bytes:
+        """The value of a key that is there."""
+        return bytes(self._line.call("get", self._prefix + key))
+
+    def multi_get(self, keys: Sequence[str]) -> list[bytes]:
+        """The values of keys that are there."""
+        return list(self._line.call("multi_get", [self._prefix + key for key in keys]))
+
+    def add(self, key: str, amount: int) -> int:
+        """Add to a number, which starts at 0, and return it."""
+        return int(self._line.call("add", self._prefix + key, amount))
+
+    def close(self) -> None:
+        """End the connection and its thread; who waits for an answer gets an error. A second call does nothing."""
+        self._line.close()
+
+
+@final
+class _Line(ForkAware):
+    """A connection to the store, and the thread that alone uses it."""
+
+    def __init__(self, store: Store, connect: Callable[[Store], Store], timeout: float, server: int | None) -> None:
+        super().__init__()
+        self.server = server
+        self.address = store_address(store)
+        self.problem: StoreLostError | None = None
+        self._timeout = timeout
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._waiting: set[_Call] = set()
+        arguments = (store, connect, self._calls)
+        self._thread = threading.Thread(target=_serve, args=arguments, name="easgd-store", daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._calls.put, None)  # for those that nobody closes
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        if self.problem is not None:
+            raise self.problem
+        call = _Call(name, arguments)
+        self._waiting.add(call)
+        self._calls.put(call)
+        if not (call.ended.wait(self._timeout) or call.ended.wait(min(_GRACE, self._timeout))):
+            self._give_up(f"has not answered for {self._timeout:g} s; it is stopped, stuck, or cut off")
+        self._waiting.discard(call)
+        if isinstance(call.error, RuntimeError) and not isinstance(call.error, StoreLostError):  # the store's failures
+            first_line = next(iter(str(call.error).splitlines()), "")
+            self._give_up(f"is gone ({first_line}); it has died, or has ended before the others")
+        if call.error is not None:
+            raise call.error
+        return call.answer
+
+    def close(self) -> None:
+        if self.problem is None:
+            self.problem = StoreLostError("StoreClient: it has been closed on this rank.")
+        self._calls.put(None)
+        while self._waiting:
+            with suppress(KeyError):
+                self._waiting.pop().fail(self.problem)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_LONGEST_JOIN)
+
+    def abandon(self) -> None:
+        self.problem = StoreLostError("StoreClient: a forked child has no connection of its own.")
+
+    def _give_up(self, why: str) -> None:
+        who = "the launcher" if self.server is None else f"rank {self.server}"
+        self.problem = StoreLostError(f"StoreClient(timeout={self._timeout:g}): {who}, which serves the store, {why}.")
+        raise self.problem
+
+
+@final
+class _Call:
+    """A call under way."""
+
+    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.answer: Any = None
+        self.error: Exception | None = None
+        self.ended = threading.Event()
+
+    def make(self, client: Store) -> None:
+        try:
+            self.answer = getattr(client, self.name)(*self.arguments)
+        except Exception as error:
+            self.error = error
+        self.ended.set()
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.ended.set()
+
+
+def _serve(store: Store, connect: Callable[[Store], Store], calls: "SimpleQueue[_Call | None]") -> None:
+    """Connect and make the calls; a function, so that the thread does not keep its owner alive."""
+    client: Store | None = None
+    while (call := calls.get()) is not None:
+        try:
+            client = connect(store) if client is None else client
+        except Exception as error:
+            call.fail(error)
+            continue
+        call.make(client)

@@ -1,0 +1,119 @@
+"""The rooms of the package, and what each may import: data flows one way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_easgd"
+
+# Each room may import those before it.
+ROOMS = [
+    "stability",
+    "tensors",
+    "method",
+    "transport",
+    "served_center",
+    "averagers",
+    "strategies",
+    "callbacks",
+    "lab",
+]
+# Modules beside the rooms, and after which room each comes.
+FACES = {
+    "registration": "stability",
+    "import_hook": "stability",
+    "metrics": "tensors",
+    "sampling": "transport",
+    "pl": "strategies",
+    "fabric": "strategies",
+    "train": "lab",
+    "evaluate": "lab",
+    "plots": "lab",
+    "__init__": "strategies",
+}
+FOREIGN = {"stability": {"torch", "lightning"}, "method": {"lightning", "pytorch_lightning"}}
+
+
+def modules():
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def place(parts):
+    """The place in the order of a module whose path in the package has these parts."""
+    if parts[0] in ROOMS:
+        return 2 * ROOMS.index(parts[0])
+    return 2 * ROOMS.index(FACES[parts[0]]) + 1
+
+
+def imports(path):
+    """The modules that a file imports, wherever in it, with the line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module, node.lineno
+            if node.module == "lightning_easgd":
+                yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def inner(path):
+    """What a file imports of this package, as parts of paths."""
+    for name, line in imports(path):
+        first, *rest = name.split(".")
+        if first == "lightning_easgd" and rest and rest[0] != "__version__":
+            yield tuple(rest), line
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_import_runs_back(path):
+    own = path.relative_to(PACKAGE).with_suffix("").parts
+    back = [
+        f"{path.name}:{line} imports {'.'.join(theirs)}" for theirs, line in inner(path) if place(theirs) > place(own)
+    ]
+    assert not back
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_of_mathematics_knows_no_framework(path):
+    room = path.relative_to(PACKAGE).parts[0]
+    assert not {name.split(".")[0] for name, _ in imports(path)} & FOREIGN.get(room, set())
+
+
+def test_there_is_no_circle():
+    """Of modules: a package's ``__init__`` that gathers names counts as each module that it imports."""
+    graph = {}
+    for path in modules():
+        own = path.relative_to(PACKAGE).with_suffix("").parts
+        graph[own] = {
+            theirs if (PACKAGE / Path(*theirs)).with_suffix(".py").exists() else (*theirs, "__init__")
+            for theirs, _ in inner(path)
+        }
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join(".".join(each) for each in [*path[path.index(module) :], module])
+        if module in done or module not in graph:
+            return
+        path.append(module)
+        for theirs in sorted(graph[module]):
+            visit(theirs)
+        path.pop()
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module)
+
+
+def test_the_package_imports_no_laboratory():
+    code = (
+        "import sys, lightning_easgd; alone = set(sys.modules); from lightning_easgd import EASGDStrategy;"
+        "import lightning_easgd.callbacks, lightning_easgd.fabric, lightning_easgd.sampling;"
+        "print([n for n in alone if n.split('.')[0] in ('torch', 'lightning', 'matplotlib')]"
+        "+ [n for n in sys.modules if n.startswith(('hydra', 'omegaconf', 'lightning_easgd.lab'))])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
