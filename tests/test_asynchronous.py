@@ -22,7 +22,7 @@ from test_strategy import Adversarial, Watched, arrays, equal
 from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
-from lightning_easgd.averagers import serving
+from lightning_easgd.averagers.served import averaging as serving
 from lightning_easgd.averagers.served.parameters import ServedParameters
 
 pytestmark = pytest.mark.timeout(120)

@@ -10,15 +10,16 @@ from channels import LoneChannel, line_on
 from fake_device import FakeDevice, RaceError, Stream
 
 import lightning_easgd.transport.channel as channels
-from lightning_easgd.averagers import ExchangeError, SynchronousAverager, all_reduced_sums, synchronous
-from lightning_easgd.averagers import staging as stagings
+from lightning_easgd.averagers import ExchangeError, SynchronousAverager, all_reduced_sums
 from lightning_easgd.averagers.served.averaging import exchange_thread
+from lightning_easgd.averagers.sync import averager as synchronous
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.finiteness import DeviceFiniteness
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.method.position import LookAheadPosition
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport import staging as stagings
 from lightning_easgd.transport.channel import Failure, OwnGroup, WorkTransfer
 from lightning_easgd.transport.device_queue import DeviceQueue, HostQueue, make_queue
 from lightning_easgd.transport.message_channel import MessageChannel, MessageTransfer

@@ -17,7 +17,8 @@ from application import ROOT
 from test_configs import FROM_TRAINER
 from test_packaging import PROJECT, sources
 
-from lightning_easgd import EASGDStrategy, plots, report
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.lab import plots, report
 from lightning_easgd.method.elastic import elastic_pull_, elastic_push_
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,7 +21,7 @@ from lightning_easgd.served_center import (
     SharedMemoryCenter,
     SharedMemoryUnavailableError,
 )
-from lightning_easgd.served_center import memory as memory_module
+from lightning_easgd.transport import memory as memory_module
 
 ELEMENTS, CHUNKS = 3 * 40_000, 3
 LAYOUT = Layout.cut([(0, ELEMENTS)], ELEMENTS // CHUNKS)

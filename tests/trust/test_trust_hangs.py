@@ -253,7 +253,7 @@ def test_threads_end_with_the_run_when_the_store_is_stopped():
 
 def test_a_rank_without_descriptors_declares_nobody_dead(monkeypatch):
     """It cannot look at another process: that says nothing of that process."""
-    from lightning_easgd.served_center import processes
+    from lightning_easgd.transport import processes
 
     def no_descriptor(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")

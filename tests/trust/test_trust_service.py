@@ -26,11 +26,10 @@ from lightning_easgd.served_center import (
     SharedMemoryUnavailableError,
     WorkerLostError,
     open_center,
-    stores,
-    strangers,
 )
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
+from lightning_easgd.transport import stores, strangers
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.processes import WatchedProcess, has_ended, is_stopped, own_process
 from lightning_easgd.transport.shared_vector import SharedVector
@@ -366,7 +365,7 @@ class TestSharedCounts:
 
     def test_what_is_shown_has_been_published_through_a_function_that_synchronises_memory(self, monkeypatch):
         """POSIX 4.12 names them; plain reads and writes, and system calls, are not among them."""
-        from lightning_easgd.averagers import shared_counts
+        from lightning_easgd.transport import shared_counts
 
         calls = []
         real = shared_counts._library()
@@ -398,7 +397,7 @@ class TestSharedCounts:
         assert room.raw[SEMAPHORE_BYTES:] == b"\xaa" * SEMAPHORE_BYTES
 
     def test_the_process_group_is_used_where_there_are_no_semaphores(self, monkeypatch):
-        from lightning_easgd.averagers import shared_counts
+        from lightning_easgd.transport import shared_counts
 
         def missing():
             raise SharedMemoryUnavailableError("none.")
