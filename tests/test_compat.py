@@ -1,4 +1,4 @@
-"""The contract with Lightning's private parts: if one of these fails, lightning_easgd/strategies/lightning_private.py must follow.
+"""The contract with Lightning's private parts: if one of these fails, strategies/lightning_private.py must follow.
 
 Private hooks that a strategy and a launcher can only override are listed here too, and nothing else is touched.
 """
