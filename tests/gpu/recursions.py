@@ -55,7 +55,10 @@ def synchronous(b, steps, tau, alpha, beta, local: Local):
     for t in range(steps):
         exchange = t % tau == 0
         difference = x - center
-        x = np.stack([x[i] + worker.move(x[i], b[i]) for i, worker in enumerate(workers)]) - exchange * alpha * difference
+        x = (
+            np.stack([x[i] + worker.move(x[i], b[i]) for i, worker in enumerate(workers)])
+            - exchange * alpha * difference
+        )
         center = center + exchange * beta * difference.mean(0)
         rows.append([*x, center])
     return np.array(rows)
@@ -81,10 +84,9 @@ def downpour(b, steps, tau, local: Local):
     workers = [local(rank) for rank in range(len(b))]
     x, center, update, rows = np.ones_like(b), np.ones_like(b[0]), np.zeros_like(b), []
     for t in range(steps):
-        for i, worker in enumerate(workers):
-            if t % tau == 0:
-                center = center + update[i]
-                x[i], update[i] = center, 0
+        for i in range(len(b)) if t % tau == 0 else ():
+            center = center + update[i]
+            x[i], update[i] = center, 0
         for i, worker in enumerate(workers):
             move = worker.move(x[i], b[i])
             x[i] += move

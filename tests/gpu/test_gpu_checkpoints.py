@@ -14,12 +14,15 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import run_ranks
 from test_resume import Noisy
 from torch.utils.data import DataLoader
-from toys import Regression
+from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"
+    "ignore:The dirpath has changed",
+    "ignore:You're resuming from a checkpoint",
+    "ignore:Checkpoint directory",
+    "ignore:Detected call of `lr_scheduler",  # the scaler has skipped the first step
 )
 CPU = torch.device("cpu")
 IN_TURN = {"mode": "async", "order": "round_robin"}
@@ -42,8 +45,9 @@ class Steps(Callback):
         self.seen: dict[int, np.ndarray] = {}
         self.started: np.ndarray | None = None
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.started = flat(module.parameters())
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.started is None:
+            self.started = flat(module.parameters())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         of_optimizer = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
@@ -76,8 +80,6 @@ def train(
         "deterministic": "warn",
     }
     accelerator = {"accelerator": "auto", "devices": "auto"}
-    from toys import quiet_trainer
-
     strategy = shared(make_strategy, where=where)
     trainer = quiet_trainer(strategy=strategy, callbacks=[steps, saver], **accelerator, **settings)
     trainer.fit(module, ckpt_path=None if resume is None else str(resume))
@@ -124,7 +126,9 @@ def test_a_run_in_which_the_state_is_left_out_does_not(tmp_path):
     assert all(different)
 
 
-@pytest.mark.parametrize("name", [pytest.param("sync", marks=pytest.mark.dry), "eamsgd", "sidecar", "async", "downpour"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("sync", marks=pytest.mark.dry), "eamsgd", "sidecar", "async", "downpour"]
+)
 @pytest.mark.parametrize("to_cpu", [True, False])
 def test_a_run_goes_on_on_another_kind_of_device(tmp_path, name, to_cpu):
     """From the worker's own point, and along its way to the rounding of the other device; without random numbers."""

@@ -139,7 +139,9 @@ def test_the_exchange_thread_is_on_the_ranks_device():
             patch.setattr(getattr(staging, name), "messages", watched)
             fit(Regression(), shared(mode="async", tau=2), limit_val_batches=0)
         names = {thread.startswith("easgd-exchange") for thread, _ in seen}
-        contexts = [torch._C._cuda_hasPrimaryContext(number) for number in range(count_cuda_devices() if on_gpu() else 0)]
+        contexts = [
+            torch._C._cuda_hasPrimaryContext(number) for number in range(count_cuda_devices() if on_gpu() else 0)
+        ]
         return names, {number for _, number in seen}, contexts[1:]
 
     for names, devices, other_contexts in run_ranks(run, 2, timeout=120):

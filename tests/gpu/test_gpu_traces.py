@@ -204,9 +204,7 @@ def test_a_step_that_the_scaler_skips_on_one_rank_still_exchanges(delta, fused):
     (first, scale), (second, halved) = run_ranks(train, 2, timeout=120)
     assert (scale, halved) == (2.0**10, 2.0**9)
     found = np.stack([first[:, 0], second[:, 0], first[:, 1]], axis=1)
-    expected = synchronous(
-        minima(2), STEPS, 2, 0.15, 0.3, lambda rank: Sgd(delta=delta, skip=4 if rank == 1 else None)
-    )
+    expected = synchronous(minima(2), STEPS, 2, 0.15, 0.3, lambda rank: Sgd(delta=delta, skip=4 if rank == 1 else None))
     expect(found, expected, {"rtol": 2e-6, "atol": 2e-6})
 
 
@@ -227,7 +225,9 @@ def test_a_step_that_the_scaler_skips_in_turn():
 
 
 @pytest.mark.parametrize("center_device", [None, "cpu"])
-@pytest.mark.parametrize(("wire_dtype", "quantum"), [("bfloat16", 2.0**-8), ("int8", 1 / 127)], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("wire_dtype", "quantum"), [("bfloat16", 2.0**-8), ("int8", 1 / 127)], ids=["bfloat16", "int8"]
+)
 def test_compressed_differences(wire_dtype, quantum, center_device):
     """As on the CPU, where no rounding falls otherwise; and next to the exact recursion."""
     arguments = {"tau": 2, "alpha": 0.3, "wire_dtype": wire_dtype, "center_device": center_device}
