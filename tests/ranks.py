@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import tempfile
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 _CONTEXT = multiprocessing.get_context("fork")
+_PORTS = random.SystemRandom()  # tests seed the other one
 
 
 @dataclass
@@ -82,9 +84,22 @@ def _errors(folder: str) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that is free, and stays so until a rank listens on it.
+
+    The kernel gives ports above 32768 to connections of whatever runs beside, and pytest-xdist's workers look at the
+    same time: each takes those below that have its own number modulo 64.
+    """
+    digits = "".join(filter(str.isdigit, os.environ.get("PYTEST_XDIST_WORKER", "")))
+    worker = int(digits or os.getpid()) % 64
+    for _ in range(1000):
+        port = 10048 + 64 * _PORTS.randrange(350) + worker
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
 
 
 def _rank(
