@@ -130,8 +130,10 @@ part() { # part, limit, command: its output goes to <part>.log, whose end is sho
 
 pytest=("$PYTHON" -m pytest -v -rs -p no:cacheprovider)
 small=()
+marks=gpu
 if [ "$device" = cpu ]; then
     pytest+=(--device cpu)
+    marks="gpu and dry" # those that are quick there
     small=(--batch-size 2 --tau 2 --steps 2 --rounds 1)
 fi
 
@@ -142,7 +144,7 @@ for each in $parts; do
             if [ "${found[3]}" = 1 ]; then
                 parallel=(-n "${WORKERS:-$([ "$device" = cuda ] && echo 8 || nproc)}")
             fi
-            part tests "${LIMIT_TESTS:-240}" "${pytest[@]}" -m gpu tests/gpu ${parallel[@]+"${parallel[@]}"} \
+            part tests "${LIMIT_TESTS:-240}" "${pytest[@]}" -m "$marks" tests/gpu ${parallel[@]+"${parallel[@]}"} \
                 --junitxml "$OUT/tests.xml"
             ;;
         benchmark)

@@ -1,6 +1,7 @@
 """What is trained on the GPU: a ResNet on one batch, by strategies that are compared."""
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,7 +84,9 @@ class Setting:
 
 def settings(device: str, cards: int) -> list[Setting]:
     """One rank; two that share a GPU, for which NCCL refuses to work; and on several GPUs two with one each."""
-    apart = [Place(rank, 0, 1, "127.0.0.1", None, lambda: None) for rank in range(2)]
+    # A machine without a network may not know its own name, by which gloo would look for an interface.
+    loopback = next((name for _, name in socket.if_nameindex() if name == "lo"), None)
+    apart = [Place(rank, 0, 1, "127.0.0.1", loopback, lambda: None) for rank in range(2)]
     if device == "cpu":
         return [Setting(device, "gloo", apart[:1]), Setting(device, "gloo", apart)]
     chosen = [Setting(device, "nccl", apart[:1]), Setting(device, "gloo", apart)]
