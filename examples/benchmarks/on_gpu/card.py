@@ -1,6 +1,7 @@
 """Which card this is, and what runs on it; asked for in a rank, as the process that forks ranks must not start CUDA."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def _card() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": _nccl(),
+        "driver": _driver(),
     }
 
 
@@ -37,3 +39,11 @@ def _nccl() -> str | None:
     except (AttributeError, RuntimeError):  # a build without it
         return None
     return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
+
+
+def _driver() -> str | None:
+    """The kernel's module, also where there is no nvidia-smi."""
+    try:
+        return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, IndexError):
+        return None
