@@ -15,7 +15,10 @@ OLDEST_LIGHTNING := 2.5.0
 CLIENTS := .venv-clients
 CLIENTS_STAMP := $(CLIENTS)/.installed
 
-.PHONY: help train test test-oldest test-clients lint clean
+# What a machine with a GPU may lack, and cannot fetch: pure Python, about 2 MB.
+GPU_WHEELS := .gpu-wheels
+
+.PHONY: help train test test-oldest test-clients test-gpu gpu-wheels lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +26,8 @@ help:
 	@echo 'make test    lint, types, all tests'
 	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
 	@echo 'make test-clients  real libraries with strategy="ddp" and "easgd", in a venv of their own'
+	@echo 'make test-gpu  tests and benchmarks on a GPU, without network, with the python3 that is there'
+	@echo 'make gpu-wheels  fetch what that python3 may lack, into $(GPU_WHEELS); carry it there'
 	@echo 'make lint    lint and types only'
 	@echo 'make clean   remove what was built (.venv* too); runs in outputs/ stay'
 
@@ -64,6 +69,17 @@ $(CLIENTS_STAMP): pyproject.toml constraints.txt tests/clients/constraints.txt
 test-clients: $(CLIENTS_STAMP)
 	$(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
+test-gpu:
+	PYTHON="$(PYTHON)" WHEELS="$(GPU_WHEELS)" bash examples/benchmarks/gpu_check.sh $(ARGS)
+
+gpu-wheels:
+	@mkdir -p $(GPU_WHEELS)
+	@for name in hydra_core omegaconf antlr4_python3_runtime pytest_timeout; do \
+		ls $(GPU_WHEELS)/$$name-*.whl >/dev/null 2>&1 || $(PYTHON) -m pip wheel --quiet --no-deps \
+			--constraint constraints.txt --wheel-dir $(GPU_WHEELS) "$$(echo $$name | tr _ -)" || exit 1; \
+	done
+	@ls $(GPU_WHEELS)
+
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLIENTS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(GPU_WHEELS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lightning_easgd conf tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -27,6 +27,7 @@ from harness.network import Link, NoNamespacesError, slow_network  # noqa: E402
 from harness.ranks import RanksError, one_host, run_ranks  # noqa: E402
 from harness.ratios import ratios  # noqa: E402
 from harness.turns import Turn  # noqa: E402
+from on_gpu.stalls import calls_of_steps  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
 
@@ -239,6 +240,91 @@ def test_gpu_without_a_gpu_says_so(tmp_path, capsys):
         pytest.skip("this machine has a GPU")
     run("gpu", tmp_path)
     assert "no CUDA device" in capsys.readouterr().out
+
+
+def gpu_check(output, parts, **environment):
+    """The script's dry run: its exit status, what it says, and its summary by part."""
+    command = ["bash", FOLDER / "gpu_check.sh", "--device", "cpu", "--parts", parts]
+    own = {"PYTHON": sys.executable, "OUT": str(output), "DATA": ""}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=165, check=False, env=os.environ | own | environment
+    )
+    summary = json.loads((output / "summary.json").read_text()) if (output / "summary.json").exists() else {}
+    return done.returncode, done.stdout + done.stderr, summary
+
+
+def test_gpu_check(tmp_path):
+    status, said, summary = gpu_check(tmp_path, "benchmark two_gpus stacked")
+    assert status == 0, said
+    assert summary["device"] == "cpu"
+    assert [(part["part"], part["status"]) for part in summary["parts"]] == [
+        ("benchmark", "0"), ("two_gpus", "skipped"), ("stacked", "skipped")
+    ]  # fmt: skip
+    assert all(part["note"] for part in summary["parts"][1:])
+    assert "needs two GPUs" in (tmp_path / "summary.txt").read_text()
+    results = tmp_path / "benchmark"
+    setting = json.loads((results / "setting.json").read_text())
+    assert setting["failures"] == []
+    assert setting["card"] == {} or setting["card"]["cuda"]
+    moved = {row["way"]: (float(row["bytes_moved"]), float(row["of_copy"])) for row in rows(results / "bandwidth.csv")}
+    assert moved["copy"] == (8, 1)
+    assert moved["elastic_exchange_, one flat tensor"][0] == 36
+    memory = {row["method"]: float(row["formula_words"]) for row in rows(results / "memory.csv")}
+    assert memory == {"local": 0, "easgd": 3, "easgd bfloat16": 4.25, "easgd int8": pytest.approx(3.635, abs=1e-3),
+                      "easgd center on cpu": 0, "easgd_async": 1}  # fmt: skip
+    stalls = [row for row in rows(results / "stalls.csv") if row["method"] == "easgd tau=2" and row["ranks"] == "1"]
+    assert {row["thread"] for row in stalls} == {"training"}
+    assert {row["ranks"] for row in rows(results / "step_cost.csv")} == {"1", "2"}
+    assert len(rows(results / "step_cost.csv")) == 12
+
+
+def test_gpu_check_goes_on_after_a_part_that_fails(tmp_path):
+    status, _, summary = gpu_check(tmp_path, "benchmark two_gpus", LIMIT_BENCHMARK="1")
+    assert status == 1
+    cut_off, skipped = summary["parts"]
+    assert (cut_off["status"], skipped["status"]) == ("124", "skipped")
+    assert "limit of 1 s" in cut_off["note"]
+
+
+def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
+    status, said, summary = gpu_check(tmp_path, "nothing")
+    assert (status, summary) == (2, {})
+    assert "no part nothing" in said
+
+
+def test_gpu_leaves_out_rounds_that_do_not_fit(tmp_path):
+    run("gpu", tmp_path, "--device", "cpu", "--parts", "step_cost", "--limit", "0", "--rounds", "3", "--tau", "2",
+        "--steps", "2", "--batch-size", "2")  # fmt: skip
+    assert {row["round"] for row in rows(tmp_path / "rounds.csv")} == {"0"}
+
+
+def test_blocking_calls_are_those_of_their_step_and_thread():
+    def event(name, ts, category="cpu_op", thread=7, duration=1, **arguments):
+        return {"ph": "X", "name": name, "cat": category, "ts": ts, "dur": duration, "tid": thread, "args": arguments}
+
+    trace = {
+        "traceEvents": [
+            {"ph": "M", "name": "process_name"},
+            event("step of the benchmark 3", 0, "user_annotation", duration=100),
+            event("step of the benchmark 4", 200, "user_annotation", duration=100),
+            event("aten::item", 10),
+            event("aten::add", 11),
+            event("cudaStreamSynchronize", 50, "cuda_runtime", duration=2000),
+            event("cudaStreamSynchronize", 60, "cuda_runtime"),
+            event("cudaStreamSynchronize", 150, "cuda_runtime"),  # between the steps
+            event("cudaEventSynchronize", 210, "cuda_runtime", thread=8),
+            event("cudaMemcpyAsync", 220, "cuda_runtime", correlation=1),
+            event("cudaMemcpyAsync", 230, "cuda_runtime", correlation=2),
+            event("Memcpy DtoH (Device -> Pageable)", 900, "gpu_memcpy", thread=0, correlation=1),
+            event("Memcpy DtoH (Device -> Pinned)", 901, "gpu_memcpy", thread=0, correlation=2),
+        ]
+    }
+    assert calls_of_steps(trace) == {
+        ("aten::item", True): {3: (1, 0.001)},
+        ("cudaStreamSynchronize", True): {3: (2, 2.001)},
+        ("cudaEventSynchronize", False): {4: (1, 0.001)},
+        ("copy Memcpy DtoH (Device -> Pageable)", True): {4: (1, 0.001)},
+    }
 
 
 def test_every_benchmark_has_help():

@@ -13,7 +13,7 @@ from recursions import Adam, Sgd, downpour, minima, post_local, round_robin, syn
 from toys import Regression
 
 from lightning_easgd import DownpourStrategy, LocalStrategy
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
 STEPS = 11
 SINGLE = {"rtol": 1e-6, "atol": 1e-6}

@@ -16,8 +16,8 @@ from toys import Quadratic, Regression
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers import serving, staging
-from lightning_easgd.averagers.staging import make_staging
-from lightning_easgd.center import FlatTensors
+from lightning_easgd.transport.staging import make_staging
+from lightning_easgd.tensors.flat_tensors import FlatTensors
 
 LONG = 200_000_000  # clock cycles of a GPU: about 0.1 s
 

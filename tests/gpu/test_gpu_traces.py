@@ -11,7 +11,7 @@ from ranks import run_ranks
 from recursions import Adam, Sgd, downpour, minima, post_local, round_robin, synchronous
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
-from lightning_easgd.strategies.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
 STEPS = 11
 SINGLE = {"rtol": 1e-6, "atol": 1e-6}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,20 @@ __all__ = ["print_table", "write_results"]
 _PACKAGES = ("torch", "lightning", "lightning_easgd", "accelerate", "torchft")
 
 
-def write_results(directory: Path, tables: Mapping[str, Sequence[Row]], options: Mapping[str, Any]) -> None:
-    """Write each table to ``<name>.csv``, and ``setting.json``: command, options, versions, hardware, load, date."""
+def write_results(
+    directory: Path,
+    tables: Mapping[str, Sequence[Row]],
+    options: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Write each table to ``<name>.csv``, and ``setting.json``: command, options, versions, hardware, load, date.
+
+    Args:
+        directory: Made if it is not there.
+        tables: Their rows, by name.
+        options: Of the command.
+        more: What else belongs to the setting.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
         with (directory / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
@@ -36,6 +49,7 @@ def write_results(directory: Path, tables: Mapping[str, Sequence[Row]], options:
         "hardware": _hardware(),
         "load_average_at_the_end": os.getloadavg(),
         "date": time.strftime("%Y-%m-%d"),
+        **(more or {}),
     }
     (directory / "setting.json").write_text(json.dumps(setting, indent=2) + "\n", encoding="utf-8")
     print(f"written: {directory}", flush=True)
@@ -70,12 +84,16 @@ def _hardware() -> dict[str, Any]:
     }
 
 
+@cache
 def _gpu() -> str | None:
     """Asked for without CUDA, which a process that still forks ranks must not start."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip() or None
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):  # the results count more
+        return None
 
 
 def _field(path: str, field: str) -> str | None:

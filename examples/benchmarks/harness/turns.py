@@ -53,6 +53,7 @@ class Turns:
         warm_up: Steps before the counted ones, for methods without a period.
         count_bytes: Whether to count what they send, in a fit of its own.
         trainer: Arguments of the Trainer.
+        limit: Seconds after which no further round is begun that would not fit; the first is always made.
     """
 
     model: Callable[[int], L.LightningModule]
@@ -63,13 +64,20 @@ class Turns:
     warm_up: int = 3
     count_bytes: bool = True
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    limit: float = float("inf")
 
 
 def take_turns(rank: int, place: Place, send: Send, turns: Turns) -> None:
     """Be one rank; rank 0 sends every :class:`Turn`. Another method begins in every round."""
+    started = time.monotonic()
+    round_takes = 0.0
     for number in range(turns.rounds):
+        if number and not _fits(time.monotonic() - started + round_takes, turns.limit):
+            break
         first = number % len(turns.methods)
-        for method in (*turns.methods[first:], *turns.methods[:first]):
+        for place_in_round, method in enumerate((*turns.methods[first:], *turns.methods[:first])):
+            if place_in_round == 1:  # the very first turn also starts the device
+                second_began = time.monotonic()
             sent = _bytes_per_step(method, turns, place) if turns.count_bytes and number == 0 else float("nan")
             watch = _Stopwatch(
                 *method.window(turns.blocking_steps if method.every_step else turns.steps, turns.warm_up)
@@ -79,6 +87,17 @@ def take_turns(rank: int, place: Place, send: Send, turns: Turns) -> None:
             dist.all_gather_object(every, [watch.wall, watch.cpu, sent, watch.peak])
             if rank == 0:
                 send(Turn(method.label, number, *(list(column) for column in zip(*every, strict=True))))
+        others = len(turns.methods) - 1
+        round_takes = (time.monotonic() - second_began) * (others + 1) / others if others else 0.0
+
+
+def _fits(seconds: float, limit: float) -> bool:
+    """Whether so many seconds are within the limit: all ranks say the same, by the slowest."""
+    if limit == float("inf"):
+        return True
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, seconds)
+    return bool(max(every) <= limit)
 
 
 def quiet_trainer(place: Place, **arguments: Any) -> L.Trainer:
