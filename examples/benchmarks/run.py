@@ -6,6 +6,9 @@ python examples/benchmarks/run.py NAME [--help | options]
 import importlib
 import os
 import sys
+import time
+
+STARTED = time.perf_counter()  # before torch is imported, which a benchmark with a limit of seconds counts, too
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -2,9 +2,9 @@ r"""The paper's CIFAR-10 figure in steps: test error of the center, all workers 
 
     python examples/benchmarks/run.py stacked --data ~/data --seconds 230
 
-The parameters of all workers are rows of one tensor, and their gradients come from vmapped calls. Every method, at every
-number of workers and each of its three learning rates, makes the same steps side by side on the same mini-batches, so
-that a run that is cut off compares equal numbers of steps, too. Exchanges are synchronous, with the package's own
+The parameters of all workers are rows of one tensor, and their gradients come from vmapped calls. Every method, at
+every number of workers and each of its three learning rates, makes the same steps on the same batches side by side, so
+that a run that is cut off compares equal numbers of steps. Exchanges are synchronous, with the package's own
 equations; τ is 10.
 
     easgd, eamsgd   β = 0.9, α = β/p; eamsgd with Nesterov momentum
@@ -13,24 +13,20 @@ equations; τ is 10.
     post_local_sgd  ddp for the first half, then the workers' mean every τ steps
     sgd, msgd       one worker, the control
 
-Network, batch size, dropout, weight decay and augmentation are the paper's. The learning rates are constant. Beside the
-methods' three rates best.csv names the best by the mean of the last readings of the test error, and says whether it lies
-at an end of its grid. The steps follow from the speed that is found: curves.csv is written as the run goes on.
+Network, batch size, dropout, weight decay and augmentation are the paper's. The learning rates are constant; the best
+is the one with the least mean of the last readings of the test error, which every method thus has for tuning, too, and
+best.csv says whether it lies at an end of its grid. How many steps are made follows from the speed that is found;
+curves.csv is written as the run goes on, figure and tables now and then.
 """
-
-import time
-
-STARTED = time.perf_counter()  # torch's import may take a good part of the time
 
 import argparse
 import csv
 import itertools
 import os
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -41,53 +37,17 @@ from harness.ratios import Row
 from harness.results import print_table, write_results
 from harness.stacked_gradients import StackedGradients, Way, fastest, measure
 from harness.stacked_images import StackedImages, read_cifar10, synthetic_images
-from harness.stacked_methods import METHODS, PostLocal, StackedMethod
-from torch import Tensor, nn
+from harness.stacked_methods import PostLocal
+from harness.stacked_results import STYLES, best_curves, best_rates
+from harness.stacked_runs import METHODS, MOMENTUM, Run, runs
+from torch import nn
 
 from lightning_easgd.models.convnets import ConvNet7, StridedNet
-from lightning_easgd.simulation import LocalSGD
 
-ALONE = ("sgd", "msgd")
-WEIGHT_DECAY = 1e-4
 READINGS = 40  # of a run, about
-LAST = 4  # readings whose mean is a run's result
 RESERVE = 8.0  # seconds for figure and tables at the end
+WRITTEN = 10.0  # and for those on the way
 PROBE = 20  # steps from which the number of steps follows
-# Rates for 4 and for 16 workers where they differ: DOWNPOUR adds the workers' updates up, DDP averages more gradients.
-RATES: dict[str, dict[int, tuple[float, float, float]]] = {
-    "easgd": {1: (0.3, 0.1, 0.03)},
-    "eamsgd": {1: (0.03, 0.01, 0.003)},
-    "downpour": {1: (0.03, 0.01, 0.003), 16: (0.01, 0.003, 0.001)},
-    "ddp": {1: (0.3, 0.1, 0.03)},
-    "ddp_momentum": {1: (0.03, 0.01, 0.003)},
-    "post_local_sgd": {1: (0.3, 0.1, 0.03)},
-    "sgd": {1: (0.3, 0.1, 0.03)},
-    "msgd": {1: (0.03, 0.01, 0.003)},
-}
-MOMENTUM = {"eamsgd": 0.99, "ddp_momentum": 0.9, "msgd": 0.9}
-STYLES: dict[str, dict[str, Any]] = {
-    name: {"color": color, "linestyle": line}
-    for name, color, line in (
-        ("easgd", "tab:blue", "-"), ("eamsgd", "tab:blue", "--"), ("downpour", "tab:red", "-"),
-        ("ddp", "tab:gray", "-"), ("ddp_momentum", "tab:gray", "--"), ("post_local_sgd", "tab:orange", "-"),
-        ("sgd", "black", "-"), ("msgd", "black", "--"),
-    )
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method at one learning rate with one seed.
-
-    Attributes:
-        label: Columns that say which: workers, method, lr, seed.
-        method: Its workers.
-        streams: Whose batches they get, shape (p,).
-    """
-
-    label: Row
-    method: StackedMethod
-    streams: Tensor
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -101,7 +61,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--workers", type=int, nargs="+", default=[4, 16])
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     options.add_argument("--tau", type=int, default=10)
-    options.add_argument("--momentum", type=float, help="of eamsgd (0.99, the paper's)")
+    options.add_argument("--momentum", type=float, default=MOMENTUM["eamsgd"], help="of eamsgd (%(default)g)")
     options.add_argument("--seeds", type=int, default=1, help="of start, order and dropout (%(default)s)")
     options.add_argument("--batch-size", type=int, default=128, help="of each worker (%(default)s)")
     options.add_argument("--steps", type=int, help="instead of as many as there is time for")
@@ -113,10 +73,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--output", type=Path, default=default, help="results directory (%(default)s)")
     chosen = options.parse_args(arguments)
     if chosen.dry:
-        chosen.workers, chosen.batch_size, chosen.tau, chosen.steps = [2], 2, 4, chosen.steps or 12
-        chosen.train_images = chosen.test_images = 64
-    if chosen.momentum is not None:
-        MOMENTUM["eamsgd"] = chosen.momentum
+        chosen.workers, chosen.batch_size, chosen.tau, chosen.steps = [2], 2, 4, chosen.steps or 8
+        chosen.train_images, chosen.test_images = 64, 32
     return chosen
 
 
@@ -139,6 +97,7 @@ class Stacked:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
+        self._started = getattr(sys.modules["__main__"], "STARTED", time.perf_counter())
         self._device = torch.device(options.device)
         train, test = synthetic_images(64) if options.data is None else read_cifar10(options.data)
         train = train[0][: options.train_images], train[1][: options.train_images]
@@ -154,9 +113,10 @@ class Stacked:
         self.speeds = self._measured()
         self._way = fastest(self.speeds, options.precision)
         self._gradients = StackedGradients(self._network(0), self._way)
-        self._runs = [run for seed in range(options.seeds) for run in self._runs_of(seed)]
+        self._runs = [run for seed in range(options.seeds) for run in self._of_seed(seed)]
         self._streams = torch.cat([run.streams for run in self._runs])
         self._losses = torch.zeros(len(self._runs), device=self._device)
+        self._summed = 0
         self.curves: list[Row] = []
         self._say(f"{len(self._runs)} runs, {len(self._streams)} workers, {self._way}")
 
@@ -166,17 +126,17 @@ class Stacked:
         steps, every = self._options.steps or 0, 0
         if steps:
             every = self._plan(steps)
-        probed = 0.0
+        probed = 0.0  # when half of the probe was over
         for clock in itertools.count():
             for run in self._runs:
                 run.method.meet(clock)
-            if not steps and clock in (PROBE // 2, PROBE):
-                seconds, probed = time.perf_counter() - probed, self._now()
-                if clock == PROBE:
-                    steps = self._affordable(seconds / (PROBE - PROBE // 2))
-                    every = self._plan(steps)
-            if clock == 0 or clock == steps or (every and clock % every == 0):
-                last = clock == steps or (not self._options.dry and self._left() < 0)
+            if not steps and clock == PROBE // 2:
+                probed = self._now()
+            if not steps and clock == PROBE:
+                steps = self._affordable((self._now() - probed) / (PROBE - PROBE // 2))
+                every = self._plan(steps)
+            if clock in (0, steps) or (every and clock % every == 0):
+                last = (clock > 0 and clock == steps) or (not self._options.dry and self._left() < 0)
                 self._read(clock, last)
                 if last:
                     return
@@ -190,12 +150,12 @@ class Stacked:
         for run, part in zip(self._runs, gradients.split(counts), strict=True):
             run.method.step(part)
         self._losses += torch.stack([part.mean() for part in losses.split(counts)])
-        self._summed = getattr(self, "_summed", 0) + 1
+        self._summed += 1
 
     def _read(self, clock: int, last: bool) -> None:
         """Score all centers; write the readings, and from time to time everything."""
         errors = torch.stack([self._gradients.error(run.method.center, *self._images[0].test) for run in self._runs])
-        losses = (self._losses / max(getattr(self, "_summed", 0), 1)).tolist()
+        losses = (self._losses / max(self._summed, 1)).tolist()
         self._losses.zero_()
         self._summed = 0
         for run, error, loss in zip(self._runs, errors.tolist(), losses, strict=True):
@@ -216,13 +176,14 @@ class Stacked:
         found = {
             "way": str(self._way),
             "steps_made": self.curves[-1]["step"],
-            "wall_seconds": round(self._now() - STARTED),
+            "wall_seconds": round(self._now() - self._started),
         }
-        write_results(self._options.output, tables, vars(self._options) | found)
+        options = {name: value for name, value in vars(self._options).items() if name != "data"}
+        write_results(self._options.output, tables, options | found)
         print_table(best)
         draw_curves(
             self._options.output / "figure.png",
-            {f"p = {p}": _best_curves(self.curves, best, p) for p in self._options.workers},
+            {f"p = {p}": best_curves(self.curves, best, p, METHODS) for p in self._options.workers},
             across="steps of a worker",
             styles=STYLES,
         )
@@ -232,25 +193,18 @@ class Stacked:
         options = self._options
         images, labels = self._images[0].draw(0)
         gpu = self._device.type == "cuda"
-        sizes = (16, 48, 96) if gpu else (2,)
+        sizes = (16, 48, 96) if gpu else (8,)
         other = "bfloat16" if options.precision == "float32" else "float32"
         ways = [Way("patches", options.precision, rows) for rows in sizes]
         ways += [Way("grouped", options.precision, rows) for rows in sizes[:2]]
-        ways += [Way("patches", other, sizes[-1]), Way("grouped", other, sizes[0])] if gpu else []
+        ways += [Way("patches", other, sizes[1]), Way("grouped", other, sizes[0])] if gpu else []
         return measure(self._network(0), ways, (images, labels), repeats=5 if gpu else 1)
 
-    def _runs_of(self, seed: int) -> list[Run]:
+    def _of_seed(self, seed: int) -> Iterator[Run]:
         start = StackedGradients(self._network(seed), self._way).start
-        runs = []
-        for name in self._options.methods:
-            for workers in [1] if name in ALONE else self._options.workers:
-                grids = RATES[name]
-                for lr in grids.get(workers, grids[1]):
-                    optimizer = LocalSGD(lr, MOMENTUM.get(name, 0.0), WEIGHT_DECAY)
-                    method = METHODS[name](start, optimizer, workers, self._options.tau)
-                    streams = seed * self._most + torch.arange(workers, device=self._device)
-                    runs.append(Run({"workers": workers, "method": name, "lr": lr, "seed": seed}, method, streams))
-        return runs
+        options = self._options
+        momentum = MOMENTUM | {"eamsgd": options.momentum}
+        return runs(options.methods, options.workers, start, tau=options.tau, momentum=momentum, seed=seed)
 
     def _network(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -270,7 +224,7 @@ class Stacked:
         for run in self._runs:
             self._gradients.error(run.method.center, *self._images[0].test)
         reading = self._now() - started
-        steps = (self._left() - READINGS * (reading + 0.2)) * 0.96 / step_seconds
+        steps = (self._left() - READINGS * reading - WRITTEN) * 0.96 / step_seconds
         tau = self._options.tau
         steps = max(2 * PROBE, int(steps) // tau * tau)
         self._say(f"{1e3 * step_seconds:.1f} ms for a step of all, {reading:.2f} s for a reading: {steps} steps")
@@ -282,52 +236,10 @@ class Stacked:
         return time.perf_counter()
 
     def _left(self) -> float:
-        return self._options.seconds - RESERVE - (time.perf_counter() - STARTED)
+        return self._options.seconds - RESERVE - (time.perf_counter() - self._started)
 
     def _say(self, what: str) -> None:
-        print(f"{time.perf_counter() - STARTED:6.1f} s  {what}", flush=True)
-
-
-def best_rates(curves: Sequence[Row]) -> list[Row]:
-    """For each number of workers and method the best learning rate: the mean of the last readings of all seeds."""
-    last = sorted({row["step"] for row in curves})[-LAST:]
-    results: dict[tuple[int, str], dict[float, list[float]]] = {}
-    for row in curves:
-        if row["step"] in last:
-            grid = results.setdefault((row["workers"], row["method"]), {})
-            grid.setdefault(row["lr"], []).append(row["test_error"])
-    rows = []
-    for (workers, method), grid in sorted(results.items()):
-        errors = {lr: statistics.fmean(values) for lr, values in grid.items()}
-        lr = min(errors, key=lambda lr: errors[lr])
-        at_end = "yes" if lr in (min(errors), max(errors)) else "no"
-        cells = {f"error_lr_{number}": f"{errors[each]:.4f} at {each:g}" for number, each in enumerate(sorted(errors))}
-        rows.append(
-            {
-                "workers": workers,
-                "method": method,
-                "lr": lr,
-                "test_error": round(errors[lr], 4),
-                "at_end": at_end,
-                **cells,
-            }
-        )
-    return rows
-
-
-def _best_curves(curves: Sequence[Row], best: Sequence[Row], workers: int) -> dict[str, list[tuple[float, float]]]:
-    """Mean of the seeds at the best learning rate; the control of one worker is in every panel."""
-    panel = {}
-    for name in METHODS:
-        for chosen in best:
-            if chosen["method"] != name or chosen["workers"] not in (1, workers):
-                continue
-            points: dict[int, list[float]] = {}
-            for row in curves:
-                if all(row[column] == chosen[column] for column in ("workers", "method", "lr")):
-                    points.setdefault(row["step"], []).append(row["test_error"])
-            panel[name] = [(step, statistics.fmean(errors)) for step, errors in points.items()]
-    return panel
+        print(f"{time.perf_counter() - self._started:6.1f} s  {what}", flush=True)
 
 
 if __name__ == "__main__":

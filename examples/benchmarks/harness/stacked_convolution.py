@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 __all__ = ["with_patches"]
 
+_REACHED = 2**31 - 1
+
 
 def with_patches(network: nn.Module) -> nn.Module:
     """A copy of a network whose convolutions are matrix products; names and order of its parameters are the same."""
@@ -93,11 +95,17 @@ class _Sums(_OfEachImage):
 
     @staticmethod
     def forward(gradient: Tensor, extents: tuple[int, int], kernel: int, stride: int) -> Tensor:  # type: ignore[override]
-        windows = gradient.permute(0, 1, 2, 5, 3, 4)
-        count, rows, _, channels = windows.shape[:4]
-        backward = torch.ops.aten.unfold_backward
-        windows = backward(windows, [count, rows, extents[1], channels, kernel], 2, kernel, stride)
-        return backward(windows, [count, *extents, channels], 1, kernel, stride)
+        def summed(part: Tensor) -> Tensor:
+            windows = part.permute(0, 1, 2, 5, 3, 4)
+            count, rows, _, channels = windows.shape[:4]
+            backward = torch.ops.aten.unfold_backward
+            windows = backward(windows, [count, rows, extents[1], channels, kernel], 2, kernel, stride)
+            return backward(windows, [count, *extents, channels], 1, kernel, stride)
+
+        # In parts that 32-bit offsets reach all of.
+        images = max(1, _REACHED // (gradient[0].numel() * gradient.element_size()))
+        parts = [summed(part) for part in gradient.split(images)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: Any, output: Any) -> None:

@@ -5,7 +5,6 @@ step t + 1.
 """
 
 import sys
-from abc import ABC
 from collections.abc import Sequence
 from typing import final
 
@@ -18,7 +17,7 @@ from lightning_easgd.simulation import LocalSGD, Problem
 from lightning_easgd.simulation.learning import meet
 from lightning_easgd.simulation.workers import StackedWorkers
 
-__all__ = ["METHODS", "Alone", "DataParallel", "Downpour", "Elastic", "PostLocal", "StackedMethod"]
+__all__ = ["Alone", "DataParallel", "Downpour", "Elastic", "PostLocal", "StackedMethod"]
 
 
 @final
@@ -43,7 +42,7 @@ class _Handed(Problem):
         raise NotImplementedError("the caller scores the centers of all methods")
 
 
-class StackedMethod(ABC):
+class StackedMethod:
     r"""p workers with one learning rate, which do not communicate; with p = 1 plain SGD.
 
     Args:
@@ -168,15 +167,3 @@ class PostLocal(StackedMethod):
         if (self._workers.clocks < self.warmup_steps).all():
             gradients = gradients.mean(0).expand_as(gradients)
         super().step(gradients)
-
-
-METHODS: dict[str, type[StackedMethod]] = {
-    "easgd": Elastic,
-    "eamsgd": Elastic,
-    "downpour": Downpour,
-    "ddp": DataParallel,
-    "ddp_momentum": DataParallel,
-    "post_local_sgd": PostLocal,
-    "sgd": Alone,
-    "msgd": Alone,
-}
