@@ -353,10 +353,12 @@ def test_gradients_of_a_network_with_a_short_last_batch():
     assert problem.error(problem.start()) == pytest.approx(wrong.item())
 
 
-@pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.Dropout(0.5)])
-def test_networks_whose_state_is_not_parameters_are_refused(layer):
+@pytest.mark.parametrize(
+    ("layer", "owner"), [(nn.BatchNorm1d(4), "FlatNetwork"), (nn.Dropout(0.5), "ClassificationProblem")]
+)
+def test_networks_whose_state_is_not_parameters_are_refused(layer, owner):
     network = nn.Sequential(layer, nn.Linear(4, 3))
-    with pytest.raises(ValueError, match=r"ClassificationProblem\(network=Sequential\): it has"):
+    with pytest.raises(ValueError, match=owner + r"\(network=Sequential\): it has"):
         ClassificationProblem(network, torch.zeros(1), torch.zeros(1), (torch.zeros(1),) * 2, batch_size=1, order=None)
 
 

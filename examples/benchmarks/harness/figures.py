@@ -96,7 +96,12 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def draw_curves(
-    path: Path, panels: Mapping[str, Curves], *, across: str = "seconds of training", target: float | None = None
+    path: Path,
+    panels: Mapping[str, Curves],
+    *,
+    across: str = "seconds of training",
+    target: float | None = None,
+    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Draw curves of the test error; without matplotlib say so, and draw nothing.
 
@@ -105,18 +110,24 @@ def draw_curves(
         panels: For each title the points of each curve by its label; systems of axes from left to right.
         across: What the errors are drawn over.
         target: The error to reach, a line.
+        styles: How the line of each label looks; then there is one legend, beside the axes.
     """
-    figure = _figure((0.6 + 4.6 * len(panels), 3.6))
+    figure = _figure((0.6 + 4.6 * len(panels) + 1.6 * (styles is not None), 3.6))
     if figure is None:
         return
     systems: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False).flat
     for axes, (title, curves) in zip(systems, panels.items(), strict=True):
         for label, points in curves.items():
-            axes.plot(*zip(*points, strict=True), label=label, marker=".")
+            style = {"marker": "."} if styles is None else styles[label]
+            axes.plot(*zip(*points, strict=True), label=label, **style)
         if target is not None:
             axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel=across, ylabel="test error")
-        axes.legend(fontsize="small")
+        if styles is None:
+            axes.legend(fontsize="small")
+    if styles is not None:
+        handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
+        figure.legend(handles=list(handles.values()), loc="outside right upper", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

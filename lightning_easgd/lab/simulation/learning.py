@@ -15,7 +15,24 @@ from lightning_easgd.lab.simulation.workers import LocalSGD, StackedWorkers
 from lightning_easgd.method.elastic import elastic_difference, elastic_pull_, elastic_push_
 from lightning_easgd.method.rates import MovingRates
 
-__all__ = ["Learner"]
+__all__ = ["Learner", "meet"]
+
+
+def meet(workers: StackedWorkers, rows: slice, center: Tensor, alpha: float, center_alpha: float) -> None:
+    r"""An elastic exchange of some workers with their center, all at once.
+
+    The center moves now, and the workers with their next step, whose gradient is thus taken where they are now.
+
+    Args:
+        workers: The workers, of which
+        rows: are these.
+        center: :math:`\tilde x`, changed in place, shape (d,).
+        alpha: α, by which the workers move.
+        center_alpha: By which each of them moves the center.
+    """
+    (differences,) = elastic_difference([workers.positions(rows)], [center])
+    workers.owe(rows, differences, alpha)
+    elastic_push_([center], [differences.sum(0)], center_alpha)
 
 
 @final
@@ -104,9 +121,7 @@ class Learner:
         count = len(self._horizons)
         self._bring(everyone, event.clock)
         alpha, beta = self._rates.resolve(count, self._lr)
-        (differences,) = elastic_difference([self._workers.positions(everyone)], [self.center])
-        self._workers.owe(everyone, differences, alpha)
-        elastic_push_([self.center], [differences.sum(0)], beta / count)
+        meet(self._workers, everyone, self.center, alpha, beta / count)
         self._horizons[:] = self._next_horizon(event.clock)
         self.exchanges += count
 
@@ -114,10 +129,7 @@ class Learner:
         row = slice(event.worker, event.worker + 1)
         self._bring(row, event.clock)
         alpha, beta = self._rates.resolve(event.sharing, self._lr)
-        center = self._centers[event.center]
-        (differences,) = elastic_difference([self._workers.positions(row)], [center])
-        self._workers.owe(row, differences, alpha)
-        elastic_push_([center], [differences[0]], beta / event.sharing)
+        meet(self._workers, row, self._centers[event.center], alpha, beta / event.sharing)
         self._horizons[row] = self._next_horizon(event.clock)
         self.exchanges += 1
 

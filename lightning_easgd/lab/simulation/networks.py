@@ -10,10 +10,46 @@ from torch.nn import functional as F
 
 from lightning_easgd.lab.simulation.problems import Problem
 
-__all__ = ["ClassificationProblem", "Order"]
+__all__ = ["ClassificationProblem", "FlatNetwork", "Order"]
 
 Order = Callable[[int, int], Tensor]
 """Of a worker and an epoch: the rows of the training set in the order of that epoch, int64 of shape (N,)."""
+
+
+@final
+class FlatNetwork:
+    """A network as a function of one vector that holds all its parameters; works under vmap and grad.
+
+    Args:
+        network: Its present parameters are the start; it stays as it is.
+
+    Attributes:
+        start: The present parameters, shape (d,).
+
+    Raises:
+        ValueError: If the network has buffers (BatchNorm), which all vectors would share.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        if next(network.buffers(), None) is not None:
+            raise ValueError(
+                f"FlatNetwork(network={type(network).__name__}): it has buffers (BatchNorm?), and only parameters are"
+                " kept for each worker; use a network without them."
+            )
+        self._network = network
+        self._names, parameters = zip(*network.named_parameters(), strict=True)
+        self._shapes = [parameter.shape for parameter in parameters]
+        self._sizes = [parameter.numel() for parameter in parameters]
+        self.start = torch.cat([parameter.detach().flatten() for parameter in parameters])
+
+    def __call__(self, point: Tensor, inputs: Tensor) -> Tensor:
+        """What the network with the parameters of a vector, shape (d,), makes of a batch."""
+        parts = torch.split(point, self._sizes)
+        parameters = {
+            name: part.view(shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
+        }
+        outputs: Tensor = functional_call(self._network, parameters, (inputs,))
+        return outputs
 
 
 @final
@@ -45,21 +81,12 @@ class ClassificationProblem(Problem):
         batch_size: int,
         order: Order,
     ) -> None:
-        if next(network.buffers(), None) is not None:
-            raise ValueError(
-                f"ClassificationProblem(network={type(network).__name__}): it has buffers (BatchNorm?), and only"
-                " parameters are kept for each worker; use a network without them."
-            )
         if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
             raise ValueError(
                 f"ClassificationProblem(network={type(network).__name__}): it has dropout, which the simulator does"
                 " not draw; set its probability to 0."
             )
-        self._network = network
-        self._names, parameters = zip(*network.named_parameters(), strict=True)
-        self._shapes = [parameter.shape for parameter in parameters]
-        self._sizes = [parameter.numel() for parameter in parameters]
-        self._start = torch.cat([parameter.detach().flatten() for parameter in parameters])
+        self._call = FlatNetwork(network)
         self._inputs, self._labels, self._held_out = inputs, labels, held_out
         self._batch_size = batch_size
         self._batches_per_epoch = -(-len(inputs) // batch_size)
@@ -69,10 +96,10 @@ class ClassificationProblem(Problem):
 
     @property
     def message_bytes(self) -> int:  # noqa: D102
-        return self._start.nbytes
+        return self._call.start.nbytes
 
     def start(self) -> Tensor:  # noqa: D102
-        return self._start.clone()
+        return self._call.start.clone()
 
     def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:  # noqa: D102
         batches = [self._rows(worker, clock) for worker, clock in zip(workers, clocks, strict=True)]
@@ -100,11 +127,3 @@ class ClassificationProblem(Problem):
     def _loss(self, point: Tensor, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         losses = F.cross_entropy(self._call(point, inputs), labels, reduction="none")
         return (losses * weights).sum()
-
-    def _call(self, point: Tensor, inputs: Tensor) -> Tensor:
-        parts = torch.split(point, self._sizes)
-        parameters = {
-            name: part.view(shape) for name, part, shape in zip(self._names, parts, self._shapes, strict=True)
-        }
-        logits: Tensor = functional_call(self._network, parameters, (inputs,))
-        return logits
