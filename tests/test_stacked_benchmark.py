@@ -18,8 +18,8 @@ from harness.stacked_images import StackedImages, synthetic_images
 from harness.stacked_methods import Alone, DataParallel, Downpour, Elastic, PostLocal
 from harness.stacked_results import best_rates
 
-from lightning_easgd.models.convnets import ConvNet7, StridedNet
-from lightning_easgd.simulation import LocalSGD
+from lightning_easgd.lab.models.convnets import ConvNet7, StridedNet
+from lightning_easgd.lab.simulation import LocalSGD
 
 WORKERS, TAU, STEPS, LR, DECAY = 3, 4, 18, 0.2, 1e-3
 BETA, WARMUP = 0.9, 6

@@ -42,7 +42,7 @@ from harness.stacked_results import STYLES, best_curves, best_rates
 from harness.stacked_runs import METHODS, MOMENTUM, Run, runs
 from torch import nn
 
-from lightning_easgd.models.convnets import ConvNet7, StridedNet
+from lightning_easgd.lab.models.convnets import ConvNet7, StridedNet
 
 READINGS = 40  # of a run, about
 RESERVE = 8.0  # seconds for figure and tables at the end

@@ -15,9 +15,10 @@ from torch import nn
 from toys import Quadratic, Regression
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
-from lightning_easgd.averagers import serving, staging
-from lightning_easgd.transport.staging import make_staging
+from lightning_easgd.averagers.served import averaging as serving
 from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport import staging
+from lightning_easgd.transport.staging import make_staging
 
 LONG = 200_000_000  # clock cycles of a GPU: about 0.1 s
 
@@ -25,7 +26,7 @@ LONG = 200_000_000  # clock cycles of a GPU: about 0.1 s
 def slowly(vector_staging):
     """Make the copies of a staging wait for 0.1 s on its stream."""
     if on_gpu():
-        with torch.cuda.stream(vector_staging._stream):
+        with torch.cuda.stream(vector_staging._queue._side):
             torch.cuda._sleep(LONG)
 
 

@@ -13,7 +13,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
 from harness.stacked_convolution import with_patches
-from lightning_easgd.simulation.networks import FlatNetwork
+from lightning_easgd.lab.simulation.networks import FlatNetwork
 
 __all__ = ["StackedGradients", "Way", "fastest", "measure"]
 

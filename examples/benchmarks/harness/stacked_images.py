@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_easgd.data import CIFAR10DataModule
+from lightning_easgd.lab.data import CIFAR10DataModule
 
 __all__ = ["StackedImages", "read_cifar10", "synthetic_images"]
 

@@ -10,12 +10,12 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_easgd.downpour import downpour_push_
-from lightning_easgd.elastic import center_update_
-from lightning_easgd.rates import MovingRates
-from lightning_easgd.simulation import LocalSGD, Problem
-from lightning_easgd.simulation.learning import meet
-from lightning_easgd.simulation.workers import StackedWorkers
+from lightning_easgd.lab.simulation import LocalSGD, Problem
+from lightning_easgd.lab.simulation.learning import meet
+from lightning_easgd.lab.simulation.workers import StackedWorkers
+from lightning_easgd.method.downpour import downpour_push_
+from lightning_easgd.method.elastic import center_update_
+from lightning_easgd.method.rates import MovingRates
 
 __all__ = ["Alone", "DataParallel", "Downpour", "Elastic", "PostLocal", "StackedMethod"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.ratios import Row
 from harness.stacked_methods import Alone, DataParallel, Downpour, Elastic, PostLocal, StackedMethod
-from lightning_easgd.simulation import LocalSGD
+from lightning_easgd.lab.simulation import LocalSGD
 
 __all__ = ["METHODS", "MOMENTUM", "Run", "runs"]
 

@@ -15,10 +15,10 @@ from harness.ratios import Row, median_and_range
 from torch import Tensor, nn
 
 from lightning_easgd.averagers import Channel, ExchangeLine, SynchronousAverager, Transfer, all_reduced_sums
-from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.method.elastic import elastic_exchange_, elastic_pull_, elastic_push_
 from lightning_easgd.method.position import ParameterPosition
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.tensors.flat_tensors import FlatTensors
 from on_gpu.training import Setting, network
 
 __all__ = ["measure_bandwidth"]
