@@ -33,7 +33,7 @@ from harness.figures import Panel, draw_bars
 from harness.ranks import Place, RanksError, Send, run_ranks
 from harness.ratios import Row, every_turn, ratios
 from harness.results import print_table, write_results
-from harness.turns import Turns
+from harness.turns import Turn, Turns
 from on_gpu.bandwidth import measure_bandwidth
 from on_gpu.card import describe
 from on_gpu.memory import measure_memory, memory_table
@@ -76,6 +76,14 @@ class _Report:
     def add(self, table: str, rows: Sequence[Row]) -> None:
         """Add rows to a table, and write it."""
         self.tables.setdefault(table, []).extend(rows)
+        self.write()
+
+    def put_steps(self, setting: Setting, turns: Sequence[Turn]) -> None:
+        """Put the rows of a setting's turns in place of those of before, and write the tables."""
+        columns = setting.columns
+        for name, rows in {"step_cost": ratios(columns, turns), "rounds": every_turn(columns, turns)}.items():
+            others = [row for row in self.tables.get(name, []) if not columns.items() <= row.items()]
+            self.tables[name] = [*others, *rows]
         self.write()
 
     def write(self) -> None:
@@ -170,13 +178,12 @@ def _measure_steps(options: argparse.Namespace, chosen: Sequence[Setting], repor
             ),
             title=setting.title,
             timeout=options.timeout,
+            keep=partial(report.put_steps, setting),
         )
-        lines = ratios(setting.columns, turns)
-        if not lines or len({turn.method for turn in turns}) < len(known) - len(COMPRESSED):
+        if len({turn.method for turn in turns}) < len(known) - len(COMPRESSED):
             report.failures.append(f"step_cost, {setting.title}: {len(turns)} turns; the error is in the log")
-        panels.append(Panel(setting.title, lines))
-        report.add("step_cost", lines)
-        report.add("rounds", every_turn(setting.columns, turns))
+            report.write()
+        panels.append(Panel(setting.title, ratios(setting.columns, turns)))
         draw_bars(options.output / "figure.png", panels, title="Step cost of ResNet-50, bf16")
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harness.methods import LOCAL, NAMES, Method, methods, why_missing
@@ -46,14 +46,30 @@ def chosen_methods(options: argparse.Namespace) -> list[Method]:
     return methods(dict.fromkeys([LOCAL, *options.methods]), options.tau)
 
 
-def collect_turns(places: Sequence[Place], turns: Turns, *, title: str, timeout: float) -> list[Turn]:
-    """Let the methods take turns, and print each; if a rank fails the turns until then remain."""
+def collect_turns(
+    places: Sequence[Place],
+    turns: Turns,
+    *,
+    title: str,
+    timeout: float,
+    keep: Callable[[list[Turn]], None] = lambda turns: None,
+) -> list[Turn]:
+    """Let the methods take turns, and print each; if a rank fails the turns until then remain.
+
+    Args:
+        places: One for each rank.
+        turns: Who takes turns.
+        title: Begins what is printed.
+        timeout: Seconds after which the ranks are ended.
+        keep: Called with all turns so far after each of them.
+    """
     collected: list[Turn] = []
 
     def receive(turn: Turn) -> None:
         collected.append(turn)
         seconds = sum(turn.seconds) / len(turn.seconds)
         print(f"{title}  round {turn.round}  {turn.method:<24} {1e3 * seconds:9.3f} ms", flush=True)
+        keep(collected)
 
     try:
         run_ranks(take_turns, places, turns, timeout=timeout, receive=receive)
