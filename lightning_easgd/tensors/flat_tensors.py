@@ -105,8 +105,13 @@ class FlatTensors:
 
     def load_(self, tensors: Sequence[Tensor]) -> None:
         """Copy one tensor for each view into the buffer."""
-        if self.views:
-            torch._foreach_copy_(self.views, [as_real(tensor) for tensor in tensors])
+        real = [as_real(tensor) for tensor in tensors]
+        if real and real[0].is_cuda and not self.flat.is_cuda:  # one wait for all; together they would wait for each
+            for view, tensor in zip(self.views, real, strict=True):
+                view.copy_(tensor, non_blocking=True)
+            torch.cuda.current_stream(real[0].device).synchronize()
+        elif real:
+            torch._foreach_copy_(self.views, real)
 
     def store(self, tensors: Sequence[Tensor]) -> None:
         """Copy the buffer out into one tensor for each view, rounding to their dtypes."""

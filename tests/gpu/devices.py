@@ -1,4 +1,4 @@
-"""Where the GPU tests run: ranks share the first GPU over gloo, in a dry run they are on the CPU; NCCL where it can be."""
+"""Where the GPU tests run: ranks share the first GPU over gloo, in a dry run the CPU; NCCL where it can be."""
 
 import multiprocessing
 import os
