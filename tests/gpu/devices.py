@@ -1,4 +1,4 @@
-"""Where the GPU tests run: ranks that share the first GPU over gloo, or in a dry run CPU ranks; NCCL where it can be."""
+"""Where the GPU tests run: on ranks that share the first GPU, on one GPU for each rank, or in a dry run on the CPU."""
 
 import multiprocessing
 import os
