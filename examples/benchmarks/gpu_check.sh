@@ -128,7 +128,8 @@ part() { # part, limit, command: its output goes to <part>.log, whose end is sho
     record "$label" "$status" $((SECONDS - began)) "$note"
 }
 
-pytest=("$PYTHON" -m pytest -v -rs -p no:cacheprovider)
+# A plugin that warns beside pytest-xdist would end the run: warnings are errors here.
+pytest=("$PYTHON" -m pytest -v -rs -p no:cacheprovider -p no:benchmark)
 small=()
 marks=gpu
 if [ "$device" = cpu ]; then

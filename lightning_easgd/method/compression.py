@@ -217,4 +217,4 @@ def make_codec(wire_dtype: WireDtype) -> Codec:
 
 def _piece_size(device: torch.device) -> int:
     """Elements of a piece: its buffer stays in the cache of a CPU; elsewhere what counts is few kernels."""
-    return 2**18 if device.type == "cpu" else 2**24
+    return 2**18 if device.type == "cpu" else 2**22

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bowls import SGD, Bowls, flat, rows
-from devices import fit, own_devices
+from devices import fit, in_precision, own_devices
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 from recursions import Adam, Sgd, downpour, minima, post_local, round_robin, synchronous
@@ -135,7 +135,7 @@ def test_mixed_precision(mode, ranks):
         ):
             torch.manual_seed(0)
             module, last = Regression(batches=12), Last()
-            settings = {"precision": "16-mixed", "val_check_interval": 5, "deterministic": "warn"}
+            settings = in_precision("16-mixed") | {"val_check_interval": 5, "deterministic": "warn"}
             fit(module, make(ranks=ranks), callbacks=[last], **settings)
             loss = float(module.trainer.callback_metrics["val_loss"])
             results.append((last.worker, flat(module.parameters()), flat(module.buffers()), loss))
