@@ -89,8 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data is None and not options.dry:
         print("stacked: give --data, the folder that holds cifar-10-batches-py; nothing was measured")
         return
-    torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions use it anyway
-    torch.backends.cudnn.benchmark = True
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions use it anyway
+        torch.backends.cudnn.benchmark = True
     Stacked(options).train()
 
 
