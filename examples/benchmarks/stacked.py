@@ -7,11 +7,14 @@ every number of workers and each of its three learning rates, makes the same ste
 that a run that is cut off compares equal numbers of steps. Exchanges are synchronous, with the package's own
 equations; τ is 10.
 
-    easgd, eamsgd   β = 0.9, α = β/p; eamsgd with Nesterov momentum
+    easgd           β = 0.9, α = β/p
+    eamsgd          with Nesterov momentum 0.99, the paper's; eamsgd_0.9: with that of ddp_momentum and msgd, 0.9
     downpour        workers push and take over in turn; the paper found it unstable for large τ
-    ddp             the mean gradient of p mini-batches at every step, without and with momentum
+    ddp             the mean gradient of p mini-batches at every step; ddp_momentum: with momentum
     post_local_sgd  ddp for the first half, then the workers' mean every τ steps
     sgd, msgd       one worker, the control
+
+The curves are over steps: what an exchange costs, of which ddp has τ for one of the others, is no part of them.
 
 Network, batch size, dropout, weight decay and augmentation are the paper's. The learning rates are constant; the best
 is the one with the least mean of the last readings of the test error, which every method thus has for tuning, too, and
@@ -39,7 +42,7 @@ from harness.stacked_gradients import StackedGradients, Way, fastest, measure
 from harness.stacked_images import StackedImages, read_cifar10, synthetic_images
 from harness.stacked_methods import PostLocal
 from harness.stacked_results import STYLES, best_curves, best_rates
-from harness.stacked_runs import METHODS, MOMENTUM, Run, runs
+from harness.stacked_runs import METHODS, Run, runs
 from torch import nn
 
 from lightning_easgd.lab.models.convnets import ConvNet7, StridedNet
@@ -61,7 +64,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--workers", type=int, nargs="+", default=[4, 16])
     options.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     options.add_argument("--tau", type=int, default=10)
-    options.add_argument("--momentum", type=float, default=MOMENTUM["eamsgd"], help="of eamsgd (%(default)g)")
     options.add_argument("--seeds", type=int, default=1, help="of start, order and dropout (%(default)s)")
     options.add_argument("--batch-size", type=int, default=128, help="of each worker (%(default)s)")
     options.add_argument("--steps", type=int, help="instead of as many as there is time for")
@@ -73,7 +75,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.add_argument("--output", type=Path, default=default, help="results directory (%(default)s)")
     chosen = options.parse_args(arguments)
     if chosen.dry:
-        chosen.workers, chosen.batch_size, chosen.tau, chosen.steps = [2], 2, 4, chosen.steps or 8
+        chosen.workers, chosen.batch_size, chosen.tau, chosen.steps = [2], 2, 2, chosen.steps or 4
         chosen.train_images, chosen.test_images = 64, 32
     return chosen
 
@@ -87,8 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.data is None and not options.dry:
         print("stacked: give --data, the folder that holds cifar-10-batches-py; nothing was measured")
         return
-    torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions use it anyway
-    torch.backends.cudnn.benchmark = True
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32; cuDNN's convolutions use it anyway
+        torch.backends.cudnn.benchmark = True
     Stacked(options).train()
 
 
@@ -203,8 +206,7 @@ class Stacked:
     def _of_seed(self, seed: int) -> Iterator[Run]:
         start = StackedGradients(self._network(seed), self._way).start
         options = self._options
-        momentum = MOMENTUM | {"eamsgd": options.momentum}
-        return runs(options.methods, options.workers, start, tau=options.tau, momentum=momentum, seed=seed)
+        return runs(options.methods, options.workers, start, tau=options.tau, seed=seed)
 
     def _network(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)

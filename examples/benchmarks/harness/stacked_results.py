@@ -12,7 +12,8 @@ LAST = 4  # readings whose mean is a run's result
 STYLES: dict[str, dict[str, Any]] = {
     name: {"color": color, "linestyle": line}
     for name, color, line in (
-        ("easgd", "tab:blue", "-"), ("eamsgd", "tab:blue", "--"), ("downpour", "tab:red", "-"),
+        ("easgd", "tab:blue", "-"), ("eamsgd", "tab:blue", "--"), ("eamsgd_0.9", "tab:cyan", "--"),
+        ("downpour", "tab:red", "-"),
         ("ddp", "tab:gray", "-"), ("ddp_momentum", "tab:gray", "--"), ("post_local_sgd", "tab:orange", "-"),
         ("sgd", "black", "-"), ("msgd", "black", "--"),
     )
