@@ -268,7 +268,7 @@ def test_gpu_check(tmp_path):
     assert setting["card"] == {} or setting["card"]["cuda"]
     moved = {row["way"]: (float(row["bytes_moved"]), float(row["of_copy"])) for row in rows(results / "bandwidth.csv")}
     assert moved["copy"] == (8, 1)
-    assert moved["elastic_exchange_, one flat tensor"][0] == 36
+    assert moved["difference, pull and push, one flat tensor"][0] == 36
     memory = {row["method"]: float(row["formula_words"]) for row in rows(results / "memory.csv")}
     assert memory == {"local": 0, "easgd": 3, "easgd bfloat16": 4.25, "easgd int8": pytest.approx(3.635, abs=1e-3),
                       "easgd center on cpu": 0, "easgd_async": 1}  # fmt: skip

@@ -15,6 +15,7 @@ from lightning_easgd.averagers.served.averaging import exchange_thread
 from lightning_easgd.averagers.sync import averager as synchronous
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.finiteness import DeviceFiniteness
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.method.position import LookAheadPosition
 from lightning_easgd.method.rates import MovingRates
@@ -104,7 +105,7 @@ class Messenger(MessageTransfer):
 
 
 def compressed(fake, without=(), forgetful=False):
-    center = FlatTensors([[torch.zeros(8)]], torch.float32)
+    center = ReplicatedCenter(FlatTensors([[torch.zeros(8)]], torch.float32))
     channel = Messages(fake, forgetful)
     total = CompressedSum(center, channel, make_codec("bfloat16"), queue_on(fake, without))
     for exchange in range(2):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lightning_easgd.method.downpour import downpour_push_, nesterov_push_, polyak_rate, running_average_
+from lightning_easgd.method.downpour import nesterov_push_, polyak_rate, running_average_
+from lightning_easgd.method.rules import PlainRule
 
 # Two workers with f_i = (x - b_i)^2 / 2, b = (1, -3), all at 1, η = 0.1, τ = 2, in turn: (x1, x2, center) after both.
 DOWNPOUR = [
@@ -26,7 +27,7 @@ def test_downpour_follows_the_golden_trace():
     for clock, expected in enumerate(DOWNPOUR):
         for x, v, optimum in zip(workers, updates, optima, strict=True):
             if clock % 2 == 0:
-                downpour_push_([center], [v])
+                PlainRule().move_([center], v, 1.0, version=0)
                 x.copy_(center)
                 v.zero_()
             step = -eta * (x - optimum)
@@ -37,8 +38,8 @@ def test_downpour_follows_the_golden_trace():
 
 def test_a_gradient_with_rate_minus_eta_is_an_update():
     by_update, by_gradient = scalar(2), scalar(2)
-    downpour_push_([by_update], [scalar(-0.1 * 3)])
-    downpour_push_([by_gradient], [scalar(3)], rate=-0.1)
+    PlainRule().move_([by_update], scalar(-0.1 * 3), 1.0, version=0)
+    PlainRule().move_([by_gradient], scalar(3), -0.1, version=0)
     assert torch.equal(by_update, by_gradient)
 
 

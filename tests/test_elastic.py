@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from lightning_easgd.method.elastic import (
-    center_update_,
     elastic_difference,
-    elastic_exchange_,
+    elastic_difference_,
     elastic_pull_,
     elastic_push_,
     moving_rate_from_center_rate,
@@ -14,6 +13,7 @@ from lightning_easgd.method.elastic import (
     nesterov_position_,
     penalty_from_moving_rate,
 )
+from lightning_easgd.method.rules import PlainRule
 
 MINIMA = (1.0, -3.0)
 ASYNCHRONOUS = [
@@ -78,10 +78,18 @@ def test_synchronous_jacobi_form():
     center = one(1.0)
     for row in SYNCHRONOUS:
         difference = x - center[0]
-        mean = x.mean()
         x = x - 0.1 * (x - torch.tensor(MINIMA)) - 0.2 * difference
-        center_update_(center, [mean.expand(1)], 0.4)
+        PlainRule().move_(center, difference.sum().expand(1), 0.4 / len(x), version=0)
         assert (*x.tolist(), center[0].item()) == pytest.approx(row, abs=1e-6)
+
+
+def exchange(workers, centers, alpha, center_alpha=None):
+    differences = elastic_difference(workers, centers)
+    in_place = [worker.clone() for worker in workers]
+    elastic_difference_(in_place, centers)
+    assert all(map(torch.equal, in_place, differences))
+    elastic_pull_(workers, differences, alpha)
+    elastic_push_(centers, differences, alpha if center_alpha is None else center_alpha)
 
 
 @pytest.mark.parametrize("alpha", [-0.5, 0.0, 0.3, 1.0])
@@ -89,21 +97,21 @@ def test_symmetric_exchange_conserves_the_sum(alpha):
     workers = [torch.randn(3, 2, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
     centers = [torch.randn(3, 2, dtype=torch.float64), torch.randn(5, dtype=torch.float64)]
     before = [w + c for w, c in zip(workers, centers, strict=True)]
-    elastic_exchange_(workers, centers, alpha)
+    exchange(workers, centers, alpha)
     for total, w, c in zip(before, workers, centers, strict=True):
         torch.testing.assert_close(w + c, total, rtol=0, atol=1e-15)
 
 
 def test_exchange_uses_old_values_on_both_sides():
     worker, center = one(1.0), one(0.0)
-    elastic_exchange_(worker, center, 0.25, center_alpha=0.5)
+    exchange(worker, center, 0.25, center_alpha=0.5)
     assert (worker[0].item(), center[0].item()) == (0.75, 0.5)
 
 
 @pytest.mark.parametrize(("alpha", "worker", "center"), [(0.0, 4.0, 2.0), (1.0, 2.0, 4.0)])
 def test_exchange_at_the_ends_of_the_range(alpha, worker, center):
     workers, centers = one(4.0), one(2.0)
-    elastic_exchange_(workers, centers, alpha)
+    exchange(workers, centers, alpha)
     assert (workers[0].item(), centers[0].item()) == (worker, center)
 
 

@@ -32,6 +32,7 @@ from lightning_easgd.averagers import (
 )
 from lightning_easgd.averagers.sync.all_reduced_sum import BUCKET_BYTES, AllReducedSum
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.method.rates import MovingRates
@@ -52,7 +53,7 @@ def center_of(*shapes, value=0.0, dtype=torch.float32):
     groups = [[torch.full(shape, value, dtype=dtype) for shape in group] for group in shapes]
     center = FlatTensors(groups, dtype)
     center.flat.fill_(value)
-    return center
+    return ReplicatedCenter(center)
 
 
 class TestBuckets:
@@ -134,7 +135,7 @@ class TestBuckets:
         total.wire.flat.fill_(1.0)
         total.start([1.0, 2.0, 3.0])
         total.finish()
-        assert [segment.unique().tolist() for segment in center.segments] == [[1.0], [2.0], [3.0]]
+        assert [segment.unique().tolist() for segment in center.values.segments] == [[1.0], [2.0], [3.0]]
 
 
 def storages(total):

@@ -34,7 +34,8 @@ from harness.ranks import Place, RanksError, Send, one_host, run_ranks
 from harness.ratios import Row, median_and_range
 from harness.results import print_table, write_results
 
-from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
+from lightning_easgd.method.rules import SymmetricExchange
+from lightning_easgd.served_center import InProcessCenter, Layout, SharedMemoryCenter
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
@@ -82,8 +83,8 @@ def _be_rank(rank: int, place: Place, send: Send, elements: int, rounds: int, ba
 
 def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter.create(layout, torch.float32, ElasticRule(), held=everything, rank=0)
-    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, TIMEOUT, set())
+    memory = SharedMemoryCenter.create(layout, torch.float32, SymmetricExchange(), held=everything, rank=0)
+    server = ShardServer(InProcessCenter(layout, torch.float32, SymmetricExchange()), SECRET, TIMEOUT, set())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for _ in range(barrier.parties - 1):
             offers.put((memory.address, server.port, listener.getsockname()[1]))
@@ -101,7 +102,7 @@ def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
 def _work(rank: int, layout: Layout, elements: int, rounds: int, barrier: Any, offers: Any, send: Send) -> None:
     address, port, raw_port = offers.get()
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter.attach(address, layout, torch.float32, ElasticRule(), held=everything, rank=rank)
+    memory = SharedMemoryCenter.attach(address, layout, torch.float32, SymmetricExchange(), held=everything, rank=rank)
     shard = RemoteShard(("127.0.0.1", port), server=0, rank=rank, secret=SECRET, timeout=TIMEOUT, lost=set())
     remote = _OneServer(layout, shard)
     x, out, back = (torch.ones(elements) for _ in range(3))

@@ -6,7 +6,7 @@ from lightning_easgd.averagers.exchange_order import ExchangeLine, Meeting, Stat
 from lightning_easgd.averagers.served.averager import ServedAverager
 from lightning_easgd.averagers.served.averaging import ServedAveraging, free_order, round_robin
 from lightning_easgd.averagers.served.downpour import DownpourAverager
-from lightning_easgd.averagers.served.easgd import AsynchronousAverager, elastic_rule
+from lightning_easgd.averagers.served.easgd import AsynchronousAverager, elastic_exchange
 from lightning_easgd.averagers.served.loss_policy import ContinueOnLoss, FailOnLoss, LossPolicy
 from lightning_easgd.averagers.sync.averager import SynchronousAverager, SynchronousAveraging
 from lightning_easgd.averagers.sync.choice import MakeSum, all_reduced_sums, compressed_sums, shared_sums
@@ -45,7 +45,7 @@ __all__ = [
     "WorkersStoppedError",
     "all_reduced_sums",
     "compressed_sums",
-    "elastic_rule",
+    "elastic_exchange",
     "free_order",
     "round_robin",
     "shared_channel",

@@ -14,7 +14,7 @@ from lightning_easgd.averagers.common_values import CommonValues, common_values
 from lightning_easgd.averagers.exchange_order import Header, Meeting, Statistics
 from lightning_easgd.transport.channel import Channel
 
-__all__ = ["Averager", "Averaging", "follow"]
+__all__ = ["Averager", "Averaging", "follow", "versions_for"]
 
 
 class Averager(ABC):
@@ -189,7 +189,7 @@ class Averaging(ABC):
         """What the center is, beside the module's state; called after all workers have met.
 
         ``stores``: for each store of the center (the center first) one flat tensor for each averager; and ``versions``
-        of a served center's chunks.
+        of the averagers' centers, or of a served center's chunks.
         """
 
     @property
@@ -250,3 +250,9 @@ def follow(
     for averager, optimizer in zip(averagers.values(), optimizers, strict=True):
         averager.follow(optimizer)
     return dict(zip(optimizers, averagers.values(), strict=True))
+
+
+def versions_for(state: Mapping[str, Any], parts: int) -> list[int]:
+    """The version of each part of a center that is loaded; of one that was cut otherwise the highest for all."""
+    versions = list(state.get("versions", ()))
+    return versions if len(versions) == parts else [max(versions, default=0)] * parts

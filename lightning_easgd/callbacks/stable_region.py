@@ -99,6 +99,8 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int, clock: int =
             "the optimizer has momentum and EASGDStrategy has not been told (momentum=..., the strategy 'eamsgd'):"
             " the analysis is that of EAMSGD"
         )
+    if strategy.center_rule is not None:
+        raise NotJudgedError("the analysis has no center_rule")
     of_groups = strategy.rates.of_groups(optimizer, workers, clock)
     alpha, beta = max(alpha for alpha, _ in of_groups), max(beta for _, beta in of_groups)
     tau = strategy.tau

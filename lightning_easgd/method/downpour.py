@@ -5,6 +5,8 @@ Elastic Averaging SGD*, NeurIPS 2015 (arXiv:1412.6651). Notation as in :mod:`lig
 :math:`x^i`, center variable :math:`\tilde x`, learning rate :math:`\eta`, momentum :math:`\delta`. A worker's update
 :math:`v^i` is what its optimizer has added to :math:`x^i` since the last exchange.
 
+:class:`~lightning_easgd.method.rules.PlainRule` is DOWNPOUR's center, which adds what it is given.
+
 A list holds one tensor per parameter; lists of one call have the same length and shapes. A function whose name ends in
 ``_`` writes to its first argument (or first two, where its summary says so) and reads the others.
 """
@@ -14,24 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["downpour_push_", "nesterov_push_", "polyak_rate", "running_average_"]
+__all__ = ["nesterov_push_", "polyak_rate", "running_average_"]
 
 Tensors = Sequence[Tensor]
-
-
-def downpour_push_(centers: Tensors, updates: Tensors, rate: float = 1.0) -> None:
-    r"""Add one worker's accumulated update to the center (DOWNPOUR).
-
-    .. math:: \tilde x \leftarrow \tilde x + r\, v
-
-    The worker then takes the center over, :math:`x \leftarrow \tilde x`, and starts again from :math:`v = 0`.
-
-    Args:
-        centers: :math:`\tilde x`, changed in place.
-        updates: :math:`v`; or a gradient :math:`g`, with :math:`r = -\eta`.
-        rate: :math:`r`, 1 for an accumulated update.
-    """
-    torch._foreach_add_(list(centers), list(updates), alpha=rate)
 
 
 def nesterov_push_(centers: Tensors, velocities: Tensors, updates: Tensors, momentum: float, rate: float = 1.0) -> None:

@@ -6,7 +6,7 @@ elastic penalty :math:`\rho`, the worker's moving rate :math:`\alpha = \eta\rho`
 :math:`\beta = p\alpha`, momentum :math:`\delta`.
 
 A list holds one tensor per parameter, and may be empty; lists of one call have the same length and shapes. A function
-whose name ends in ``_`` writes to its first argument (:func:`elastic_exchange_` to its first two) and reads the others.
+whose name ends in ``_`` writes to its first argument and reads the others.
 When a worker has a narrower dtype than the center, arithmetic is done in the wider one and rounded once.
 """
 
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "center_update_",
     "elastic_difference",
-    "elastic_exchange_",
+    "elastic_difference_",
     "elastic_pull_",
     "elastic_push_",
     "moving_rate_from_center_rate",
@@ -45,6 +44,19 @@ def elastic_difference(workers: Tensors, centers: Tensors) -> list[Tensor]:
     return list(torch._foreach_sub(list(workers), list(centers))) if workers else []
 
 
+def elastic_difference_(workers: Tensors, centers: Tensors) -> None:
+    r"""The same in place: what held the worker holds the difference.
+
+    .. math:: x \leftarrow x - \tilde x
+
+    Args:
+        workers: A copy of :math:`x`, changed in place; no narrower than the center.
+        centers: :math:`\tilde x`, of the same shapes.
+    """
+    if workers:
+        torch._foreach_sub_(list(workers), list(centers))
+
+
 def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
     r"""Pull a worker towards the center that it was compared with (Algorithm 1, step a).
 
@@ -61,51 +73,18 @@ def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
 
 
 def elastic_push_(centers: Tensors, differences: Tensors, alpha: float) -> None:
-    r"""Push the center towards one worker (Algorithm 1, step b).
+    r"""Push the center towards one worker (Algorithm 1, step b), or towards the mean of all (eq. 6).
 
     .. math:: \tilde x \leftarrow \tilde x + \alpha \Delta
 
     Args:
         centers: :math:`\tilde x`, changed in place.
-        differences: :math:`\Delta` of the same exchange, hence of the same two old values.
+        differences: :math:`\Delta` of the same exchange, hence of the same two old values; or
+            :math:`\sum_i \Delta^i` of all workers, with :math:`\beta / p` for the rate.
         alpha: The rate of the center's move; :math:`\alpha` for the symmetric exchange.
     """
     if centers:
         torch._foreach_add_(list(centers), list(differences), alpha=alpha)
-
-
-def elastic_exchange_(workers: Tensors, centers: Tensors, alpha: float, center_alpha: float | None = None) -> None:
-    r"""One exchange between one worker and the center (Algorithm 1, steps a and b).
-
-    .. math:: d = x - \tilde x, \qquad x \leftarrow x - \alpha d, \qquad \tilde x \leftarrow \tilde x + \alpha_c d
-
-    Both moves use the values of *before* the exchange. With :math:`\alpha_c = \alpha` (the default) the forces are
-    equal and opposite: :math:`x + \tilde x` does not change.
-
-    Args:
-        workers: :math:`x`, changed in place.
-        centers: :math:`\tilde x`, changed in place.
-        alpha: :math:`\alpha`, the worker's moving rate.
-        center_alpha: :math:`\alpha_c`, the rate of the center's move when it differs (asymmetric exchange).
-    """
-    differences = elastic_difference(workers, centers)
-    elastic_pull_(workers, differences, alpha)
-    elastic_push_(centers, differences, alpha if center_alpha is None else center_alpha)
-
-
-def center_update_(centers: Tensors, worker_means: Tensors, beta: float) -> None:
-    r"""Move the center of synchronous EASGD towards the mean of the workers (eq. 6).
-
-    .. math:: \tilde x \leftarrow \tilde x + \alpha \sum_i (x^i - \tilde x)
-              = (1 - \beta) \tilde x + \beta \cdot \tfrac1p \sum_i x^i
-
-    Args:
-        centers: :math:`\tilde x`, changed in place.
-        worker_means: :math:`\frac1p\sum_i x^i`, all :math:`x^i` of before the workers' moves (Jacobi form).
-        beta: :math:`\beta`, the center's moving rate; :math:`p\alpha` for the symmetric exchange.
-    """
-    if centers:
-        torch._foreach_lerp_(list(centers), list(worker_means), beta)
 
 
 def nesterov_position_(look_ahead: Tensors, momentum_buffers: Tensors, lr_times_momentum: float) -> None:

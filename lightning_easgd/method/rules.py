@@ -1,144 +1,122 @@
-r"""What the center does with a message: small immutable objects, one for each method."""
+r"""The center's side of an exchange: how a difference moves it, and what a served one answers to a message.
+
+A :class:`CenterRule` moves the center, in synchronous mode by the sum of all workers' differences, in asynchronous mode
+by one worker's. A :class:`ServedExchange` is what a served center does around that: it makes the message a difference,
+lets the rule move the center, and leaves the answer in the message.
+
+A rule of one's own is a class with one method, and an argument of the strategy::
+
+    class Halving(CenterRule):
+        def move_(self, stores, difference, rate, version):
+            elastic_push_([stores[0]], [difference], rate * 0.5**version)
+
+    EASGDStrategy(center_rule=Halving())
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_easgd.method.downpour import downpour_push_, nesterov_push_, polyak_rate, running_average_
-from lightning_easgd.method.elastic import elastic_push_
+from lightning_easgd.method.downpour import nesterov_push_, polyak_rate, running_average_
+from lightning_easgd.method.elastic import elastic_difference_, elastic_push_
 
 __all__ = [
-    "AsymmetricElasticRule",
+    "AsymmetricExchange",
     "AveragedRule",
     "AveragingRate",
     "CenterRule",
     "ConstantRate",
-    "DownpourRule",
-    "ElasticRule",
-    "NesterovDownpourRule",
+    "NesterovRule",
+    "PlainRule",
     "PolyakRate",
+    "PushExchange",
+    "ServedExchange",
+    "SymmetricExchange",
 ]
 
 
-class CenterRule(ABC):
-    """How one message changes one chunk of the center, and what is answered.
+class CenterRule:
+    r"""How a difference moves the center :math:`\tilde x`: one object for both modes, on parts of the flat vector.
 
-    A rule has no state of its own: what it keeps lies in the chunk's stores, so that any process can apply it. Rules
-    are picklable and compare by value.
+    A rule has no state of its own: what it keeps lies in the stores, so that any process can apply it. It is picklable,
+    and its ``repr`` shows its values: rules of all ranks are compared by it.
+
+    Attributes:
+        stores: How many tensors of the center's size the rule keeps: the center itself, then what else it needs.
+        names: What each store is, for checkpoints.
+        shown: The number of the store that is the model: that is evaluated, and in checkpoints.
+        has_memory: Whether a move depends on the moves before, by the stores or the version.
     """
 
-    @property
-    @abstractmethod
-    def stores(self) -> int:
-        """How many center-sized tensors the rule keeps: the center itself, then what else it needs."""
+    names: Sequence[str] = ("center",)
+    shown: int = 0
+    has_memory: bool = True
 
-    @abstractmethod
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
-        """Update the stores of one chunk and replace the message by the answer, both in place.
+    @property
+    def stores(self) -> int:
+        """How many tensors of the center's size the rule keeps."""
+        return len(self.names)
+
+    def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
+        r"""Move a part of the center, in place: by :math:`r \Delta` or by what the rule makes of this product.
 
         Args:
-            stores: The chunk's part of each store, the center first.
-            message: What the worker sent; on return, what it gets back.
-            rate: The rate of this message; its meaning is the rule's.
-            version: How many messages the chunk has taken before this one.
+            stores: The same part of each store, the center first; float32 or float64, each of shape (n,).
+            difference: :math:`\Delta`, of one worker or the sum of all; of their shape and dtype, only read.
+            rate: :math:`r`: synchronously β/p, asynchronously α; 1 where the difference has been scaled.
+            version: How many differences this part of the center has taken before.
         """
+        raise NotImplementedError
 
     def initial_stores(self, center: Tensor) -> list[Tensor]:
         """The stores at the start, given the center's initial value: the others start at zero."""
         return [center] + [torch.zeros_like(center) for _ in range(self.stores - 1)]
 
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
+        return f"{type(self).__module__}.{type(self).__qualname__}({values})"
+
 
 @final
 @dataclass(frozen=True)
-class ElasticRule(CenterRule):
-    r"""Elastic averaging with equal and opposite forces (Algorithm 1 of the paper).
+class PlainRule(CenterRule):
+    r"""The center of EASGD (eq. 6 of the paper) and of DOWNPOUR adds what it is given.
 
-    .. math:: d = \alpha (x - \tilde x), \qquad \tilde x \leftarrow \tilde x + d
-
-    The message is :math:`x`, the rate :math:`\alpha`, and the answer :math:`d`, which the worker subtracts. It is
-    rounded once: what the worker loses is what the center gains.
+    .. math:: \tilde x \leftarrow \tilde x + r \Delta
     """
 
-    @property
-    def stores(self) -> int:  # noqa: D102
-        return 1
+    has_memory = False
 
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:  # noqa: ARG002, D102
-        (center,) = stores
-        message.sub_(center).mul_(rate)
-        center.add_(message)
+    @override
+    def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
+        elastic_push_(stores, [difference], rate)
 
 
 @final
 @dataclass(frozen=True)
-class AsymmetricElasticRule(CenterRule):
-    r"""Elastic averaging whose worker moves at another rate than the center.
-
-    .. math:: \Delta = x - \tilde x, \qquad \tilde x \leftarrow \tilde x + \alpha_c \Delta
-
-    The message is :math:`x`, the rate :math:`\alpha_c`, and the answer the unscaled :math:`\Delta`: the worker
-    subtracts :math:`\alpha \Delta` with its own :math:`\alpha`.
-    """
-
-    @property
-    def stores(self) -> int:  # noqa: D102
-        return 1
-
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:  # noqa: ARG002, D102
-        (center,) = stores
-        message.sub_(center)
-        elastic_push_([center], [message], rate)
-
-
-@final
-@dataclass(frozen=True)
-class DownpourRule(CenterRule):
-    r"""DOWNPOUR: the center adds what a worker has accumulated.
-
-    .. math:: \tilde x \leftarrow \tilde x + r\, v
-
-    The message is :math:`v`, the rate :math:`r` is 1 (or :math:`-\eta` if the message is a sum of gradients), and the
-    answer is :math:`\tilde x`.
-    """
-
-    @property
-    def stores(self) -> int:  # noqa: D102
-        return 1
-
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:  # noqa: ARG002, D102
-        (center,) = stores
-        downpour_push_([center], [message], rate)
-        message.copy_(center)
-
-
-@final
-@dataclass(frozen=True)
-class NesterovDownpourRule(CenterRule):
+class NesterovRule(CenterRule):
     r"""MDOWNPOUR: Nesterov's momentum at the center, in look-ahead coordinates.
 
-    .. math:: v \leftarrow \delta v + r\, u, \qquad \tilde x \leftarrow \tilde x + \delta v + r\, u
+    .. math:: v \leftarrow \delta v + r \Delta, \qquad \tilde x \leftarrow \tilde x + \delta v + r \Delta
 
-    The message is the worker's update :math:`u = -\eta g` with the rate :math:`r = 1`, or :math:`g` with
-    :math:`r = -\eta`; the answer is :math:`\tilde x`. Store 1 is :math:`v`.
+    Store 1 is :math:`v`.
 
     Args:
         momentum: :math:`\delta`.
     """
 
     momentum: float
+    names = ("center", "momentum")
 
-    @property
-    def stores(self) -> int:  # noqa: D102
-        return 2
-
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:  # noqa: ARG002, D102
+    @override
+    def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
         center, velocity = stores
-        nesterov_push_([center], [velocity], [message], self.momentum, rate)
-        message.copy_(center)
+        nesterov_push_([center], [velocity], [difference], self.momentum, rate)
 
 
 class AveragingRate(ABC):
@@ -154,7 +132,8 @@ class AveragingRate(ABC):
 class PolyakRate(AveragingRate):
     r""":math:`a = 1/(t+1)`: the average is the plain mean of all centers, the initial one included."""
 
-    def after(self, updates: int) -> float:  # noqa: D102
+    @override
+    def after(self, updates: int) -> float:
         return polyak_rate(updates)
 
 
@@ -169,36 +148,113 @@ class ConstantRate(AveragingRate):
 
     rate: float = 0.001
 
-    def after(self, updates: int) -> float:  # noqa: ARG002, D102
+    @override
+    def after(self, updates: int) -> float:
         return self.rate
 
 
 @final
 @dataclass(frozen=True)
 class AveragedRule(CenterRule):
-    r"""Another rule, with a running average of the center beside it.
+    r"""Another rule, with a running average of the center beside it, which is what is shown.
 
     .. math:: z \leftarrow (1 - a) z + a \tilde x
 
     at every change of the center, with :math:`\tilde x` of after the change. The last store is :math:`z`. With
-    :class:`DownpourRule` this is ADOWNPOUR (:class:`PolyakRate`) or MVADOWNPOUR (:class:`ConstantRate`).
+    :class:`PlainRule` DOWNPOUR becomes ADOWNPOUR (:class:`PolyakRate`) or MVADOWNPOUR (:class:`ConstantRate`).
 
     Args:
-        rule: What changes the center and answers.
+        rule: What moves the center.
         rate: :math:`a`.
     """
 
     rule: CenterRule
     rate: AveragingRate
+    names: Sequence[str] = field(init=False, repr=False)
+    shown: int = field(init=False, repr=False)
 
-    @property
-    def stores(self) -> int:  # noqa: D102
-        return self.rule.stores + 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (*self.rule.names, "average"))
+        object.__setattr__(self, "shown", self.rule.stores)
 
-    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:  # noqa: D102
+    @override
+    def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
         *stores, average = stores
-        self.rule.apply_(stores, message, rate, version)
+        self.rule.move_(stores, difference, rate, version)
         running_average_([average], [stores[0]], self.rate.after(version + 1))
 
-    def initial_stores(self, center: Tensor) -> list[Tensor]:  # noqa: D102
+    @override
+    def initial_stores(self, center: Tensor) -> list[Tensor]:
         return [*self.rule.initial_stores(center), center]
+
+
+@dataclass(frozen=True)
+class ServedExchange(ABC):
+    """What a served center does with a message.
+
+    Args:
+        rule: How it moves.
+    """
+
+    rule: CenterRule = field(default_factory=PlainRule)
+
+    @abstractmethod
+    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
+        """Update the stores of one chunk and replace the message by the answer, both in place.
+
+        Args:
+            stores: The chunk's part of each store, the center first.
+            message: What the worker sent; on return, what it gets back.
+            rate: The rate of this message; its meaning is the exchange's.
+            version: How many messages the chunk has taken before this one.
+        """
+
+
+@final
+@dataclass(frozen=True)
+class SymmetricExchange(ServedExchange):
+    r"""Elastic averaging with equal and opposite forces (Algorithm 1 of the paper).
+
+    .. math:: d = \alpha (x - \tilde x), \qquad \tilde x \leftarrow \tilde x + d
+
+    The message is :math:`x`, the rate :math:`\alpha`, and the answer :math:`d`, which the worker subtracts. It is
+    rounded once: what the worker loses is what the center gains.
+    """
+
+    @override
+    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
+        elastic_difference_([message], [stores[0]])
+        message.mul_(rate)
+        self.rule.move_(stores, message, 1.0, version)
+
+
+@final
+@dataclass(frozen=True)
+class AsymmetricExchange(ServedExchange):
+    r"""Elastic averaging whose worker moves at another rate than the center.
+
+    .. math:: \Delta = x - \tilde x, \qquad \tilde x \leftarrow \tilde x + \alpha_c \Delta
+
+    The message is :math:`x`, the rate :math:`\alpha_c`, and the answer the unscaled :math:`\Delta`: the worker
+    subtracts :math:`\alpha \Delta` with its own :math:`\alpha`.
+    """
+
+    @override
+    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
+        elastic_difference_([message], [stores[0]])
+        self.rule.move_(stores, message, rate, version)
+
+
+@final
+@dataclass(frozen=True)
+class PushExchange(ServedExchange):
+    r"""DOWNPOUR: the center moves by what a worker has accumulated, and the worker takes it over.
+
+    The message is the worker's update :math:`v`, with the rate :math:`r = 1` (or a gradient, with :math:`r = -\eta`);
+    the answer is :math:`\tilde x`.
+    """
+
+    @override
+    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
+        self.rule.move_(stores, message, rate, version)
+        message.copy_(stores[0])

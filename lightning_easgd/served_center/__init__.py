@@ -1,16 +1,5 @@
 """The served center of the asynchronous mode: every worker exchanges with it on its own clock."""
 
-from lightning_easgd.method.rules import (
-    AsymmetricElasticRule,
-    AveragedRule,
-    AveragingRate,
-    CenterRule,
-    ConstantRate,
-    DownpourRule,
-    ElasticRule,
-    NesterovDownpourRule,
-    PolyakRate,
-)
 from lightning_easgd.served_center.in_process import InProcessCenter
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.layout import Layout
@@ -26,22 +15,13 @@ from lightning_easgd.transport.errors import (
 )
 
 __all__ = [
-    "AsymmetricElasticRule",
-    "AveragedRule",
-    "AveragingRate",
     "CenterError",
-    "CenterRule",
     "CenterService",
     "CenterTimeoutError",
-    "ConstantRate",
     "ControlPlane",
-    "DownpourRule",
-    "ElasticRule",
     "InProcessCenter",
     "Layout",
-    "NesterovDownpourRule",
     "Pending",
-    "PolyakRate",
     "ServedCenter",
     "SharedMemoryCenter",
     "SharedMemoryUnavailableError",

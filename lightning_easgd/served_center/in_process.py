@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.transport.errors import CenterTimeoutError
@@ -23,7 +23,7 @@ class InProcessCenter(CenterService):
     Args:
         layout: The chunks of the whole vector.
         dtype: float32 or float64.
-        rule: What an exchange does.
+        exchange: What a message does.
         held: The chunks kept here; all of them if None.
         timeout: Seconds that an operation may wait for another thread.
     """
@@ -32,23 +32,25 @@ class InProcessCenter(CenterService):
         self,
         layout: Layout,
         dtype: torch.dtype,
-        rule: CenterRule,
+        exchange: ServedExchange,
         *,
         held: Sequence[int] | None = None,
         timeout: float = 60.0,
     ) -> None:
         super().__init__(layout, dtype)
-        self._rule = rule
+        self._exchange = exchange
         self._timeout = timeout
         held = range(len(layout.chunks)) if held is None else held
-        self._stores = {chunk: list(torch.zeros(rule.stores, layout.size(chunk), dtype=dtype)) for chunk in held}
+        self._stores = {
+            chunk: list(torch.zeros(exchange.rule.stores, layout.size(chunk), dtype=dtype)) for chunk in held
+        }
         self._versions = dict.fromkeys(held, 0)
         self._locks = {chunk: threading.Lock() for chunk in held}
 
     def exchange(self, chunk: int, message: Tensor, rate: float) -> int:  # noqa: D102
         with self._holding(chunk):
             version = self._versions[chunk]
-            self._rule.apply_(self._stores[chunk], message, rate, version)
+            self._exchange.apply_(self._stores[chunk], message, rate, version)
             self._versions[chunk] = version + 1
             return version
 
@@ -64,7 +66,7 @@ class InProcessCenter(CenterService):
                 self._versions[chunk] = version
 
     def keeps(self, chunk: int, store: int) -> bool:  # noqa: D102
-        return chunk in self._stores and store < self._rule.stores
+        return chunk in self._stores and store < self._exchange.rule.stores
 
     def close(self) -> None:  # noqa: D102
         self._stores = {}

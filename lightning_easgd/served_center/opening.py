@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.in_process import InProcessCenter
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import CHUNK_ELEMENTS, Layout, place_chunks
@@ -39,7 +39,7 @@ def open_center(
     nodes: Sequence[Sequence[int]],
     segments: Sequence[tuple[int, int]],
     dtype: torch.dtype,
-    rule: CenterRule,
+    exchange: ServedExchange,
     initial: Tensor | None,
     timeout: float = 60.0,
     name: str = "center",
@@ -58,7 +58,7 @@ def open_center(
         nodes: The ranks of each node; together they are 0 … world size - 1.
         segments: (start, stop) of each part of the flat vector that has one rate. Together they are the vector.
         dtype: float32 or float64.
-        rule: What an exchange does; the same on all ranks.
+        exchange: What a message does; the same on all ranks.
         initial: The center's initial value as a flat vector; only that of rank 0 is used.
         timeout: Seconds that any operation waits for another rank.
         name: Distinguishes the centers that are opened on one store.
@@ -76,7 +76,7 @@ def open_center(
     if rank == 0 and initial is None:
         raise ValueError("open_center(initial=None): rank 0 gives the center's initial value.")
     _openings[name] += 1
-    plan = _Plan(Layout.cut(segments, chunk_elements), dtype, rule, timeout)
+    plan = _Plan(Layout.cut(segments, chunk_elements), dtype, exchange, timeout)
     with ExitStack() as opened:  # closed again if something fails
         client = store if isinstance(store, StoreClient) else StoreClient(store, timeout, server=store_server())
         if client is not store:
@@ -86,7 +86,7 @@ def open_center(
             presence = Presence(own_store, rank)
             presence.enter()
         rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout)
-        secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
+        secret = _agree(rendezvous, rank, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes]])
         shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
@@ -119,7 +119,9 @@ def open_center(
         opened.callback(center.close)
         if rank == 0:
             assert initial is not None
-            for number, values in enumerate(rule.initial_stores(initial.detach().to("cpu", dtype).contiguous())):
+            for number, values in enumerate(
+                exchange.rule.initial_stores(initial.detach().to("cpu", dtype).contiguous())
+            ):
                 center.write_all(values, number)
         rendezvous.gather("ready", None)
         opened.pop_all()
@@ -165,18 +167,20 @@ class _Plan:
 
     layout: Layout
     dtype: torch.dtype
-    rule: CenterRule
+    exchange: ServedExchange
     timeout: float
 
     def in_process(self, held: Sequence[int]) -> InProcessCenter:
-        return InProcessCenter(self.layout, self.dtype, self.rule, held=held, timeout=self.timeout)
+        return InProcessCenter(self.layout, self.dtype, self.exchange, held=held, timeout=self.timeout)
 
     def create(self, held: Sequence[int], rank: int) -> SharedMemoryCenter:
-        return SharedMemoryCenter.create(self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout)
+        return SharedMemoryCenter.create(
+            self.layout, self.dtype, self.exchange, held=held, rank=rank, timeout=self.timeout
+        )
 
     def attach(self, address: str, held: Sequence[int], rank: int) -> SharedMemoryCenter:
         return SharedMemoryCenter.attach(
-            address, self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout
+            address, self.layout, self.dtype, self.exchange, held=held, rank=rank, timeout=self.timeout
         )
 
     def held(self, node: int, nodes: int) -> list[int]:

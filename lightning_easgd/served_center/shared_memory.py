@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, SharedMemoryUnavailableError
@@ -41,7 +41,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         descriptor: Descriptor of the memory; the object takes it over.
         layout: The chunks of the whole vector.
         dtype: float32 or float64.
-        rule: What an exchange does.
+        exchange: What a message does.
         held: The chunks kept here, in the order in which they lie in the memory.
         rank: This process's rank, shown to those who wait for it.
         timeout: Seconds that an operation may wait for another holder of its chunk.
@@ -52,7 +52,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         descriptor: int,
         layout: Layout,
         dtype: torch.dtype,
-        rule: CenterRule,
+        exchange: ServedExchange,
         *,
         held: Sequence[int],
         rank: int,
@@ -60,14 +60,14 @@ class SharedMemoryCenter(CenterService, ForkAware):
     ) -> None:
         CenterService.__init__(self, layout, dtype)
         ForkAware.__init__(self)
-        self._rule = rule
+        self._exchange = exchange
         self._rank = rank
         self._timeout = timeout
         self._descriptor = descriptor
         with ExitStack() as opened:  # closed again if something is missing here
             opened.callback(os.close, descriptor)
             try:
-                self._memory = mmap.mmap(descriptor, _size(layout, held, rule, dtype))
+                self._memory = mmap.mmap(descriptor, _size(layout, held, exchange, dtype))
             except OSError as error:
                 raise SharedMemoryUnavailableError(
                     f"SharedMemoryCenter: the memory cannot be mapped: {error.strerror}."
@@ -82,7 +82,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         offset = _IDENTITY + 8 * _WORDS * len(held)
         for chunk in held:
             stores = []
-            for _ in range(rule.stores):
+            for _ in range(exchange.rule.stores):
                 stores.append(torch.frombuffer(self._memory, dtype=dtype, count=layout.size(chunk), offset=offset))
                 offset += _padded(stores[-1].nbytes)
             self._stores.append(stores)
@@ -93,7 +93,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         cls,
         layout: Layout,
         dtype: torch.dtype,
-        rule: CenterRule,
+        exchange: ServedExchange,
         *,
         held: Sequence[int],
         rank: int,
@@ -105,11 +105,11 @@ class SharedMemoryCenter(CenterService, ForkAware):
             SharedMemoryUnavailableError: If the platform lacks what it needs.
             CenterError: If there is not enough memory.
         """
-        size = _size(layout, held, rule, dtype)
+        size = _size(layout, held, exchange, dtype)
         what = f"SharedMemoryCenter(size={size}): the node's part of the center"
         descriptor = allocate_shared(size, "lightning_easgd-center", what)
         os.pwrite(descriptor, secrets.token_bytes(_IDENTITY), 0)
-        return cls(descriptor, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
+        return cls(descriptor, layout, dtype, exchange, held=held, rank=rank, timeout=timeout)
 
     @classmethod
     def attach(
@@ -117,7 +117,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         address: str,
         layout: Layout,
         dtype: torch.dtype,
-        rule: CenterRule,
+        exchange: ServedExchange,
         *,
         held: Sequence[int],
         rank: int,
@@ -142,7 +142,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
                 f"SharedMemoryCenter.attach(address={path!r}): another process's memory is there. The ranks of a node"
                 " must run in one process namespace to share memory."
             )
-        return cls(descriptor, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
+        return cls(descriptor, layout, dtype, exchange, held=held, rank=rank, timeout=timeout)
 
     @property
     def address(self) -> str:
@@ -155,7 +155,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
         with self._holding(chunk):
             version = header[_VERSION]
             header[_CHANGING] = 1
-            self._rule.apply_(self._stores[row], message, rate, version)
+            self._exchange.apply_(self._stores[row], message, rate, version)
             header[_VERSION] = version + 1
             header[_CHANGING] = 0
             return version
@@ -174,7 +174,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
                 self._headers[row][_VERSION] = version
 
     def keeps(self, chunk: int, store: int) -> bool:  # noqa: D102
-        return chunk in self._rows and store < self._rule.stores
+        return chunk in self._rows and store < self._exchange.rule.stores
 
     def interruptions(self) -> dict[int, int]:
         """The chunks in which a worker died, or raised, while it changed them, with how often that happened."""
@@ -222,6 +222,10 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _size(layout: Layout, held: Sequence[int], rule: CenterRule, dtype: torch.dtype) -> int:
+def _size(layout: Layout, held: Sequence[int], exchange: ServedExchange, dtype: torch.dtype) -> int:
     elements = [layout.size(chunk) for chunk in held]
-    return _IDENTITY + 8 * _WORDS * len(held) + sum(rule.stores * _padded(size * dtype.itemsize) for size in elements)
+    return (
+        _IDENTITY
+        + 8 * _WORDS * len(held)
+        + sum(exchange.rule.stores * _padded(size * dtype.itemsize) for size in elements)
+    )

@@ -10,13 +10,14 @@ from torch.optim import SGD, Optimizer
 
 from lightning_easgd.averagers import Averaging, DownpourAverager
 from lightning_easgd.method.rates import check_number
-from lightning_easgd.served_center import (
+from lightning_easgd.method.rules import (
     AveragedRule,
     CenterRule,
     ConstantRate,
-    DownpourRule,
-    NesterovDownpourRule,
+    NesterovRule,
+    PlainRule,
     PolyakRate,
+    PushExchange,
 )
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
@@ -138,10 +139,12 @@ class DownpourWorkers(ServedWorkers):
         return "downpour" if self.momentum is None else "mdownpour"
 
     @property
-    def _store_names(self) -> list[str]:
-        momentum = [] if self.momentum is None else ["momentum"]
-        average = [] if self.average is None else ["average"]
-        return ["center", *momentum, *average]
+    def rule(self) -> CenterRule:
+        """How the center moves."""
+        rule: CenterRule = PlainRule() if self.momentum is None else NesterovRule(self.momentum)
+        if self.average is None:
+            return rule
+        return AveragedRule(rule, PolyakRate() if self.average == "polyak" else ConstantRate(float(self.average)))
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
@@ -155,11 +158,7 @@ class DownpourWorkers(ServedWorkers):
             )
 
     def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:  # noqa: ARG002
-        rule: CenterRule = DownpourRule() if self.momentum is None else NesterovDownpourRule(self.momentum)
-        if self.average is not None:
-            rule = AveragedRule(rule, PolyakRate() if self.average == "polyak" else ConstantRate(float(self.average)))
-        evaluated = 0 if self.average is None else rule.stores - 1
-        return self._serve(rule, partial(DownpourAverager, store=evaluated, tau=self.tau))
+        return self._serve(PushExchange(self.rule), partial(DownpourAverager, tau=self.tau))
 
 
 def _is_number(value: object) -> bool:

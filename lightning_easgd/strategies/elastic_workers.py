@@ -21,13 +21,14 @@ from lightning_easgd.averagers import (
     SynchronousAveraging,
     all_reduced_sums,
     compressed_sums,
-    elastic_rule,
+    elastic_exchange,
     shared_channel,
     shared_sums,
 )
 from lightning_easgd.method.compression import WireDtype, make_codec
 from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates, check_number
+from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
 from lightning_easgd.strategies.kept_states import WorkerState
@@ -75,6 +76,8 @@ class ElasticWorkers(ServedWorkers):
             own clock with a served center (Algorithms 1 and 2 of the paper); nobody waits for a slow worker.
         momentum: δ in (0, 1) makes this EAMSGD: the worker's ``torch.optim.SGD`` becomes Nesterov with this momentum
             (an SGD that has momentum keeps its own), and the point before the look-ahead is what is averaged.
+        center_rule: What the center does with the workers' differences, where it is not to move by them alone: a
+            :class:`~lightning_easgd.method.rules.CenterRule`, the same on all ranks.
         wire_dtype: With mode="sync", what the differences are rounded to on their way through the process group:
             "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a float32 scale for each 256 elements). What the
             rounding drops is added to the next exchange, the worker's own pull is exact, and so is the center's
@@ -129,6 +132,7 @@ class ElasticWorkers(ServedWorkers):
         rho: float | Schedule | None = None,
         mode: Literal["sync", "async"] = "sync",
         momentum: float | None = None,
+        center_rule: CenterRule | None = None,
         wire_dtype: WireDtype | None = None,
         order: Order = "free",
         on_worker_loss: OnWorkerLoss = "fail",
@@ -165,6 +169,11 @@ class ElasticWorkers(ServedWorkers):
         _check_wire_dtype(name, wire_dtype, mode)
         _check_center_device(name, center_device, mode)
         check_number(name, "momentum", momentum)
+        if not (center_rule is None or isinstance(center_rule, CenterRule)):
+            raise TypeError(
+                f"{name}(center_rule={center_rule!r}): this is no rule; derive a class from"
+                " lightning_easgd.method.rules.CenterRule, and give an instance."
+            )
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
                 f"{name}(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
@@ -173,6 +182,7 @@ class ElasticWorkers(ServedWorkers):
         self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", owner=name)
         self.mode = mode
         self.momentum = momentum
+        self.center_rule = center_rule
         self.wire_dtype = wire_dtype
         self.center_device = center_device
         self._has_chosen_backend = process_group_backend is not None
@@ -180,7 +190,7 @@ class ElasticWorkers(ServedWorkers):
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         problem = self.rates.instability(self._count_of_workers)
-        if problem is not None:
+        if problem is not None and self.center_rule is None:
             rank_zero_warn(problem)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
@@ -204,6 +214,11 @@ class ElasticWorkers(ServedWorkers):
         return self.momentum is None or all(group.get("nesterov") and group.get("momentum") for group in groups)
 
     @property
+    def rule(self) -> CenterRule:
+        """How the center moves."""
+        return self.center_rule or PlainRule()
+
+    @property
     def is_served(self) -> bool:
         """Whether the center is a served one."""
         return self.mode == "async"
@@ -212,7 +227,7 @@ class ElasticWorkers(ServedWorkers):
         position = ParameterPosition if self.momentum is None else LookAheadPosition
         if self.is_served:
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
-            return self._serve(elastic_rule(self.rates), averager)
+            return self._serve(elastic_exchange(self.rates, self.rule), averager)
         assert self._timeout is not None
         control: Channel = ProcessGroupChannel("gloo", self._timeout, type(self).__name__, self._who_is_missing)
         if self.num_nodes == 1 and not self._has_chosen_backend:
@@ -224,6 +239,7 @@ class ElasticWorkers(ServedWorkers):
             self._make_sums(control, self._timeout, len(optimizers)),
             tau=self.tau,
             rates=self.rates,
+            rule=self.rule,
             position=position,
             center_device=self.center_device,
             on_astray=self._astray_policy(),

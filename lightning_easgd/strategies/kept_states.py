@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging
+from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.strategies.worker_state import (
     EmbeddedStates,
     Layout,
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
         _timeout: timedelta | None
 
+        @property
+        def rule(self) -> CenterRule: ...
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
         def world_size(self) -> int: ...
@@ -104,11 +107,6 @@ class KeptStates(_Base):
         self.worker_state = worker_state
         self._generations: dict[str, str] = {}  # that the checkpoints name, by the folder beside each
 
-    @property
-    def _store_names(self) -> list[str]:
-        """What each store of the center is: one that is something else is not loaded for it."""
-        return ["center"]
-
     # Saving
 
     def _common_part(
@@ -122,7 +120,7 @@ class KeptStates(_Base):
             "center": center,
             "exchanged": [averager.has_exchanged for averager in averagers],
             "trained": sorted(_names_of_averaged(module, averagers)),
-            "stores": self._store_names,
+            "stores": list(self.rule.names),
             "clocks": [averager.clock for averager in averagers],
             "layouts": [list(layout) for layout in layouts_of(module, averagers)],
             "shared": sorted(self._shared_tensors(module)),
@@ -235,7 +233,7 @@ class KeptStates(_Base):
             if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
                 apart = zip(kept.layouts or layouts, kept.exchanged or (), strict=False)
                 edited = {*edited, *(name for layout, exchanged in apart if not exchanged for name, _ in layout)}
-            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self._store_names, edited))
+            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self.rule.names, edited))
             for averager in averagers:
                 averager.start_at_center()
 

@@ -20,7 +20,7 @@ from lightning_easgd.averagers import (
     free_order,
     round_robin,
 )
-from lightning_easgd.served_center import CenterRule
+from lightning_easgd.method.rules import CenterRule, PlainRule, ServedExchange
 from lightning_easgd.strategies.processes import WorkerProcesses
 from lightning_easgd.tensors.buffers import FiniteValues
 
@@ -62,6 +62,11 @@ class ServedWorkers(WorkerProcesses):
         self.on_worker_loss = on_worker_loss
 
     @property
+    def rule(self) -> CenterRule:
+        """How the center moves."""
+        return PlainRule()
+
+    @property
     def is_served(self) -> bool:
         """Whether the center is a served one."""
         return True
@@ -82,7 +87,7 @@ class ServedWorkers(WorkerProcesses):
         """Whether an optimizer still is what :meth:`prepare_optimizer` has made it."""
         return True
 
-    def _serve(self, rule: CenterRule, averager: Callable[..., ServedAverager]) -> Averaging:
+    def _serve(self, exchange: ServedExchange, averager: Callable[..., ServedAverager]) -> Averaging:
         assert self._timeout is not None
         name = type(self).__name__
         return ServedAveraging(
@@ -90,7 +95,7 @@ class ServedWorkers(WorkerProcesses):
             _get_default_store(),
             node=self.node_rank,
             timeout=self._timeout,
-            rule=rule,
+            exchange=exchange,
             make_averager=averager,
             make_turns=_ORDERS[self.order],
             on_loss=_POLICIES[self.on_worker_loss](name),

@@ -10,12 +10,13 @@ SCRIPT = """
 import os, signal, sys, threading, time
 import torch
 from torch.distributed import TCPStore
-from lightning_easgd.served_center import ElasticRule, open_center
+from lightning_easgd.served_center import open_center
+from lightning_easgd.method.rules import SymmetricExchange
 
 rank, port, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 center = open_center(
     TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False),
-    rank=rank, nodes=[[0], [1]], segments=[(0, 1000)], dtype=torch.float32, rule=ElasticRule(),
+    rank=rank, nodes=[[0], [1]], segments=[(0, 1000)], dtype=torch.float32, exchange=SymmetricExchange(),
     initial=torch.zeros(1000), timeout=5.0,
 )
 x = torch.ones(1000)

@@ -11,16 +11,8 @@ import pytest
 import torch
 from service_ranks import connect, die, wait_until, world
 
-from lightning_easgd.served_center import (
-    AveragedRule,
-    CenterError,
-    CenterTimeoutError,
-    DownpourRule,
-    ElasticRule,
-    PolyakRate,
-    WorkerLostError,
-    open_center,
-)
+from lightning_easgd.method.rules import AveragedRule, PlainRule, PolyakRate, PushExchange, SymmetricExchange
+from lightning_easgd.served_center import CenterError, CenterTimeoutError, WorkerLostError, open_center
 
 LAYOUTS = {
     "one node": [[0, 1, 2]],
@@ -37,7 +29,7 @@ def opened(port, rank, nodes, **changes):
         "nodes": nodes,
         "segments": SEGMENTS,
         "dtype": torch.float64,
-        "rule": ElasticRule(),
+        "exchange": SymmetricExchange(),
         "initial": torch.full((12000,), 3.0) if rank == 0 else None,
         "timeout": 20.0,
         "chunk_elements": 1000,
@@ -99,7 +91,9 @@ def test_concurrent_exchanges_conserve_integers_exactly(nodes):
 
 
 def read_stores(port, rank, nodes):
-    center = opened(port, rank, nodes, rule=AveragedRule(DownpourRule(), PolyakRate()), name=f"of {len(nodes)}")
+    center = opened(
+        port, rank, nodes, exchange=PushExchange(AveragedRule(PlainRule(), PolyakRate())), name=f"of {len(nodes)}"
+    )
     average = torch.empty(12000, dtype=torch.float64)
     center.read_all(average, 1)
     center.control.meet("read")

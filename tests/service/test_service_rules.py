@@ -6,18 +6,17 @@ import threading
 import pytest
 import torch
 
-from lightning_easgd.served_center import (
-    AsymmetricElasticRule,
+from lightning_easgd.method.rules import (
+    AsymmetricExchange,
     AveragedRule,
-    CenterTimeoutError,
     ConstantRate,
-    DownpourRule,
-    ElasticRule,
-    InProcessCenter,
-    Layout,
-    NesterovDownpourRule,
+    NesterovRule,
+    PlainRule,
     PolyakRate,
+    PushExchange,
+    SymmetricExchange,
 )
+from lightning_easgd.served_center import CenterTimeoutError, InProcessCenter, Layout
 from lightning_easgd.served_center.layout import place_chunks
 
 ETA, ALPHA, OPTIMA = 0.1, 0.2, (1.0, -3.0)
@@ -52,10 +51,10 @@ def scalar(value):
     return torch.tensor([float(value)], dtype=torch.float64)
 
 
-def center_of(rule, initial, *, elements=4):
+def center_of(exchange, initial, *, elements=4):
     layout = Layout.cut([(0, len(initial))], elements)
-    center = InProcessCenter(layout, initial.dtype, rule, timeout=1.0)
-    for store, values in enumerate(rule.initial_stores(initial)):
+    center = InProcessCenter(layout, initial.dtype, exchange, timeout=1.0)
+    for store, values in enumerate(exchange.rule.initial_stores(initial)):
         center.write_all(values, store)
     return center
 
@@ -68,7 +67,7 @@ def value(center, store=0):
 
 @pytest.mark.parametrize(("momentum", "trace"), [(0.0, EASGD), (0.9, EAMSGD)])
 def test_elastic_rule_follows_the_golden_trace(momentum, trace):
-    center = center_of(ElasticRule(), scalar(1))
+    center = center_of(SymmetricExchange(), scalar(1))
     workers, velocities = [scalar(1), scalar(1)], [scalar(0), scalar(0)]
     for clock, expected in enumerate(trace):
         for x, v, optimum in zip(workers, velocities, OPTIMA, strict=True):
@@ -83,7 +82,7 @@ def test_elastic_rule_follows_the_golden_trace(momentum, trace):
 
 
 def test_asymmetric_rule_answers_the_unscaled_difference():
-    center = center_of(AsymmetricElasticRule(), scalar(1))
+    center = center_of(AsymmetricExchange(), scalar(1))
     message = scalar(3)
     center.exchange(0, message, 0.25)
     assert float(message) == 2.0
@@ -91,7 +90,7 @@ def test_asymmetric_rule_answers_the_unscaled_difference():
 
 
 def test_downpour_rule_follows_the_golden_trace():
-    center = center_of(DownpourRule(), scalar(1))
+    center = center_of(PushExchange(), scalar(1))
     workers, updates = [scalar(1), scalar(1)], [scalar(0), scalar(0)]
     for clock, expected in enumerate(DOWNPOUR):
         for x, v, optimum in zip(workers, updates, OPTIMA, strict=True):
@@ -107,7 +106,7 @@ def test_downpour_rule_follows_the_golden_trace():
 
 
 def test_one_mdownpour_worker_is_torchs_nesterov_sgd():
-    center = center_of(NesterovDownpourRule(0.9), scalar(1))
+    center = center_of(PushExchange(NesterovRule(0.9)), scalar(1))
     parameter = torch.nn.Parameter(scalar(1))
     optimizer = torch.optim.SGD([parameter], lr=ETA, momentum=0.9, nesterov=True)
     for step in range(10):
@@ -120,7 +119,7 @@ def test_one_mdownpour_worker_is_torchs_nesterov_sgd():
 
 @pytest.mark.parametrize("rate", [PolyakRate(), ConstantRate(0.25)])
 def test_averaged_rule_keeps_the_average_beside_the_center(rate):
-    center = center_of(AveragedRule(DownpourRule(), rate), scalar(1))
+    center = center_of(PushExchange(AveragedRule(PlainRule(), rate)), scalar(1))
     centers, expected = [1.0], 1.0
     for update in (1.0, -4.0, 2.5):
         center.exchange(0, scalar(update), 1.0)
@@ -133,11 +132,11 @@ def test_averaged_rule_keeps_the_average_beside_the_center(rate):
 @pytest.mark.parametrize(
     "rule",
     [
-        ElasticRule(),
-        AsymmetricElasticRule(),
-        DownpourRule(),
-        NesterovDownpourRule(0.5),
-        AveragedRule(NesterovDownpourRule(0.5), ConstantRate(0.1)),
+        SymmetricExchange(),
+        AsymmetricExchange(),
+        PushExchange(),
+        PushExchange(NesterovRule(0.5)),
+        PushExchange(AveragedRule(NesterovRule(0.5), ConstantRate(0.1))),
     ],
 )
 def test_rules_survive_pickling(rule):
@@ -160,7 +159,7 @@ def test_chunks_are_spread_evenly_in_order(nodes):
 
 def test_each_segment_has_its_own_rate_and_versions_count_exchanges():
     layout = Layout.cut([(0, 3), (3, 9)], 4)
-    center = InProcessCenter(layout, torch.float32, ElasticRule())
+    center = InProcessCenter(layout, torch.float32, SymmetricExchange())
     messages = torch.full((9,), 8.0)
     assert center.exchange_all(messages, [0.5, 0.25]) == [0, 0, 0]
     assert messages.tolist() == [4.0] * 3 + [2.0] * 6
@@ -168,7 +167,7 @@ def test_each_segment_has_its_own_rate_and_versions_count_exchanges():
 
 
 def test_concurrent_threads_lose_no_update():
-    center = center_of(ElasticRule(), torch.zeros(10, dtype=torch.float64))
+    center = center_of(SymmetricExchange(), torch.zeros(10, dtype=torch.float64))
     workers = [torch.full((10,), 1024.0, dtype=torch.float64) for _ in range(4)]
 
     def work(x):
@@ -186,7 +185,7 @@ def test_concurrent_threads_lose_no_update():
 
 
 def test_a_stuck_thread_gives_an_error_and_leaves_other_chunks_alone():
-    center = center_of(ElasticRule(), torch.zeros(8))
+    center = center_of(SymmetricExchange(), torch.zeros(8))
     with center._holding(0):
         with pytest.raises(CenterTimeoutError, match="chunk 0"):
             center.exchange(0, torch.ones(4), 0.5)
@@ -195,4 +194,4 @@ def test_a_stuck_thread_gives_an_error_and_leaves_other_chunks_alone():
 
 def test_a_narrow_center_is_refused():
     with pytest.raises(ValueError, match=r"InProcessCenter\(dtype=torch.bfloat16\)"):
-        InProcessCenter(Layout.cut([(0, 4)]), torch.bfloat16, ElasticRule())
+        InProcessCenter(Layout.cut([(0, 4)]), torch.bfloat16, SymmetricExchange())

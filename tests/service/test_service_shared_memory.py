@@ -11,12 +11,10 @@ import pytest
 import torch
 from service_ranks import Rank, die, is_stopped, running, wait_until
 
+from lightning_easgd.method.rules import CenterRule, PushExchange, SymmetricExchange
 from lightning_easgd.served_center import (
     CenterError,
-    CenterRule,
     CenterTimeoutError,
-    DownpourRule,
-    ElasticRule,
     Layout,
     SharedMemoryCenter,
     SharedMemoryUnavailableError,
@@ -47,15 +45,11 @@ class HalfDone(CenterRule):
     def __init__(self, then):
         self._then = then
 
-    @property
-    def stores(self):
-        return 1
-
-    def apply_(self, stores, message, rate, version):
-        half = message.numel() // 2
-        stores[0][:half] += message[:half]
+    def move_(self, stores, difference, rate, version):
+        half = difference.numel() // 2
+        stores[0][:half] += difference[:half]
         self._then()
-        stores[0][half:] += message[half:]
+        stores[0][half:] += difference[half:]
 
 
 def stop():
@@ -71,7 +65,7 @@ def fork_and_die():
 
 def swap_with_center(address, rank, exchanges):
     """Exchange at rate 1, where worker and center swap their values, and add known integers in between."""
-    center = attach(address, ElasticRule(), rank)
+    center = attach(address, SymmetricExchange(), rank)
     generator = random.Random(rank)
     x = torch.zeros(ELEMENTS, dtype=torch.float64)
     added = 0
@@ -89,7 +83,7 @@ def swap_with_center(address, rank, exchanges):
 
 
 def test_concurrent_exchanges_conserve_integers_exactly():
-    center = create(ElasticRule())
+    center = create(SymmetricExchange())
     with running(*[Rank(swap_with_center, center.address, rank, 200) for rank in range(3)]) as ranks:
         results = [rank.result() for rank in ranks]
     values, versions = whole(center)
@@ -100,7 +94,7 @@ def test_concurrent_exchanges_conserve_integers_exactly():
 
 
 def push_units(address, rank, unit, seconds):
-    center = attach(address, DownpourRule(), rank)
+    center = attach(address, PushExchange(), rank)
     message = torch.empty(ELEMENTS, dtype=torch.float64)
     pushes = 0
     deadline = time.monotonic() + seconds
@@ -113,7 +107,7 @@ def push_units(address, rank, unit, seconds):
 
 def test_kills_at_random_moments_leave_the_rest_exact():
     """Each worker adds a unit of its own, so that the center's digits count every worker's exchanges."""
-    center = create(DownpourRule())
+    center = create(PushExchange())
     base = 100_000
     with running(*[Rank(push_units, center.address, rank, base**rank, 6.0) for rank in range(2)]) as survivors:
         moments = random.Random(0)
@@ -143,13 +137,13 @@ def _third_digit(center):
 
 
 def exchange_once(address, rank, then, chunk):
-    center = attach(address, HalfDone(then), rank)
+    center = attach(address, PushExchange(HalfDone(then)), rank)
     center.exchange(chunk, torch.ones(LAYOUT.size(chunk), dtype=torch.float64), 1.0)
 
 
 @pytest.mark.parametrize("then", [die, fork_and_die])
 def test_a_lock_is_free_as_soon_as_its_holder_is_dead(then):
-    center = create(DownpourRule(), timeout=5.0)
+    center = create(PushExchange(), timeout=5.0)
     with running(Rank(exchange_once, center.address, 1, then, 1)) as (victim,):
         assert victim.ends_within(20)
     started = time.monotonic()
@@ -167,7 +161,7 @@ def test_a_lock_is_free_as_soon_as_its_holder_is_dead(then):
 
 
 def test_a_stopped_holder_is_named_and_other_chunks_go_on():
-    center = create(DownpourRule(), timeout=0.5)
+    center = create(PushExchange(), timeout=0.5)
     with running(Rank(exchange_once, center.address, 7, stop, 1)) as (holder,):
         wait_until(lambda: is_stopped(holder.process.pid), 20)
         message = torch.ones(LAYOUT.size(1), dtype=torch.float64)
@@ -195,8 +189,8 @@ def _exists(name):
 def test_close_gives_everything_back():
     before, segments = len(open_files()), os.listdir("/dev/shm")
     for _ in range(5):
-        center = create(ElasticRule())
-        other = attach(center.address, ElasticRule(), 1)
+        center = create(SymmetricExchange())
+        other = attach(center.address, SymmetricExchange(), 1)
         other.exchange_all(torch.ones(ELEMENTS, dtype=torch.float64), [0.5])
         other.close()
         center.close()
@@ -222,29 +216,24 @@ def test_too_little_memory_says_how_much_is_needed(monkeypatch):
         assert "needs 32.0 MiB" in rank.result()
     monkeypatch.setattr(memory_module, "available_memory", lambda: 2**20)
     with pytest.raises(CenterError, match=r"needs 2\.7 MiB of shared memory, but 1\.0 MiB are available"):
-        create(ThreeStores())
+        create(PushExchange(ThreeStores()))
 
 
 class ThreeStores(CenterRule):
-    @property
-    def stores(self):
-        return 3
-
-    def apply_(self, stores, message, rate, version):
-        raise NotImplementedError
+    names = ("center", "one", "two")
 
 
 def test_a_platform_without_memfd_is_told_apart(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     with pytest.raises(SharedMemoryUnavailableError):
-        create(ElasticRule())
+        create(SymmetricExchange())
 
 
 def test_a_wrong_address_is_refused():
-    center = create(ElasticRule())
+    center = create(SymmetricExchange())
     path = center.address.partition("#")[0]
     with pytest.raises(SharedMemoryUnavailableError, match="another process's memory"):
-        attach(path + "#" + "00" * 64, ElasticRule(), 1)
+        attach(path + "#" + "00" * 64, SymmetricExchange(), 1)
     with pytest.raises(SharedMemoryUnavailableError, match="one process namespace"):
-        attach("/proc/self/fd/99999#00", ElasticRule(), 1)
+        attach("/proc/self/fd/99999#00", SymmetricExchange(), 1)
     center.close()

@@ -10,15 +10,8 @@ import pytest
 import torch
 from service_ranks import Rank, die, running, wait_until
 
-from lightning_easgd.served_center import (
-    CenterError,
-    CenterTimeoutError,
-    DownpourRule,
-    ElasticRule,
-    InProcessCenter,
-    Layout,
-    WorkerLostError,
-)
+from lightning_easgd.method.rules import PushExchange, SymmetricExchange
+from lightning_easgd.served_center import CenterError, CenterTimeoutError, InProcessCenter, Layout, WorkerLostError
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
 from lightning_easgd.transport.wire import Operation, Request
@@ -28,7 +21,7 @@ SECRET = b"0123456789abcdef"
 
 
 def local_center(rule=None, timeout=5.0):
-    return InProcessCenter(LAYOUT, torch.float32, rule or DownpourRule(), timeout=timeout)
+    return InProcessCenter(LAYOUT, torch.float32, rule or PushExchange(), timeout=timeout)
 
 
 def connect(port, timeout=5.0, secret=SECRET):
@@ -70,7 +63,7 @@ def test_exchange_read_and_write(server):
 
 def test_more_in_flight_than_the_kernel_buffers():
     layout = Layout.cut([(0, 20_000_000)])
-    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, 5.0, set())
+    server = ShardServer(InProcessCenter(layout, torch.float32, SymmetricExchange()), SECRET, 5.0, set())
     shard = connect(server.port)
     x = torch.ones(20_000_000)
     pending = [shard.begin_exchange(chunk, x[part], 0.5) for chunk, part in enumerate(layout.chunks)]

@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, SharedMemoryCenter
+from lightning_easgd.method.rules import SymmetricExchange
+from lightning_easgd.served_center import InProcessCenter, Layout, SharedMemoryCenter
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
@@ -41,7 +42,9 @@ class OneRemote(CenterService):
 
 
 def memory_ratio():
-    center = SharedMemoryCenter.create(LAYOUT, torch.float32, ElasticRule(), held=range(len(LAYOUT.chunks)), rank=0)
+    center = SharedMemoryCenter.create(
+        LAYOUT, torch.float32, SymmetricExchange(), held=range(len(LAYOUT.chunks)), rank=0
+    )
     x, out, back = (torch.ones(ELEMENTS) for _ in range(3))
     copy, exchange = interleaved(
         lambda: (out.copy_(x), back.copy_(out)),  # 8 bytes a parameter, as the exchange moves
@@ -58,7 +61,7 @@ def socket_ratio():
     x, back = torch.ones(ELEMENTS), torch.ones(ELEMENTS)
     echo = threading.Thread(target=echo_chunks, args=(theirs,), daemon=True)
     echo.start()
-    server = ShardServer(InProcessCenter(LAYOUT, torch.float32, ElasticRule()), SECRET, 20.0, set())
+    server = ShardServer(InProcessCenter(LAYOUT, torch.float32, SymmetricExchange()), SECRET, 20.0, set())
     shard = RemoteShard(("127.0.0.1", server.port), server=0, rank=1, secret=SECRET, timeout=20.0, lost=set())
     center = OneRemote(shard)
 

@@ -17,9 +17,9 @@ import torch
 from ranks import run_ranks
 from torch.distributed import HashStore, TCPStore
 
+from lightning_easgd.method.rules import PushExchange
 from lightning_easgd.served_center import (
     CenterError,
-    DownpourRule,
     InProcessCenter,
     Layout,
     SharedMemoryCenter,
@@ -51,7 +51,7 @@ def wait_until(condition, timeout=10.0):
 
 @pytest.fixture
 def served():
-    center = InProcessCenter(LAYOUT, torch.float32, DownpourRule(), timeout=5.0)
+    center = InProcessCenter(LAYOUT, torch.float32, PushExchange(), timeout=5.0)
     server = ShardServer(center, SECRET, 5.0, set())
     yield center, server
     server.close()
@@ -278,7 +278,7 @@ def test_locks_that_are_refused_are_found_when_the_center_is_made(monkeypatch, e
     with monkeypatch.context() as patch:
         refuse_locks(patch, error)
         with pytest.raises(SharedMemoryUnavailableError, match="refused"):
-            SharedMemoryCenter.create(LAYOUT, torch.float32, DownpourRule(), held=[0], rank=0)
+            SharedMemoryCenter.create(LAYOUT, torch.float32, PushExchange(), held=[0], rank=0)
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -296,7 +296,7 @@ def test_ranks_whose_locks_are_refused_use_sockets():
                 nodes=[[0, 1]],
                 segments=[(0, 1000)],
                 dtype=torch.float32,
-                rule=DownpourRule(),
+                exchange=PushExchange(),
                 initial=torch.zeros(1000),
                 timeout=20.0,
             )
@@ -332,7 +332,7 @@ class TestNetwork:
         """Kind: who names an interface wants nothing to listen on the others."""
         if ":" in host and not socket.has_ipv6:
             pytest.skip("no IPv6")
-        center = InProcessCenter(LAYOUT, torch.float32, DownpourRule())
+        center = InProcessCenter(LAYOUT, torch.float32, PushExchange())
         server = ShardServer(center, SECRET, 5.0, set(), host=host)
         shard = RemoteShard((host, server.port), server=3, rank=1, secret=SECRET, timeout=5.0, lost=set())
         shard.begin_exchange(0, torch.ones(SIZE), 1.0).wait()

@@ -13,9 +13,8 @@ from torch import Tensor
 from lightning_easgd.lab.simulation import LocalSGD, Problem
 from lightning_easgd.lab.simulation.learning import meet
 from lightning_easgd.lab.simulation.workers import StackedWorkers
-from lightning_easgd.method.downpour import downpour_push_
-from lightning_easgd.method.elastic import center_update_
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.rules import PlainRule
 
 __all__ = ["Alone", "DataParallel", "Downpour", "Elastic", "PostLocal", "StackedMethod"]
 
@@ -124,7 +123,7 @@ class Downpour(StackedMethod):
         if clock == 0 or clock % self._tau:
             return
         for point, taken_over in zip(self._workers.points, self._taken_over, strict=True):
-            downpour_push_([self._center], [point - taken_over])
+            PlainRule().move_([self._center], point - taken_over, 1.0, version=clock)
             point.copy_(self._center)
             taken_over.copy_(self._center)
 
@@ -159,9 +158,7 @@ class PostLocal(StackedMethod):
     def meet(self, clock: int) -> None:  # noqa: D102
         after = clock - self.warmup_steps - 1
         if after >= 0 and after % self._tau == 0:
-            mean = self._workers.points[0].clone()
-            center_update_([mean], [self._workers.points.mean(0)], 1.0)
-            self._workers.points.copy_(mean)
+            self._workers.points.copy_(self._workers.points.mean(0).expand_as(self._workers.points))
 
     def step(self, gradients: Tensor) -> None:  # noqa: D102
         if (self._workers.clocks < self.warmup_steps).all():

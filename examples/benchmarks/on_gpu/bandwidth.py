@@ -15,7 +15,7 @@ from harness.ratios import Row, median_and_range
 from torch import Tensor, nn
 
 from lightning_easgd.averagers import Channel, ExchangeLine, SynchronousAverager, Transfer, all_reduced_sums
-from lightning_easgd.method.elastic import elastic_exchange_, elastic_pull_, elastic_push_
+from lightning_easgd.method.elastic import elastic_difference, elastic_pull_, elastic_push_
 from lightning_easgd.method.position import ParameterPosition
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.tensors.flat_tensors import FlatTensors
@@ -89,6 +89,11 @@ def _ways(module: nn.Module, parameters: list[nn.Parameter], elements: int, devi
         for segment in wire.segments:
             torch.linalg.vector_norm(segment)
 
+    def whole(worker: list[Tensor], replica: list[Tensor]) -> None:
+        differences = elastic_difference(worker, replica)
+        elastic_pull_(worker, differences, 0.1)
+        elastic_push_(replica, differences, 0.1)
+
     def exchange() -> None:
         averager.begin()
         averager.finish()
@@ -97,8 +102,8 @@ def _ways(module: nn.Module, parameters: list[nn.Parameter], elements: int, devi
     return {
         "copy": _Way(2, 2, lambda: other.copy_(flat)),
         # Its difference is a tensor of its own: three passes of two words read and one written.
-        "elastic_exchange_, one flat tensor": _Way(9, 4, lambda: elastic_exchange_([flat], [other], 0.1)),
-        f"elastic_exchange_, {number} tensors": _Way(9, 4, lambda: elastic_exchange_(workers, centers, 0.1)),
+        "difference, pull and push, one flat tensor": _Way(9, 4, lambda: whole([flat], [other])),
+        f"difference, pull and push, {number} tensors": _Way(9, 4, lambda: whole(workers, centers)),
         # x into the wire, minus the center, and the norm of it.
         "sync: take the difference": _Way(2 + 3 + 1, 3, difference),
         "sync: pull the worker": _Way(3, 3, lambda: elastic_pull_(workers, wire.groups[0], 0.1)),

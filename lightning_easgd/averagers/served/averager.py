@@ -109,7 +109,7 @@ class ServedAverager(Averager):
     Args:
         optimizer: The worker's optimizer.
         part: The optimizer's part of the center.
-        store: The store of the center that is evaluated: 0 for the center itself.
+        store: The store of the center that is shown: 0 for the center itself.
         tau: τ, the communication period in optimizer steps.
         parameters: The optimizer's parameters, which are fixed from here on.
         layout: A flat vector of them, for the averager's own use.

@@ -19,14 +19,15 @@ from typing_extensions import override
 
 from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
 from lightning_easgd.averagers.averaged_parameters import Names, check_in_common
-from lightning_easgd.averagers.averager import Averaging, follow
+from lightning_easgd.averagers.averager import Averaging, follow, versions_for
 from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.averagers.exchange_order import Header, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.served.averager import CenterPart, ServedAverager, Surroundings
 from lightning_easgd.averagers.served.loss_policy import FailOnLoss, LossPolicy
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, RoundRobin, Turns
-from lightning_easgd.served_center import CenterRule, CenterTimeoutError, ServedCenter, WorkerLostError, open_center
+from lightning_easgd.method.rules import ServedExchange
+from lightning_easgd.served_center import CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.tensors.flat_tensors import as_real, center_dtype
 from lightning_easgd.transport.channel import Channel, ExchangeError
 from lightning_easgd.transport.errors import StoreLostError
@@ -84,9 +85,9 @@ class ServedAveraging(Averaging):
         store: The ranks' store.
         node: This rank's node, any number that the ranks of one node share.
         timeout: How long a worker may be silent, a chunk held, or an answer under way.
-        rule: What an exchange does at the center.
+        exchange: What an exchange does at the center.
         make_averager: Makes the averager of one optimizer, called as
-            ``(optimizer, part, parameters=, layout=, surroundings=)``.
+            ``(optimizer, part, parameters=, layout=, store=, surroundings=)``.
         make_turns: Makes the order of the exchanges.
         on_loss: What to do when a worker dies.
         on_astray: What a worker at a non-finite point means to the run.
@@ -100,7 +101,7 @@ class ServedAveraging(Averaging):
         *,
         node: int,
         timeout: timedelta,
-        rule: CenterRule,
+        exchange: ServedExchange,
         make_averager: MakeAverager,
         make_turns: MakeTurns = free_order,
         on_loss: LossPolicy | None = None,
@@ -112,7 +113,7 @@ class ServedAveraging(Averaging):
         self.strategy = strategy
         self._node = node
         self._timeout = timeout.total_seconds()
-        self._rule = rule
+        self._exchange = exchange
         self._make_averager = make_averager
         self._make_turns = make_turns
         self._on_loss = on_loss or FailOnLoss(strategy)
@@ -159,7 +160,7 @@ class ServedAveraging(Averaging):
             nodes=_ranks_of_nodes(rendezvous.gather("nodes", self._node)),
             segments=list(pairwise(accumulate(sizes, initial=0))),
             dtype=dtype,
-            rule=self._rule,
+            exchange=self._exchange,
             initial=torch.cat([torch.empty(0, dtype=dtype), *(layout.flat.cpu() for layout in layouts)]),
             timeout=timeout,
             presence=self._presence,
@@ -183,6 +184,7 @@ class ServedAveraging(Averaging):
                 CenterPart(self._center, range(first, last)),
                 parameters=every,
                 layout=layout,
+                store=self._exchange.rule.shown,
                 surroundings=surroundings,
             )
             for optimizer, every, layout, (first, last) in zip(
@@ -205,7 +207,7 @@ class ServedAveraging(Averaging):
     def center_state_dict(self) -> dict[str, Any]:
         center = self._opened
         stores = []
-        for store in range(self._rule.stores):
+        for store in range(self._exchange.rule.stores):
             flat = torch.empty(sum(averager.numel for averager in self._served), dtype=center.dtype)
             versions = center.read_all(flat, store)
             stores.append(list(torch.split(flat, [averager.numel for averager in self._served])))
@@ -215,13 +217,13 @@ class ServedAveraging(Averaging):
     @override
     def is_in_parameters(self) -> bool:
         parameters = [parameter for averager in self._served for parameter in averager.parameters]
-        return self._rule.stores == 1 and all(as_real(p).dtype == self._opened.dtype for p in parameters)
+        return not self._exchange.rule.has_memory and all(as_real(p).dtype == self._opened.dtype for p in parameters)
 
     @override
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
         if self.control.rank == 0:
-            versions = state.get("versions", [0] * len(self._opened.chunks))
-            for number, store in enumerate(state["stores"][: self._rule.stores]):
+            versions = versions_for(state, len(self._opened.chunks))
+            for number, store in enumerate(state["stores"][: self._exchange.rule.stores]):
                 flat = torch.cat(store).to(self._opened.dtype)
                 for (chunk, part), version in zip(enumerate(self._opened.chunks), versions, strict=True):
                     self._opened.write(chunk, flat[part], number, version)

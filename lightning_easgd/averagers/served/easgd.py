@@ -12,14 +12,14 @@ from lightning_easgd.averagers.served.averager import CenterPart, ServedAverager
 from lightning_easgd.method.elastic import elastic_pull_
 from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
-from lightning_easgd.served_center import AsymmetricElasticRule, CenterRule, ElasticRule
+from lightning_easgd.method.rules import AsymmetricExchange, CenterRule, ServedExchange, SymmetricExchange
 
-__all__ = ["AsynchronousAverager", "elastic_rule"]
+__all__ = ["AsynchronousAverager", "elastic_exchange"]
 
 
-def elastic_rule(rates: MovingRates) -> CenterRule:
+def elastic_exchange(rates: MovingRates, rule: CenterRule) -> ServedExchange:
     """The center's side of an exchange at these rates."""
-    return AsymmetricElasticRule() if rates.is_asymmetric else ElasticRule()
+    return AsymmetricExchange(rule) if rates.is_asymmetric else SymmetricExchange(rule)
 
 
 @final
@@ -49,7 +49,7 @@ class AsynchronousAverager(ServedAverager):
         position: Callable[[Optimizer], Position] = ParameterPosition,
         **keywords: Any,
     ) -> None:
-        super().__init__(optimizer, part, store=0, **keywords)
+        super().__init__(optimizer, part, **keywords)
         self._rates = rates
         self._position = position(optimizer)
         self._alphas: list[float] = []

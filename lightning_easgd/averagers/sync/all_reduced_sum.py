@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
-from lightning_easgd.method.elastic import elastic_push_
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import Channel, Transfer
 
@@ -36,12 +36,12 @@ class AllReducedSum(DifferenceSum):
         tau: τ, from one exchange to the next.
     """
 
-    def __init__(self, center: FlatTensors, channel: Channel, tau: int) -> None:
-        wire = center.like()
+    def __init__(self, center: ReplicatedCenter, channel: Channel, tau: int) -> None:
+        wire = center.values.like()
         super().__init__(center, wire)
         self._channel = channel
         self._tau = tau
-        self._buckets = _cut(center, wire, count=max(1, min(tau, wire.flat.nbytes // BUCKET_BYTES)))
+        self._buckets = _cut(wire, count=max(1, min(tau, wire.flat.nbytes // BUCKET_BYTES)))
         first = self._buckets[0]
         self._kept = torch.empty_like(first.wire, pin_memory=wire.flat.is_pinned())
         self._given = [list(group) for group in wire.groups]
@@ -55,7 +55,7 @@ class AllReducedSum(DifferenceSum):
         self._steps: int | None = None  # since the exchange under way began
 
     @override
-    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "AllReducedSum":
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "AllReducedSum":
         return AllReducedSum(center, self._channel, self._tau)
 
     @property
@@ -91,8 +91,9 @@ class AllReducedSum(DifferenceSum):
         for transfer in self._transfers:  # all of them first: an error leaves the center whole
             transfer.wait()
         for bucket in self._buckets:
-            for group, center, total in bucket.pieces:
-                elastic_push_([center], [total], self._shares[group])
+            for group, part in bucket.pieces:
+                self.center.move_(part, self.wire.flat[part], self._shares[group])
+        self.center.end_exchange()
         self._transfers.clear()
         self._steps = None
 
@@ -108,14 +109,14 @@ class AllReducedSum(DifferenceSum):
 @final
 @dataclass(frozen=True)
 class _Bucket:
-    """A run of whole parameters: their numbers, their part of the wire, and for each group in it that of the center."""
+    """A run of whole parameters: their numbers, their part of the wire, and where in it each group is."""
 
     parameters: range
     wire: Tensor
-    pieces: list[tuple[int, Tensor, Tensor]]
+    pieces: list[tuple[int, slice]]
 
 
-def _cut(center: FlatTensors, wire: FlatTensors, count: int) -> list[_Bucket]:
+def _cut(wire: FlatTensors, count: int) -> list[_Bucket]:
     """Cut the vector where a parameter ends that is next to an even cut; the smallest comes first, as it is kept."""
     ends = [0, *accumulate(view.numel() for view in wire.views)]
     even = [round(number * ends[-1] / count) for number in range(1, count)]
@@ -128,7 +129,7 @@ def _cut(center: FlatTensors, wire: FlatTensors, count: int) -> list[_Bucket]:
         for group, (low, high) in enumerate(pairwise(groups)):
             part = slice(max(low, start), min(high, stop))
             if part.start < part.stop:
-                pieces.append((group, center.flat[part], wire.flat[part]))
+                pieces.append((group, part))
         buckets.append(_Bucket(range(first, last), wire.flat[start:stop], pieces))
     buckets = buckets or [_Bucket(range(0), wire.flat, [])]  # there is nothing to average, yet
     buckets.sort(key=lambda bucket: bucket.wire.numel())

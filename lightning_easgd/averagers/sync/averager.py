@@ -11,14 +11,16 @@ from typing_extensions import override
 
 from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFiniteError
 from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
-from lightning_easgd.averagers.averager import Averager, Averaging, follow
+from lightning_easgd.averagers.averager import Averager, Averaging, follow, versions_for
 from lightning_easgd.averagers.common_values import differing
 from lightning_easgd.averagers.exchange_order import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sync.choice import MakeSum
 from lightning_easgd.averagers.sync.finiteness import make_finiteness
-from lightning_easgd.method.elastic import elastic_pull_
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.method.elastic import elastic_difference_, elastic_pull_
 from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
 from lightning_easgd.transport.channel import Channel
@@ -35,7 +37,8 @@ class SynchronousAverager(Averager):
         x^i_{t+1} &= x^i_t - \eta g^i_t(x^i_t) - \alpha (x^i_t - \tilde x_t) \\
         \tilde x_{t+1} &= \tilde x_t + \tfrac{\beta}{p} \sum_i (x^i_t - \tilde x_t)
 
-    (Zhang, Choromanska, LeCun 2015, eqs 3-6, in Jacobi form: both lines use the values of before the step). Around
+    (Zhang, Choromanska, LeCun 2015, eqs 3-6, in Jacobi form: both lines use the values of before the step). The second
+    line is the :class:`~lightning_easgd.method.rules.PlainRule`; another rule makes something else of the sum. Around
     each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their sum, and
     :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
     waits for nothing; the sum has τ steps to arrive and is waited for by the next exchange, or by a reader of the
@@ -51,6 +54,7 @@ class SynchronousAverager(Averager):
         number: This averager's place in the list given to :meth:`ExchangeLine.meet`.
         tau: τ, the communication period in optimizer steps.
         rates: α and β.
+        rule: How the sum moves the center.
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
         center_device: Where the center and the differences are; None for where the parameters are.
         ignored: Parameters that stay each worker's own.
@@ -59,7 +63,7 @@ class SynchronousAverager(Averager):
 
     Attributes:
         clock: t, the optimizer's steps so far.
-        center: :math:`\tilde x`, bitwise the same on all workers. Up to date after :meth:`complete`.
+        center: The center, bitwise the same on all workers. Up to date after :meth:`complete`.
     """
 
     def __init__(
@@ -71,13 +75,15 @@ class SynchronousAverager(Averager):
         number: int,
         tau: int,
         rates: MovingRates,
+        rule: CenterRule | None = None,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         ignored: Collection[Tensor] = (),
         trained: Collection[Tensor] = (),
         names: Names = dict,
     ) -> None:
-        self.center: FlatTensors
+        self.center: ReplicatedCenter
+        self._rule = rule or PlainRule()
         self._center_device = center_device
         self._optimizer = optimizer
         self._averaged = AveragedParameters(optimizer, ignored, trained, names)
@@ -122,14 +128,14 @@ class SynchronousAverager(Averager):
         self._begun_at = self.clock
         rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
         if self._averaged.have_changed:
-            agreement = *self._averaged.changed, self._rates.common(rates)
+            agreement = *self._averaged.changed, self._rates.common(rates), repr(self._rule)
             finite = self.is_finite()
             self._line.accept(self._line.announce(self._number, agreement, finite), self.clock)
             self._extend()
             finite = self._take_difference() and finite
         else:
             finite = self._take_difference()
-            agreement = self._digest, 0, self._rates.common(rates)
+            agreement = self._digest, 0, self._rates.common(rates), repr(self._rule)
             self._header = self._line.announce(self._number, agreement, finite)
         if not finite:
             self._start_again()
@@ -193,7 +199,7 @@ class SynchronousAverager(Averager):
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
-        return checksum(self.center.flat)
+        return checksum(self.center.shown.flat)
 
     @override
     def settle(self) -> None:
@@ -201,7 +207,7 @@ class SynchronousAverager(Averager):
 
     @override
     def center_values(self) -> list[Tensor]:
-        pairs = zip(self.center.views, self.parameters, strict=True)
+        pairs = zip(self.center.shown.views, self.parameters, strict=True)
         return [as_parameter(value, parameter) for value, parameter in pairs]
 
     @override
@@ -222,16 +228,16 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     @override
     def start_at_center(self) -> None:
-        self.center.store(self.parameters)
+        self.center.values.store(self.parameters)
 
     @torch.no_grad()
     @override
     def show_center(self) -> None:
         # An idle wire has the layout and is no narrower than the parameters: it holds them exactly. It is in use only
         # when an error cut an exchange short.
-        self._kept = self._sum.wire if self._sum.has_room and not self._in_flight else self.center.like()
+        self._kept = self._sum.wire if self._sum.has_room and not self._in_flight else self.center.values.like()
         self._kept.load_(self.parameters)
-        self.center.store(self.parameters)
+        self.center.shown.store(self.parameters)
 
     @torch.no_grad()
     @override
@@ -250,7 +256,7 @@ class SynchronousAverager(Averager):
         self._line.statistics.seconds_waited += time.monotonic() - started
         wire = self._sum.wire
         self._position.write(wire, self.parameters)
-        wire.flat.sub_(self.center.flat)
+        elastic_difference_([wire.flat], [self.center.flat])
         self._distance = self._sum.norms()
         return self._finiteness.judge(wire.flat, self._distance)
 
@@ -297,21 +303,29 @@ class SynchronousAverager(Averager):
         self.complete()
         before = self.parameters
         self._averaged.take_in()
-        self._lay_out(before)
-        places = {id(parameter): number for number, parameter in enumerate(before)}
-        self._sum = self._sum.renewed(self.center, [places.get(id(parameter)) for parameter in self.parameters])
+        origins = self._lay_out(before)
+        self._sum = self._sum.renewed(self.center, origins)
 
-    def _lay_out(self, known: Sequence[Tensor]) -> None:
-        """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them."""
-        views = {id(parameter): view for parameter, view in zip(known, self.center.views if known else [], strict=True)}
+    @torch.no_grad()
+    def _lay_out(self, known: Sequence[Tensor]) -> list[int | None]:
+        """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them.
+
+        Returns:
+            For each parameter its place among the known ones; None for another.
+        """
         parameters = self.parameters
         self._digest = self._averaged.digest
-        self.center = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
-        entered = {id(p): self._averaged.entered_with(p) for p in parameters if id(p) not in views}
-        with torch.no_grad():
-            self.center.load_([views.get(id(p), entered.get(id(p), p)) for p in parameters])
-            new = [view for view, p in zip(self.center.views, parameters, strict=True) if id(p) in entered]
-            self._take_from_rank_zero(new)
+        places = {id(parameter): number for number, parameter in enumerate(known)}
+        origins = [places.get(id(parameter)) for parameter in parameters]
+        values = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
+        pairs = list(zip(parameters, origins, strict=True))
+        values.load_([self._averaged.entered_with(p) if origin is None else p for p, origin in pairs])
+        self._take_from_rank_zero([v for v, origin in zip(values.views, origins, strict=True) if origin is None])
+        center = ReplicatedCenter(values, self._rule)
+        if known:
+            center.take_over(self.center, origins)
+        self.center = center
+        return origins
 
     def _take_from_rank_zero(self, values: list[Tensor]) -> None:
         if not values:
@@ -339,6 +353,7 @@ class SynchronousAveraging(Averaging):
         make_sum: Makes what sums up the differences.
         tau: τ, the communication period of each optimizer, in its own steps.
         rates: α and β.
+        rule: How the sum of the differences moves the center.
         position: What the workers exchange.
         center_device: Where the center and the differences are; None for where the parameters are.
         on_astray: What a worker whose difference is not finite means to the run.
@@ -351,6 +366,7 @@ class SynchronousAveraging(Averaging):
         *,
         tau: int,
         rates: MovingRates,
+        rule: CenterRule | None = None,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         on_astray: AstrayPolicy | None = None,
@@ -363,6 +379,7 @@ class SynchronousAveraging(Averaging):
         self.statistics = self._line.statistics
         self._tau = tau
         self._rates = rates
+        self._rule = rule or PlainRule()
         self._position = position
         self._synchronous: dict[Optimizer, SynchronousAverager] = {}
 
@@ -390,6 +407,7 @@ class SynchronousAveraging(Averaging):
                 number=number,
                 tau=self._tau,
                 rates=self._rates,
+                rule=self._rule,
                 position=self._position,
                 center_device=self._center_device,
                 ignored=ignored,
@@ -404,18 +422,23 @@ class SynchronousAveraging(Averaging):
 
     @override
     def center_state_dict(self) -> dict[str, Any]:
-        return {"stores": [[each.center.flat for each in self._synchronous.values()]]}
+        states = [each.center.state_dict() for each in self._synchronous.values()]
+        stores = [list(each) for each in zip(*(state["stores"] for state in states), strict=True)]
+        return {"stores": stores, **({"versions": [s["version"] for s in states]} if self._rule.has_memory else {})}
 
     @property
     @override
     def is_in_parameters(self) -> bool:
         averagers = self._synchronous.values()
-        return all(each.center.flat.dtype == as_real(p).dtype for each in averagers for p in each.parameters)
+        wide = all(each.center.flat.dtype == as_real(p).dtype for each in averagers for p in each.parameters)
+        return wide and not self._rule.has_memory
 
     @override
     def load_center_state_dict(self, state: dict[str, Any]) -> None:
-        for averager, center in zip(self._synchronous.values(), state["stores"][0], strict=True):
-            averager.center.flat.copy_(center)
+        versions = versions_for(state, len(self._synchronous))
+        for number, averager in enumerate(self._synchronous.values()):
+            stores = [store[number] for store in state["stores"]]
+            averager.center.load_state_dict({"stores": stores, "version": versions[number]})
 
     @override
     def meet(self, meeting: Meeting) -> None:

@@ -8,16 +8,16 @@ from torch.distributed.distributed_c10d import Store
 from lightning_easgd.averagers.sync.all_reduced_sum import AllReducedSum
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
 from lightning_easgd.method.compression import Codec
-from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import Channel
 from lightning_easgd.transport.message_channel import MessageChannel
 from lightning_easgd.transport.sharing import shared_vectors
 
 __all__ = ["MakeSum", "all_reduced_sums", "compressed_sums", "shared_sums"]
 
-MakeSum = Callable[[FlatTensors], DifferenceSum]
+MakeSum = Callable[[ReplicatedCenter], DifferenceSum]
 """From the center to what sums up the differences from it; all workers call it at the same point."""
 
 
@@ -51,7 +51,7 @@ def shared_sums(store: Store, control: Channel, timeout: timedelta, otherwise: M
         otherwise: Makes the other kind.
     """
 
-    def make(center: FlatTensors) -> DifferenceSum:
+    def make(center: ReplicatedCenter) -> DifferenceSum:
         vectors = shared_vectors(center.flat.numel(), center.flat.dtype, store, control, timeout)
         return otherwise(center) if vectors is None else SharedSum(center, vectors)
 

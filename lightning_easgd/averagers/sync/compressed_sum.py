@@ -9,8 +9,8 @@ import torch
 from typing_extensions import override
 
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.method.compression import Codec
-from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.device_queue import HostQueue, SideQueue, make_queue
 from lightning_easgd.transport.message_channel import MessageChannel, MessageTransfer
 
@@ -51,14 +51,14 @@ class CompressedSum(DifferenceSum):
     """
 
     def __init__(
-        self, center: FlatTensors, channel: MessageChannel, codec: Codec, queue: SideQueue | None = None
+        self, center: ReplicatedCenter, channel: MessageChannel, codec: Codec, queue: SideQueue | None = None
     ) -> None:
-        super().__init__(center, center.like())
+        super().__init__(center, center.values.like())
         self._is_queued = channel.are_queued(center.flat.device)
         self._queue = queue or (make_queue(center.flat.device) if self._is_queued else HostQueue())
         self._channel = channel
         self._codec = codec
-        self._residual = center.like()
+        self._residual = center.values.like()
         numel, size = center.flat.numel(), channel.size
         shard = max(1, -(-numel // (size * codec.block))) * codec.block
         bounds = [min(rank * shard, numel) for rank in range(size + 1)]
@@ -77,7 +77,7 @@ class CompressedSum(DifferenceSum):
         self._arrived: Callable[[], None] | None = None  # what to do when the messages under way are there
 
     @override
-    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "CompressedSum":
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "CompressedSum":
         renewed = CompressedSum(center, self._channel, self._codec)
         residuals = self._residual.views
         for view, origin in zip(renewed._residual.views, origins, strict=True):
@@ -154,7 +154,10 @@ class CompressedSum(DifferenceSum):
         self._arrived = self._move_center
 
     def _move_center(self) -> None:
-        """The second messages are there: they are the center's move."""
+        """The second messages are there: they are the center's move. The wire, which nobody needs now, takes them."""
         for message, part in zip(self._of_shards, self._shards, strict=True):
-            self._codec.add_decoded_(message, self.center.flat[part])
+            total = self.wire.flat[part]
+            self._codec.decode(message, total)
+            self.center.move_(part, total, 1.0)
+        self.center.end_exchange()
         self._arrived = None

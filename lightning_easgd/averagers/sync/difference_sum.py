@@ -1,4 +1,4 @@
-"""The sum over the workers that moves the center of synchronous EASGD: the interface."""
+"""The sum of the workers' differences in synchronous mode: the interface."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 
 __all__ = ["DifferenceSum"]
 
 
 class DifferenceSum(ABC):
-    r"""Sums up how far the workers are from their center, and moves the center by it, exchange after exchange.
+    r"""Adds up how far the workers are from their center, exchange after exchange, and lets the center move by it.
 
-    .. math:: \tilde x \leftarrow \tilde x + s \sum_i \Delta^i
+    It gives :meth:`ReplicatedCenter.move_` the sum :math:`\sum_i \Delta^i`, part by part, and the share s of each.
 
     An exchange of a worker is, in this order: :meth:`make_room`; :math:`\Delta^i` is written into ``wire``;
     :meth:`start`; ``given`` is read, at the latest before the first :meth:`advance`; :meth:`advance` after each of the
@@ -24,7 +25,7 @@ class DifferenceSum(ABC):
     same on all of them.
 
     Args:
-        center: :math:`\tilde x`, which only this object changes while an exchange is under way.
+        center: The center, which only this object moves while an exchange is under way.
         wire: A buffer with the center's layout.
 
     Attributes:
@@ -32,13 +33,13 @@ class DifferenceSum(ABC):
         wire: Where a worker writes its :math:`\Delta^i`; between two exchanges it may hold anything else.
     """
 
-    def __init__(self, center: FlatTensors, wire: FlatTensors) -> None:
+    def __init__(self, center: ReplicatedCenter, wire: FlatTensors) -> None:
         self.center = center
         self.wire = wire
         self._norms: list[Tensor] | None = None
 
     @abstractmethod
-    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "DifferenceSum":
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "DifferenceSum":
         """The sum that takes this one's place when the center has got another layout; with no exchange under way.
 
         Each worker makes it when it gets there, without waiting for one that has not. This one is closed.

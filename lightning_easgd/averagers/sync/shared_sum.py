@@ -1,6 +1,7 @@
 """The sum over the workers of one host: each reads the others' differences where they lie."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import final
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
-from lightning_easgd.method.elastic import elastic_push_
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import ExchangeError
 from lightning_easgd.transport.errors import CenterError
@@ -33,17 +34,17 @@ class SharedSum(DifferenceSum):
         vectors: One for each worker, of the center's size and dtype; the object takes them over.
     """
 
-    def __init__(self, center: FlatTensors, vectors: SharedVectors) -> None:
-        super().__init__(center, center.like(vectors.own))
+    def __init__(self, center: ReplicatedCenter, vectors: SharedVectors) -> None:
+        super().__init__(center, center.values.like(vectors.own))
         self._vectors = vectors
-        self._blocks: list[list[tuple[Tensor, list[Tensor]]]] = []  # for each group: center and differences
-        self._sum = torch.empty(min(_BLOCK, center.flat.numel()), dtype=center.flat.dtype)
+        self._blocks: list[list[tuple[slice, list[Tensor]]]] = []  # for each group: where, and all differences there
+        self._sum = torch.empty(min(_BLOCK, self.wire.flat.numel()), dtype=self.wire.flat.dtype)
         self._shares: Sequence[float] = []
         self._exchange = 0
         self._read = 0
 
     @override
-    def renewed(self, center: FlatTensors, origins: Sequence[int | None]) -> "SharedSum":
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "SharedSum":
         self.make_room()
         self._blocks.clear()
         try:
@@ -93,25 +94,25 @@ class SharedSum(DifferenceSum):
         self._vectors.close()
 
     def _add_up(self) -> None:
-        self._blocks = self._blocks or _blocks(self.center, self.wire, self._vectors.of_all)
+        self._blocks = self._blocks or _blocks(self.wire, self._vectors.of_all)
         for share, blocks in zip(self._shares, self._blocks, strict=True):
-            for center, (first, *others) in blocks:
+            for part, (first, *others) in blocks:
                 total = first
                 for other in others:
-                    total = torch.add(total, other, out=self._sum[: center.numel()])
-                elastic_push_([center], [total], share)
+                    total = torch.add(total, other, out=self._sum[: first.numel()])
+                self.center.move_(part, total, share)
+        self.center.end_exchange()
         self._read = self._exchange
         self._vectors.publish_read(self._exchange)
 
 
-def _blocks(
-    center: FlatTensors, wire: FlatTensors, vectors: Sequence[Tensor]
-) -> list[list[tuple[Tensor, list[Tensor]]]]:
-    """For each group the blocks of the center, each with those of all vectors."""
-    sizes = [segment.numel() for segment in wire.segments]
-    parts = [
-        [torch.split(segment, _BLOCK) for segment in torch.split(vector, sizes)] for vector in (center.flat, *vectors)
-    ]
+def _blocks(wire: FlatTensors, vectors: Sequence[Tensor]) -> list[list[tuple[slice, list[Tensor]]]]:
+    """For each group its blocks: where each is in the flat vector, and what all vectors have there."""
+    ends = accumulate((segment.numel() for segment in wire.segments), initial=0)
     return [
-        [(blocks[0], list(blocks[1:])) for blocks in zip(*group, strict=True)] for group in zip(*parts, strict=True)
+        [
+            (part, [vector[part] for vector in vectors])
+            for part in (slice(start, min(start + _BLOCK, stop)) for start in range(first, stop, _BLOCK))
+        ]
+        for first, stop in pairwise(ends)
     ]

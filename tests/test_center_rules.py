@@ -1,0 +1,125 @@
+"""A rule for the center of one's own: one class and one argument, in both modes, with the same object."""
+
+import os
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from reference import MINIMA
+from toys import Quadratic, Regression, fitted, quiet_trainer
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.method.elastic import elastic_push_
+from lightning_easgd.method.rules import AveragedRule, CenterRule, ConstantRate, NesterovRule, PlainRule
+
+
+class Halving(CenterRule):
+    """β is halved at every exchange."""
+
+    def move_(self, stores, difference, rate, version):
+        elastic_push_([stores[0]], [difference], rate * 0.5**version)
+
+
+def train(strategy, steps):
+    module = Quadratic(lr=0.1, steps=steps)
+    fitted(module, strategy(), 2)
+    return module.trace, module.x.item()
+
+
+def halving_trace(steps, tau, alpha, beta, asynchronous):
+    """Rows (x_1, x_2, x̃) after each step of two workers; asynchronous ones take turns."""
+    x, center, version, rows = np.ones(2), 1.0, 0, []
+    for t in range(steps):
+        pull = np.zeros(2)
+        if t and t % tau == 0:
+            if asynchronous:
+                for i in range(2):
+                    pull[i] = alpha * (x[i] - center)
+                    center += pull[i] * 0.5**version
+                    version += 1
+            else:
+                difference = x - center
+                pull = alpha * difference
+                center += beta / 2 * difference.sum() * 0.5**version
+                version += 1
+        x = x - 0.1 * (x - np.array(MINIMA[:2])) - pull
+        rows.append((*x, center))
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("mode", [{"mode": "sync"}, {"mode": "async", "order": "round_robin"}])
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_a_rule_of_ones_own(mode, backend):
+    asynchronous = mode["mode"] == "async"
+    traces = run_ranks(
+        train, 2, lambda: EASGDStrategy(tau=2, center_rule=Halving(), process_group_backend=backend, **mode), 9
+    )
+    expected = halving_trace(9, 2, 0.45, 0.9, asynchronous)
+    for rank, (trace, center) in enumerate(traces):
+        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=1e-6)
+        assert center == pytest.approx(expected[-1, -1], abs=1e-6)
+        if not asynchronous:
+            assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
+
+
+class Momentum(CenterRule):
+    """v ← ½v + rΔ, x̃ ← x̃ + v: a rule with a store of its own."""
+
+    names = ("center", "velocity")
+
+    def move_(self, stores, difference, rate, version):
+        center, velocity = stores
+        velocity.mul_(0.5)
+        elastic_push_([velocity], [difference], rate)
+        center.add_(velocity)
+
+
+@pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"},
+                                  {"mode": "async", "order": "round_robin"}])  # fmt: skip
+@pytest.mark.parametrize("rule", [Momentum(), Halving(), AveragedRule(NesterovRule(0.5), ConstantRate(0.25))])
+def test_a_resumed_run_goes_on_with_what_the_rule_keeps(mode, rule, tmp_path):
+    def strategy():
+        return EASGDStrategy(tau=2, center_rule=rule, **mode)
+
+    def run():
+        torch.manual_seed(0)
+        whole = Regression(batches=6)
+        quiet_trainer(strategy=strategy(), devices=2, max_epochs=2).fit(whole)
+        torch.manual_seed(0)
+        first = Regression(batches=6)
+        trainer = quiet_trainer(strategy=strategy(), devices=2, max_epochs=1)
+        trainer.fit(first)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        second = Regression(batches=6)
+        quiet_trainer(strategy=strategy(), devices=2, max_epochs=2).fit(second, ckpt_path=tmp_path / "half.ckpt")
+        pairs = zip(whole.state_dict().values(), second.state_dict().values(), strict=True)
+        return all((a == b).all() for a, b in pairs), any((p != q).any() for p, q in zip(
+            first.parameters(), second.parameters(), strict=True))  # fmt: skip
+
+    assert run_ranks(run, 2, timeout=120) == [(True, True)] * 2
+
+
+def test_what_is_no_rule_is_refused():
+    with pytest.raises(TypeError, match=re.escape("EASGDStrategy(center_rule='halving'): this is no rule")):
+        EASGDStrategy(center_rule="halving")
+
+
+@pytest.mark.parametrize(
+    "rule", [PlainRule(), NesterovRule(0.5), Momentum(), AveragedRule(Momentum(), ConstantRate(0.1))]
+)
+def test_a_rule_is_known_by_what_it_shows(rule):
+    again = pickle.loads(pickle.dumps(rule))
+    assert repr(again) == repr(rule)
+    assert again.stores == len(rule.names)
+
+
+def test_workers_with_different_rules_are_told():
+    def run():
+        rule = [Halving(), Momentum()][int(os.environ["RANK"])]
+        fitted(Quadratic(steps=6), EASGDStrategy(tau=2, center_rule=rule), 2)
+
+    with pytest.raises(AssertionError, match="began different exchanges"):
+        run_ranks(run, 2)
