@@ -16,10 +16,10 @@ __all__ = ["follow_imports"]
 
 # Package of a class tree: our module for it, which registers the names when it is imported.
 _TREES = {
-    "lightning.pytorch": "lightning_easgd.strategies.lightning_tree",
-    "pytorch_lightning": "lightning_easgd.strategies.pytorch_lightning_tree",
-    "lightning.fabric": "lightning_easgd.strategies.fabric_tree",
-    "lightning_fabric": "lightning_easgd.strategies.lightning_fabric_tree",
+    "lightning.pytorch": "lightning_easgd.strategies.trees.lightning_tree",
+    "pytorch_lightning": "lightning_easgd.strategies.trees.pytorch_lightning_tree",
+    "lightning.fabric": "lightning_easgd.strategies.trees.fabric_tree",
+    "lightning_fabric": "lightning_easgd.strategies.trees.lightning_fabric_tree",
 }
 
 

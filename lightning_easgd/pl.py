@@ -1,5 +1,5 @@
 """The strategies for the package ``pytorch_lightning``; its Trainer refuses those of ``lightning.pytorch``."""
 
-from lightning_easgd.strategies.pytorch_lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.strategies.trees.pytorch_lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
 
 __all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]

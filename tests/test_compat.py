@@ -26,7 +26,7 @@ from toys import Regression, fitted, quiet_trainer
 
 import lightning_easgd
 from lightning_easgd import LocalStrategy
-from lightning_easgd.strategies.lightning_private import (
+from lightning_easgd.strategies.trainer.lightning_private import (
     communicates_at_epoch_end,
     free_running,
     is_without_steps,

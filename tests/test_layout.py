@@ -1,8 +1,11 @@
 """The rooms of the package, and what each may import: data flows one way."""
 
 import ast
+import importlib
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -117,3 +120,33 @@ def test_the_package_imports_no_laboratory():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+def test_the_contributors_page_says_the_same():
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    table = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert table == ROOMS
+    assert sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()) == sorted(ROOMS)
+    linked = set(re.findall(r"\]\(([^)#]+)\)", page))
+    in_text = rf"`((?:{'|'.join(ROOMS)})/[\w/]+\.py)`"
+    named = {f"lightning_easgd/{target}" for target in re.findall(in_text, page)}
+    missing = [target for target in linked | named if not (PACKAGE.parent / target).exists()]
+    assert linked
+    assert named
+    assert not missing
+
+
+@pytest.mark.parametrize("module", ["lightning_easgd", "lightning_easgd.pl", "lightning_easgd.fabric"])
+@pytest.mark.parametrize("name", ["EASGDStrategy", "DownpourStrategy", "LocalStrategy"])
+def test_a_strategy_is_no_tower(module, name):
+    classes = getattr(importlib.import_module(module), name).__mro__
+    ours = [each for each in classes if each.__module__.startswith("lightning_easgd")]
+    assert len(ours) <= 5
+    once = Counter(
+        attribute
+        for each in ours
+        for attribute, value in vars(each).items()
+        if callable(value) and not attribute.startswith("__") and not getattr(value, "__isabstractmethod__", False)
+    )
+    # What a body says to do nothing about, or asks of the method, is overridden where it is done: once.
+    assert {attribute for attribute, count in once.items() if count > 2} == set()

@@ -26,8 +26,8 @@ import lightning_easgd
 import lightning_easgd.fabric
 import lightning_easgd.pl
 from lightning_easgd.callbacks import ElasticMonitor, TimeSplit
-from lightning_easgd.strategies import lightning_fabric_tree
-from lightning_easgd.strategies.class_trees import tree_of
+from lightning_easgd.strategies.trees import lightning_fabric_tree
+from lightning_easgd.strategies.trees.class_trees import tree_of
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -87,7 +87,7 @@ LIGHTNING, OTHER = ["lightning.fabric", "lightning.pytorch"], ["lightning_fabric
         # Our class first: its tree is imported in the middle of our own module.
         ("from lightning_easgd import EASGDStrategy", ["lightning", "torch"], OTHER),
         ("from lightning_easgd.pl import EASGDStrategy", ["pytorch_lightning", "torch"], LIGHTNING),
-        ("import lightning_easgd.strategies.lightning_fabric_tree", ["torch"], [*LIGHTNING, "pytorch_lightning"]),
+        ("import lightning_easgd.strategies.trees.lightning_fabric_tree", ["torch"], [*LIGHTNING, "pytorch_lightning"]),
         ("import lightning, lightning_easgd, pytorch_lightning", ["lightning", "pytorch_lightning", "torch"], []),
     ],
 )

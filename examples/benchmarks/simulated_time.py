@@ -47,7 +47,7 @@ from lightning_easgd.lab.simulation import (
     time_run,
 )
 from lightning_easgd.lab.simulation.events import Finish
-from lightning_easgd.strategies import elastic_workers
+from lightning_easgd.strategies import easgd as elastic_workers
 
 ELEMENTS = 10_000
 MEGABYTE = 1e6

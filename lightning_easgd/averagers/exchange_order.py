@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 
@@ -182,6 +182,7 @@ class ExchangeLine:
 
     Attributes:
         control: The channel of the headers; it reduces CPU tensors.
+        strategy: Name of the strategy, for errors.
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
@@ -192,6 +193,7 @@ class ExchangeLine:
     """
 
     control: Channel
+    strategy: str = "EASGDStrategy"
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
@@ -209,7 +211,10 @@ class ExchangeLine:
         """
         checksum = zlib.crc32(repr(agreement).encode()) >> (32 - _MARK_BITS)
         mark = (averager + 1 << _MARK_BITS) + checksum
-        return Header(self.control, mark=mark, stop=self.stop_requested, finite=finite)
+        return self._header(mark=mark, finite=finite)
+
+    def _header(self, **said: Any) -> Header:
+        return Header(self.control, strategy=self.strategy, **{"stop": self.stop_requested, **said})
 
     def accept(self, header: Header, clock: int) -> None:
         """Wait for a header, and hear what it carries.
@@ -246,11 +251,11 @@ class ExchangeLine:
         clock = max((averager.clock for averager in averagers), default=0)
         finite = all(averager.is_finite() for averager in averagers)
         while not self.agree():  # after a header that carries a request nobody announces another
-            header = Header(self.control, meeting=meeting, stop=self.stop_requested, finite=finite)
+            header = self._header(meeting=meeting, finite=finite)
             self.accept(header, clock)
             if header.exchange is None:
                 if meeting in _READ_AT:  # once all have come: not a pass over the center for each exchange until then
-                    self.accept(Header(self.control, meeting=meeting, center=_combined(averagers)), clock)
+                    self.accept(self._header(meeting=meeting, center=_combined(averagers), stop=False), clock)
                 self.agree()
                 return
             averagers[header.exchange].join()

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from lightning_easgd.callbacks.curvature import Estimate, HessianProduct, PowerIteration
 from lightning_easgd.callbacks.stable_region import NotJudgedError, StableRegion, region_of
-from lightning_easgd.strategies.center_workers import CenterWorkers
 from lightning_easgd.strategies.rehearsal import copy_batch, rehearsal, rehearse_step
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 from lightning_easgd.strategies.worker_state import random_state, set_random_state
 
 __all__ = ["CurvatureMonitor", "CurvatureReading", "Loss"]
@@ -293,7 +293,7 @@ class _MeanLoss(nn.Module):
 
 
 def _center(trainer: L.Trainer, module: L.LightningModule) -> Mapping[str, Tensor]:
-    if isinstance(trainer.strategy, CenterWorkers):
+    if isinstance(trainer.strategy, TrainerStrategy) and trainer.strategy.has_center:
         return trainer.strategy.known_center
     return dict(module.named_parameters())
 

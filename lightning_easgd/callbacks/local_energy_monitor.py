@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_easgd.callbacks.recording import ElasticStrategy, gather, own_weights, write_csv
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 from lightning_easgd.strategies.worker_state import random_state, set_random_state
-from lightning_easgd.strategies.workers import LocalWorkers
 
 __all__ = ["LOCAL_ENERGY_FILE", "LocalEnergyMonitor"]
 
@@ -114,7 +114,7 @@ class LocalEnergyMonitor(Callback):
     def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         strategy, rank, world = trainer.strategy, trainer.global_rank, trainer.world_size
         has_center = isinstance(strategy, ElasticStrategy)
-        alike = isinstance(strategy, DDPStrategy) and not isinstance(strategy, LocalWorkers) and not has_center
+        alike = isinstance(strategy, DDPStrategy) and not isinstance(strategy, TrainerStrategy) and not has_center
         workers = self.workers and not alike and (has_center or world > 1)
         random = random_state(strategy.root_device)
         try:

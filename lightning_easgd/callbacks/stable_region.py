@@ -10,8 +10,8 @@ from torch.optim import SGD, Optimizer
 from lightning_easgd.stability import downpour, round_robin, synchronous
 from lightning_easgd.stability.advice import Setting
 from lightning_easgd.stability.spectra import Array, first_unstable
-from lightning_easgd.strategies.downpour_workers import DownpourWorkers
-from lightning_easgd.strategies.elastic_workers import ElasticWorkers
+from lightning_easgd.strategies.downpour_family import DownpourMethod
+from lightning_easgd.strategies.easgd import EASGDMethod
 
 __all__ = ["NotJudgedError", "StableRegion", "region_of"]
 
@@ -85,13 +85,13 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int, clock: int =
             or the rates are outside of it.
     """
     momentum = _momentum(optimizer)
-    if isinstance(strategy, DownpourWorkers):
+    if isinstance(strategy, DownpourMethod):
         if momentum or strategy.momentum is not None:
             raise NotJudgedError("the analysis of DOWNPOUR has no momentum")
         _check_turns(workers)
         text = f"DOWNPOUR with {workers} workers, tau={strategy.tau}"
         return StableRegion(text, "downpour.radius", _downpour_limit(workers, strategy.tau))
-    if not isinstance(strategy, ElasticWorkers):
+    if not isinstance(strategy, EASGDMethod):
         text = f"SGD with Nesterov momentum={momentum:g}" if momentum else "SGD"
         return StableRegion(text, "synchronous.largest_scaled_lr", _synchronous_limit(0.0, 0.0, 1, 1, momentum))
     if momentum and strategy.momentum is None:

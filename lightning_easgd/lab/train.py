@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from lightning_easgd.lab import plots, report
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.lab.models import Classifier
-from lightning_easgd.strategies.center_workers import CenterWorkers
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 _COMMAND = "easgd-train"
 CONFIG_FILE = report.CONFIG_FILE
@@ -184,7 +184,7 @@ def _check_optimizer(config: DictConfig, strategy: object) -> None:
     """Builds the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
     try:
         optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
-        if isinstance(strategy, CenterWorkers):
+        if isinstance(strategy, TrainerStrategy) and strategy.has_center:
             strategy.prepare_optimizer(optimizer)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}") from error

@@ -164,7 +164,7 @@ class LookAheadPosition(Position):
         return self._numbers.of(group["lr"]) * self._numbers.of(group["momentum"])
 
 
-def make_nesterov(optimizer: Optimizer, momentum: float) -> None:
+def make_nesterov(optimizer: Optimizer, momentum: float, strategy: str = "EASGDStrategy") -> None:
     """Make an SGD optimizer the worker of EAMSGD: Nesterov momentum δ, in place.
 
     A parameter group that has a momentum keeps it and becomes Nesterov too.
@@ -172,6 +172,7 @@ def make_nesterov(optimizer: Optimizer, momentum: float) -> None:
     Args:
         optimizer: The worker's optimizer.
         momentum: δ for the groups that have none.
+        strategy: The class of which it is an argument, for errors.
 
     Raises:
         TypeError: If the optimizer is not :class:`torch.optim.SGD`.
@@ -179,7 +180,7 @@ def make_nesterov(optimizer: Optimizer, momentum: float) -> None:
     """
     if not isinstance(optimizer, SGD):
         raise TypeError(
-            f"EASGDStrategy(momentum={momentum}): EAMSGD is defined for SGD, but the optimizer is"
+            f"{strategy}(momentum={momentum}): EAMSGD is defined for SGD, but the optimizer is"
             f" {type(optimizer).__name__}. Use torch.optim.SGD, or leave momentum=None (strategy 'easgd'), which works"
             " with any optimizer."
         )
@@ -187,7 +188,7 @@ def make_nesterov(optimizer: Optimizer, momentum: float) -> None:
     for group in groups:
         if group["dampening"] != 0:
             raise ValueError(
-                f"EASGDStrategy(momentum={momentum}): SGD(dampening={group['dampening']}) excludes Nesterov momentum;"
+                f"{strategy}(momentum={momentum}): SGD(dampening={group['dampening']}) excludes Nesterov momentum;"
                 " set dampening=0."
             )
         group["momentum"] = group["momentum"] or momentum

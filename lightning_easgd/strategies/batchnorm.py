@@ -12,7 +12,6 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_easgd.strategies.center_workers import CenterWorkers
 from lightning_easgd.strategies.rehearsal import copy_batch, rehearsal, rehearse_step
 from lightning_easgd.tensors.buffers import keep_buffers, restore_buffers
 
@@ -76,8 +75,8 @@ class RecalibrateBatchNorm(Callback):
         if stage != "fit" or not self.batches:
             return
         self._latest.clear()
-        strategy = trainer.strategy
-        if not isinstance(strategy, CenterWorkers):
+        strategy: Any = trainer.strategy
+        if not getattr(strategy, "has_center", False):
             rank_zero_warn(
                 f"RecalibrateBatchNorm(batches={self.batches}): {type(strategy).__name__} has no center; BatchNorm's"
                 " statistics stay as they are."
@@ -118,8 +117,9 @@ class RecalibrateBatchNorm(Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
         """Lets go of the batches."""
-        if self._active and isinstance(trainer.strategy, CenterWorkers):
-            trainer.strategy.calibrate_buffers_with(None)
+        if self._active:
+            strategy: Any = trainer.strategy
+            strategy.calibrate_buffers_with(None)
         self._active = False
         self._latest.clear()
         self._training = {}

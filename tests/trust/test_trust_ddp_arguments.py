@@ -20,7 +20,7 @@ import lightning_easgd
 import lightning_easgd.fabric
 import lightning_easgd.pl
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
-from lightning_easgd.strategies import lightning_fabric_tree
+from lightning_easgd.strategies.trees import lightning_fabric_tree
 
 pytestmark = [
     pytest.mark.timeout(120),

@@ -15,7 +15,6 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
-from lightning_easgd.strategies.kept_states import KeptStates
 from lightning_easgd.strategies.worker_state.interning import interned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed")
@@ -53,12 +52,6 @@ class Adapted(Regression):
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.last = {name: value.detach().clone() for name, value in (*self.named_parameters(), *self.named_buffers())}
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the meetings of a run find out by themselves."""
-    monkeypatch.setattr(KeptStates, "_same_everywhere", frozenset({*SHARED, "table"}))
 
 
 def train(folder: Path, strategy: Any, ranks: int, module: Any = Adapted) -> dict[str, Tensor]:

@@ -366,7 +366,7 @@ def averager_of(optimizer):
 
 
 def position(averager):
-    into = averager.center.like()
+    into = averager.center.values.like()
     with torch.no_grad():
         averager._position.write(into, averager.parameters)
     return into.flat.tolist()

@@ -23,7 +23,7 @@ from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
-from lightning_easgd.transport.channel import Channel
+from lightning_easgd.transport.channel import Channel, ExchangeError
 from lightning_easgd.transport.staging import brought_near
 
 __all__ = ["SynchronousAverager", "SynchronousAveraging"]
@@ -90,7 +90,7 @@ class SynchronousAverager(Averager):
         self._line = line
         everyones = differing(self._averaged.described, line.control)
         if everyones is not None:
-            check_in_common(everyones, line.control.rank, "EASGDStrategy")
+            check_in_common(everyones, line.control.rank, line.strategy)
         self._number = number
         self._tau = tau
         self._rates = rates
@@ -304,7 +304,10 @@ class SynchronousAverager(Averager):
         before = self.parameters
         self._averaged.take_in()
         origins = self._lay_out(before)
-        self._sum = self._sum.renewed(self.center, origins)
+        try:
+            self._sum = self._sum.renewed(self.center, origins)
+        except ExchangeError as error:
+            raise ExchangeError(f"{self._line.strategy}{error}") from error
 
     @torch.no_grad()
     def _lay_out(self, known: Sequence[Tensor]) -> list[int | None]:
@@ -337,8 +340,8 @@ class SynchronousAverager(Averager):
         control.sum(flat).wait()
         if not all_finite([flat]):
             raise NonFiniteError(
-                "EASGDStrategy: the optimizer has parameters that are not finite on rank 0, where their center would"
-                " begin."
+                f"{self._line.strategy}: the optimizer has parameters that are not finite on rank 0, where their center"
+                " would begin."
             )
         for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
             value.copy_(part.view(value.shape))
@@ -357,6 +360,7 @@ class SynchronousAveraging(Averaging):
         position: What the workers exchange.
         center_device: Where the center and the differences are; None for where the parameters are.
         on_astray: What a worker whose difference is not finite means to the run.
+        strategy: Name of the strategy, for errors.
     """
 
     def __init__(
@@ -370,11 +374,13 @@ class SynchronousAveraging(Averaging):
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         on_astray: AstrayPolicy | None = None,
+        strategy: str = "EASGDStrategy",
     ) -> None:
+        self.strategy = strategy
         self._center_device = center_device
         self.control = control
-        self.on_astray = on_astray or FailIfAstray()
-        self._line = ExchangeLine(control, on_astray=self.on_astray)
+        self.on_astray = on_astray or FailIfAstray(strategy)
+        self._line = ExchangeLine(control, strategy, on_astray=self.on_astray)
         self._make_sum = make_sum
         self.statistics = self._line.statistics
         self._tau = tau

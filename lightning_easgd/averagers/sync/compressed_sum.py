@@ -127,7 +127,7 @@ class CompressedSum(DifferenceSum):
             self._residual.flat.copy_(residual)
         else:
             warnings.warn(
-                f"EASGDStrategy(wire_dtype=...): the checkpoint's residual has {residual.numel()} elements, this run's"
+                f"wire_dtype: the checkpoint's residual has {residual.numel()} elements, this run's"
                 f" {self._residual.flat.numel()}; it starts at zero: what the last messages lacked is not sent.",
                 RuntimeWarning,
                 stacklevel=2,

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_easgd.method.downpour import polyak_rate, running_average_
-from lightning_easgd.strategies.lightning_private import saves_in_epoch
+from lightning_easgd.strategies.trainer.lightning_private import saves_in_epoch
 
 __all__ = ["IterateAverage"]
 

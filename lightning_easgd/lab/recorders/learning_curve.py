@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
-from lightning_easgd.strategies.workers import LocalWorkers
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 __all__ = ["CURVE_FILE", "LearningCurve"]
 
@@ -149,7 +149,7 @@ def _bytes_sent(trainer: L.Trainer, module: L.LightningModule, steps: int) -> in
     strategy = trainer.strategy
     if isinstance(strategy, ElasticStrategy):
         return strategy.communication.bytes_sent
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, LocalWorkers):
+    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, TrainerStrategy):
         size = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         return ddp_bytes(size, steps, trainer.world_size)
     return 0

@@ -1,12 +1,19 @@
-"""The processes of the workers: the part that all strategies of this package share, in every class tree."""
+"""A worker's process: the part that all strategies of this package share, in every class tree."""
 
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.optim import Optimizer
 
-from lightning_easgd.strategies.class_trees import check_tree, describe, tree_of
+from lightning_easgd.averagers import Averaging
+from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.strategies.common_start import broadcast_states
 from lightning_easgd.strategies.ddp_arguments import (
     DDPArguments,
@@ -14,9 +21,13 @@ from lightning_easgd.strategies.ddp_arguments import (
     takes_ddp_arguments,
     warn_without_effect,
 )
-from lightning_easgd.strategies.lightning_private import interactive_error
+from lightning_easgd.strategies.failures import is_of_process_group
+from lightning_easgd.strategies.trainer.lightning_private import interactive_error
+from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
+from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.roll_call import RollCall
 
-__all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcesses"]
+__all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcess"]
 
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
@@ -34,10 +45,15 @@ if TYPE_CHECKING:
         _timeout: timedelta | None
         _ddp_kwargs: dict[str, Any]
         _start_method: StartMethod
+        _launcher: Any
 
         def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
         @property
         def num_processes(self) -> int: ...
+        @property
+        def world_size(self) -> int: ...
+        @property
+        def global_rank(self) -> int: ...
         @property
         def node_rank(self) -> int: ...
         @property
@@ -50,8 +66,8 @@ else:
     _Base = object
 
 
-class WorkerProcesses(_Base):
-    """p workers, each a process with its own model; mixed into the ``DDPStrategy`` of a class tree.
+class WorkerProcess(_Base):
+    """A worker: a process with a model of its own, one of p; mixed into the ``DDPStrategy`` of a class tree.
 
     It keeps DDPStrategy's processes, ranks, samplers and collectives. What it needs of the tree below is in ``_Base``.
 
@@ -92,7 +108,16 @@ class WorkerProcesses(_Base):
         ValueError: If ``timeout`` is not positive.
     """
 
+    method: ClassVar[str]
+    """Its name in checkpoints: workers of one method can go on where workers of the same method stopped."""
+
+    has_center: ClassVar[bool] = True
+    """Whether the workers of this method have a center."""
+
+    on_nonfinite: str
+
     _is_rank = False
+    _roll_call: RollCall | None = None  # from setup_environment on
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
@@ -128,9 +153,44 @@ class WorkerProcesses(_Base):
         warn_without_effect(type(self).__name__, without_effect)
 
     def setup_environment(self) -> None:
-        """Become a rank; the process that only spawns or forks the ranks never does."""
+        """Become a rank, which the process that only spawns or forks the ranks never does; set up the process group.
+
+        And what tells who is missing if a collective operation fails.
+        """
         super().setup_environment()
         self._is_rank = True
+        if dist.is_initialized():  # it is not where somebody else makes the group
+            self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+
+    # What a method says
+
+    @property
+    @abstractmethod
+    def is_served(self) -> bool:
+        """Whether the center is a served one."""
+
+    @property
+    @abstractmethod
+    def rule(self) -> CenterRule:
+        """How the center moves."""
+
+    @abstractmethod
+    def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging | None:
+        """Make the averaging of one training, None if there is no center; all ranks do it at the same point."""
+
+    @abstractmethod
+    def prepare_optimizer(self, optimizer: Optimizer) -> None:
+        """Check an optimizer, and make it what a worker trains with, in place.
+
+        Raises:
+            TypeError: If this strategy cannot work with it.
+        """
+
+    @abstractmethod
+    def is_prepared(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it; asked before every step."""
+
+    # The process
 
     @property
     def only_launches(self) -> bool:
@@ -153,7 +213,26 @@ class WorkerProcesses(_Base):
 
     def _who_is_missing(self) -> str:
         """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
-        return ""
+        return "" if self._roll_call is None else self._roll_call.explain()
+
+    @contextmanager
+    def _naming_the_missing(self, what: str) -> Iterator[None]:
+        """Context of a collective operation of Lightning's: its error says who was missing, and what to do."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_of_process_group(error):
+                raise
+            raise ExchangeError(
+                f"{type(self).__name__}(timeout={self._timeout}): a {what} of Lightning's failed on rank"
+                f" {self.global_rank}. {self._who_is_missing()} Cause: {error}"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process is of no run: it has no store to call the roll on.
+        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
+        state.pop("_roll_call", None)
+        return state
 
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.
@@ -170,6 +249,17 @@ class WorkerProcesses(_Base):
                 )
         super()._configure_launcher()
         self._check_interactive()
+        launcher = self._make_launcher()
+        if launcher is not None:
+            self._launcher = launcher
+        self._warn_of_arguments()
+
+    def _make_launcher(self) -> Any:
+        """The launcher in place of Lightning's; None for that."""
+        return None
+
+    def _warn_of_arguments(self) -> None:
+        """Warn of arguments that do not go with the number of workers, which is known now."""
 
     def _check_interactive(self) -> None:
         """Raise where Lightning is about to, but name what this package has for notebooks."""

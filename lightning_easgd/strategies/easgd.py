@@ -1,4 +1,4 @@
-"""Workers held together by elastic averaging: the body of the EASGD strategies, free of a class tree."""
+"""Elastic averaging: arguments and averaging of the EASGD strategies, free of a class tree."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -30,15 +30,22 @@ from lightning_easgd.method.position import LookAheadPosition, ParameterPosition
 from lightning_easgd.method.rates import MovingRates, check_number
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.method.schedules import Schedule
+from lightning_easgd.strategies.center_method import (
+    CenterMethod,
+    OnNonFinite,
+    OnWorkerLoss,
+    Order,
+    check_optimizer,
+    check_period,
+)
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
-from lightning_easgd.strategies.kept_states import WorkerState
-from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
-from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
-__all__ = ["ElasticWorkers"]
+__all__ = ["EASGDMethod"]
 
 
-class ElasticWorkers(ServedWorkers):
+class EASGDMethod(CenterMethod):
     r"""Elastic Averaging SGD: workers train on their own and are pulled together with a center every ``tau`` steps.
 
     .. math::
@@ -115,7 +122,7 @@ class ElasticWorkers(ServedWorkers):
         ValueError: If a value is out of its range, or ``alpha`` and ``rho`` are both given.
     """
 
-    _method = "elastic averaging"
+    method = "elastic averaging"
 
     @takes_ddp_arguments
     def __init__(
@@ -187,18 +194,17 @@ class ElasticWorkers(ServedWorkers):
         self.center_device = center_device
         self._has_chosen_backend = process_group_backend is not None
 
-    def _configure_launcher(self) -> None:
-        super()._configure_launcher()
+    def _warn_of_arguments(self) -> None:
         problem = self.rates.instability(self._count_of_workers)
         if problem is not None and self.center_rule is None:
             rank_zero_warn(problem)
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer and the rates that follow from it, and for EAMSGD make it Nesterov."""
-        super().prepare_optimizer(optimizer)
+        check_optimizer(type(self).__name__, optimizer)
         self.rates.warn_of(optimizer, self._count_of_workers)
         if self.momentum is not None:
-            make_nesterov(optimizer, self.momentum)
+            make_nesterov(optimizer, self.momentum, type(self).__name__)
 
     @property
     def _registered_name(self) -> str:
@@ -223,11 +229,12 @@ class ElasticWorkers(ServedWorkers):
         """Whether the center is a served one."""
         return self.mode == "async"
 
-    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
+    def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
+        """Make the averaging of one training; all ranks do it at the same point."""
         position = ParameterPosition if self.momentum is None else LookAheadPosition
         if self.is_served:
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
-            return self._serve(elastic_exchange(self.rates, self.rule), averager)
+            return self._served_averaging(elastic_exchange(self.rates, self.rule), averager)
         assert self._timeout is not None
         control: Channel = ProcessGroupChannel("gloo", self._timeout, type(self).__name__, self._who_is_missing)
         if self.num_nodes == 1 and not self._has_chosen_backend:
@@ -243,6 +250,7 @@ class ElasticWorkers(ServedWorkers):
             position=position,
             center_device=self.center_device,
             on_astray=self._astray_policy(),
+            strategy=type(self).__name__,
         )
 
     def _make_sums(self, control: Channel, timeout: timedelta, number: int) -> MakeSum:

@@ -1,11 +1,11 @@
-"""Keeping each worker's own state with a checkpoint, under a Trainer and under Fabric."""
+"""Keeping each worker's own state with a checkpoint, under a Trainer and under Fabric: the one owner of the format."""
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, Literal, Protocol, final
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging
 from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.worker_state import (
     EmbeddedStates,
     Layout,
@@ -29,7 +30,7 @@ from lightning_easgd.strategies.worker_state import (
 )
 from lightning_easgd.tensors.flat_tensors import as_real
 
-__all__ = ["KEY", "Kept", "KeptStates", "WorkerState", "edited_tensors", "named_tensors"]
+__all__ = ["KEY", "Kept", "StateKeeper", "WorkerState", "edited_tensors", "named_tensors"]
 
 WorkerState = Literal["embed", "sidecar", "none"]
 
@@ -38,24 +39,18 @@ KEY = "easgd"
 
 _FORMAT = 1
 
-if TYPE_CHECKING:
 
-    class _Base:
-        """What the strategies of each tree have."""
+class Ranks(Protocol):
+    """What a keeper asks of the strategy that owns it."""
 
-        _timeout: timedelta | None
-
-        @property
-        def rule(self) -> CenterRule: ...
-        def __init__(self, *arguments: Any, **keywords: Any) -> None: ...
-        @property
-        def world_size(self) -> int: ...
-        @property
-        def global_rank(self) -> int: ...
-        def broadcast(self, obj: Any, src: int = 0) -> Any: ...
-        def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
-else:
-    _Base = object
+    @property
+    def rule(self) -> CenterRule: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def global_rank(self) -> int: ...
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -88,64 +83,77 @@ class Kept:
     own: Mapping[str, Any] | None = None
 
 
-class KeptStates(_Base):
-    """Says where the workers' states are kept, and which of them a resumed worker may go on from."""
+@final
+class StateKeeper:
+    """Says where the workers' states are kept, and which of them a resumed worker may go on from.
 
-    _method: ClassVar[str]
-    """Workers of one method can go on where workers of the same method stopped."""
+    Args:
+        strategy: The strategy; its class's name stands in errors.
+        method: Workers of one method can go on where workers of the same method stopped.
+        worker_state: "embed" (inside the checkpoint), "sidecar" (one file of each worker beside it) or "none".
+        timeout: How long to wait for the slowest rank.
 
-    _same_everywhere: frozenset[str] = frozenset()
-    """Parameters and buffers that no averager has and that are the same on all ranks, as of the latest meeting."""
+    Raises:
+        ValueError: If ``worker_state`` is unknown.
+    """
 
-    def __init__(self, *arguments: Any, worker_state: str = "embed", **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
+    def __init__(self, strategy: Ranks, method: str, worker_state: str, timeout: timedelta) -> None:
+        self._name = type(strategy).__name__
         if worker_state not in ("embed", "sidecar", "none"):
             raise ValueError(
-                f"{type(self).__name__}(worker_state={worker_state!r}): unknown; use 'embed' (inside the checkpoint),"
+                f"{self._name}(worker_state={worker_state!r}): unknown; use 'embed' (inside the checkpoint),"
                 " 'sidecar' (one file of each worker beside it, for large models) or 'none'."
             )
-        self.worker_state = worker_state
+        self._ranks = strategy
+        self._method = method
+        self._worker_state = worker_state
+        self._timeout = timeout
         self._generations: dict[str, str] = {}  # that the checkpoints name, by the folder beside each
+
+    @property
+    def keeps_workers(self) -> bool:
+        """Whether each worker's own state is kept."""
+        return self._worker_state != "none"
 
     # Saving
 
-    def _common_part(
-        self, module: nn.Module, averagers: Sequence[Averager], center: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def common(self, session: CenterSession, center: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds under :data:`KEY` whether or not the workers' own states are kept."""
+        module, averagers = session.module, session.averagers
         return {
             "format": _FORMAT,
             "method": self._method,
-            "world_size": self.world_size,
+            "world_size": self._ranks.world_size,
             "center": center,
             "exchanged": [averager.has_exchanged for averager in averagers],
             "trained": sorted(_names_of_averaged(module, averagers)),
-            "stores": list(self.rule.names),
+            "stores": list(self._ranks.rule.names),
             "clocks": [averager.clock for averager in averagers],
             "layouts": [list(layout) for layout in layouts_of(module, averagers)],
-            "shared": sorted(self._shared_tensors(module)),
+            "shared": sorted(_shared_tensors(session)),
         }
 
-    def _own_tensors(self, module: nn.Module) -> dict[str, Tensor]:
+    def own_tensors(self, session: CenterSession) -> dict[str, Tensor]:
         """The tensors that are each worker's own."""
-        shared = self._shared_tensors(module)
-        return {name: tensor for name, tensor in named_tensors(module).items() if name not in shared}
+        shared = _shared_tensors(session)
+        return {name: tensor for name, tensor in named_tensors(session.module).items() if name not in shared}
 
-    def _shared_tensors(self, module: nn.Module) -> frozenset[str]:
-        return self._same_everywhere & named_tensors(module).keys() - _unsaved_buffers(module)
-
-    def _states(self) -> WorkerStates:
-        assert self._timeout is not None
-        if self.worker_state == "none" or (self.world_size > 1 and not dist.is_initialized()):  # a worker is lost
+    def states(self) -> WorkerStates:
+        """Where the workers' states of the next checkpoint go."""
+        if not self.keeps_workers or (self._ranks.world_size > 1 and not dist.is_initialized()):  # a worker is lost
             return NoStates()
-        if self.worker_state == "embed":
-            return EmbeddedStates(type(self).__name__, self._timeout)
+        if self._worker_state == "embed":
+            return EmbeddedStates(self._name, self._timeout)
         return SidecarStates(
-            type(self).__name__, self.global_rank, self.broadcast, self.reduce_boolean_decision, self._generations
+            self._name,
+            self._ranks.global_rank,
+            self._ranks.broadcast,
+            self._ranks.reduce_boolean_decision,
+            self._generations,
         )
 
     @contextlib.contextmanager
-    def _written_or_discarded(self, states: WorkerStates, path: str) -> Iterator[None]:
+    def written_or_discarded(self, states: WorkerStates, path: str) -> Iterator[None]:
         """Context in which rank 0 writes the checkpoint; if it cannot, all ranks end, and without what they kept."""
         problem: Exception | None = None
         try:
@@ -153,20 +161,20 @@ class KeptStates(_Base):
         except Exception as error:
             problem = error
         # A worker is lost where the ranks' group is gone: rank 0 alone knows whether it could write.
-        together = self.world_size == 1 or dist.is_initialized()
-        if self.reduce_boolean_decision(problem is None) if together else problem is None:
+        together = self._ranks.world_size == 1 or dist.is_initialized()
+        if self._ranks.reduce_boolean_decision(problem is None) if together else problem is None:
             return
         states.discard()
         if problem is not None:
             raise problem
         raise RuntimeError(
-            f"{type(self).__name__}: rank 0 could not write the checkpoint {path!r}; look for its error. The previous"
+            f"{self._name}: rank 0 could not write the checkpoint {path!r}; look for its error. The previous"
             " one is whole."
         )
 
     # Resuming
 
-    def _find(self, saved: Mapping[str, Any] | None, path: str, weights_only: bool | None = None) -> Kept:
+    def find(self, saved: Mapping[str, Any] | None, path: str, weights_only: bool | None = None) -> Kept:
         """What a checkpoint keeps for this worker, as far as all workers can go on from theirs."""
         if saved is None:
             return Kept()
@@ -186,18 +194,18 @@ class KeptStates(_Base):
             trained=frozenset(saved.get("trained", ())),
             fingerprints=saved.get("fingerprints"),
         )
-        if self.worker_state == "none":
+        if not self.keeps_workers:
             return common
-        if saved["world_size"] != self.world_size:
+        if saved["world_size"] != self._ranks.world_size:
             rank_zero_warn(
                 f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
-                f" {self.world_size}."
+                f" {self._ranks.world_size}."
             )
             return common
         if "generation" in saved:
             self._generations[sidecar_folder(path)] = saved["generation"]
-        state = read_worker_state(dict(saved), path, self.global_rank, weights_only)
-        if self.reduce_boolean_decision(state is not None):
+        state = read_worker_state(dict(saved), path, self._ranks.global_rank, weights_only)
+        if self._ranks.reduce_boolean_decision(state is not None):
             return replace(common, own=state)
         what = (
             "the state of a worker is missing or torn"
@@ -207,7 +215,7 @@ class KeptStates(_Base):
         rank_zero_warn(f"{at_center}: {what}.")
         return common
 
-    def _with_edits(self, kept: Kept, loaded: Mapping[str, Any]) -> Kept:
+    def with_edits(self, kept: Kept, loaded: Mapping[str, Any]) -> Kept:
         """The same, but in this worker's state what has been edited in the common one since it was saved.
 
         Args:
@@ -220,36 +228,36 @@ class KeptStates(_Base):
         merged, edited = with_edits(mine, loaded, kept.fingerprints, fingerprints(loaded))
         if edited:
             rank_zero_warn(
-                f"{type(self).__name__}: {', '.join(edited)} changed since the checkpoint was saved, and every worker"
+                f"{self._name}: {', '.join(edited)} changed since the checkpoint was saved, and every worker"
                 " goes on with what is there now."
             )
         return replace(kept, own={**kept.own, **merged})
 
-    def _start_center(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
+    def start_center(self, kept: Kept, session: CenterSession, edited: Collection[str]) -> None:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
-        averagers = list(averaging.averagers.values())
+        module, averaging, averagers = session.module, session.averaging, session.averagers
         if averagers and kept.center:
             layouts = layouts_of(module, averagers)
             if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
                 apart = zip(kept.layouts or layouts, kept.exchanged or (), strict=False)
                 edited = {*edited, *(name for layout, exchanged in apart if not exchanged for name, _ in layout)}
-            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self.rule.names, edited))
+            averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self._ranks.rule.names, edited))
             for averager in averagers:
                 averager.start_at_center()
 
     @torch.no_grad()
-    def _restore(self, kept: Kept, module: nn.Module, averaging: Averaging, edited: Collection[str]) -> None:
+    def restore(self, kept: Kept, session: CenterSession, edited: Collection[str]) -> None:
         """Let this worker go on where it was saved, edited tensors at the center; or its clocks alone.
 
         The optimizers have their states already.
         """
-        averagers = list(averaging.averagers.values())
+        module, averagers = session.module, session.averagers
         if kept.own is None:
             for averager, clock in zip(averagers, kept.clocks, strict=False):
                 averager.go_on_at(clock)
             return
         self._restore_tensors(kept, module, edited)
-        _forget_other_shapes(averaging.averagers, module, kept.own["tensors"])
+        _forget_other_shapes(session.averaging.averagers, module, kept.own["tensors"])
         layouts = layouts_of(module, averagers)
         saved = kept.own["averagers"]
         names = {name for name, _ in chain.from_iterable(layouts)} - set(edited)
@@ -272,7 +280,7 @@ class KeptStates(_Base):
                 changed.append(name)
         if changed:
             rank_zero_warn(
-                f"{type(self).__name__}: {', '.join(sorted(changed))} had other names, shapes or values, or did not"
+                f"{self._name}: {', '.join(sorted(changed))} had other names, shapes or values, or did not"
                 " exist, where the checkpoint was saved, and start at the center."
             )
 
@@ -334,6 +342,11 @@ def _names_of_averaged(module: nn.Module, averagers: Sequence[Averager]) -> set[
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, also those that are not part of the module's state."""
     return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _shared_tensors(session: CenterSession) -> frozenset[str]:
+    module = session.module
+    return session.same_everywhere & named_tensors(module).keys() - _unsaved_buffers(module)
 
 
 def _unsaved_buffers(module: nn.Module) -> set[str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import override
 
 from lightning_easgd.averagers import Statistics
-from lightning_easgd.strategies.center_readings import CenterReadings
-from lightning_easgd.strategies.workers import LocalWorkers
+from lightning_easgd.strategies.center_method import CenterMethod
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as _Base
@@ -33,7 +33,7 @@ class RankLauncher(_Base):
 
     @override
     def launch(self, function: Callable[..., Any], *arguments: Any, trainer: Any = None, **keywords: Any) -> Any:
-        if isinstance(self._strategy, CenterReadings) and trainer is not None and trainer.state.fn == "fit":
+        if isinstance(self._strategy, CenterMethod) and trainer is not None and trainer.state.fn == "fit":
             self._strategy.take_launched(None)  # of an earlier fit
         return super().launch(function, *arguments, trainer=trainer, **keywords)
 
@@ -41,13 +41,13 @@ class RankLauncher(_Base):
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
         extra = super().get_extra_results(trainer)
         strategy = self._strategy
-        if isinstance(strategy, CenterReadings) and trainer.state.fn == "fit" and not strategy.only_launches:
+        if isinstance(strategy, CenterMethod) and trainer.state.fn == "fit" and not strategy.only_launches:
             extra[_KEY] = dataclasses.asdict(strategy.communication)
         return extra
 
     @override
     def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
-        if isinstance(self._strategy, CenterReadings) and _KEY in extra:
+        if isinstance(self._strategy, CenterMethod) and _KEY in extra:
             self._strategy.take_launched(Statistics(**extra[_KEY]))
         super().update_main_process_results(trainer, extra)
 
@@ -55,7 +55,7 @@ class RankLauncher(_Base):
         try:
             super()._wrapping_function(*arguments, **keywords)
         except BaseException as error:
-            if isinstance(self._strategy, LocalWorkers):
+            if isinstance(self._strategy, TrainerStrategy):
                 self._strategy.end_rank(error)
             if isinstance(error, self._sigterm_exception) and not error.code:
                 # With exit code 0 the parent would wait for a result for ever.

@@ -8,7 +8,7 @@ _STRATEGIES = {
     "lightning.pytorch": "lightning_easgd.{}",
     "pytorch_lightning": "lightning_easgd.pl.{}",
     "lightning.fabric": "lightning_easgd.fabric.{}",
-    "lightning_fabric": "lightning_easgd.strategies.lightning_fabric_tree.{}",
+    "lightning_fabric": "lightning_easgd.strategies.trees.lightning_fabric_tree.{}",
 }
 
 

@@ -189,7 +189,7 @@ def interactive_error(tree: str | None, remedy: str) -> Exception | None:
     To be called where Lightning has its strategies configure their launchers, just before it would raise its own.
 
     Args:
-        tree: The package of a class tree, as of :func:`~lightning_easgd.strategies.class_trees.tree_of`.
+        tree: The package of a class tree, as of :func:`~lightning_easgd.strategies.trees.class_trees.tree_of`.
         remedy: What comes after the sentence that says what was given.
     """
     connector = sys.modules.get(f"{tree}.connector") or sys.modules.get(

@@ -1,4 +1,4 @@
-"""The DOWNPOUR family, the baselines of the EASGD paper: the body of the strategies, free of a class tree."""
+"""The DOWNPOUR family, the baselines of the EASGD paper: arguments and averaging, free of a class tree."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -19,15 +19,22 @@ from lightning_easgd.method.rules import (
     PolyakRate,
     PushExchange,
 )
+from lightning_easgd.strategies.center_method import (
+    CenterMethod,
+    OnNonFinite,
+    OnWorkerLoss,
+    Order,
+    check_optimizer,
+    check_period,
+)
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
-from lightning_easgd.strategies.kept_states import WorkerState
-from lightning_easgd.strategies.processes import DEFAULT_TIMEOUT, StartMethod
-from lightning_easgd.strategies.served_workers import OnNonFinite, OnWorkerLoss, Order, ServedWorkers, check_period
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
-__all__ = ["DownpourWorkers"]
+__all__ = ["DownpourMethod"]
 
 
-class DownpourWorkers(ServedWorkers):
+class DownpourMethod(CenterMethod):
     r"""DOWNPOUR and its variants: every ``tau`` steps a worker adds its update to the center and takes it over.
 
     .. math:: \tilde x \leftarrow \tilde x + v^i, \qquad x^i \leftarrow \tilde x, \qquad v^i \leftarrow 0
@@ -74,7 +81,7 @@ class DownpourWorkers(ServedWorkers):
         ValueError: If a value is out of its range, or ``momentum`` is given and ``tau`` > 1.
     """
 
-    _method = "DOWNPOUR"
+    method = "DOWNPOUR"
 
     @takes_ddp_arguments
     def __init__(
@@ -146,9 +153,18 @@ class DownpourWorkers(ServedWorkers):
             return rule
         return AveragedRule(rule, PolyakRate() if self.average == "polyak" else ConstantRate(float(self.average)))
 
+    @property
+    def is_served(self) -> bool:
+        """Whether the center is a served one."""
+        return True
+
+    def is_prepared(self, optimizer: Optimizer) -> bool:  # noqa: ARG002
+        """Whether an optimizer still is what :meth:`prepare_optimizer` has made it."""
+        return True
+
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer; for MDOWNPOUR only plain SGD will do, whose steps are gradients."""
-        super().prepare_optimizer(optimizer)
+        check_optimizer(type(self).__name__, optimizer)
         if self.momentum is None:
             return
         if not isinstance(optimizer, SGD) or any(group["momentum"] for group in optimizer.param_groups):
@@ -157,8 +173,9 @@ class DownpourWorkers(ServedWorkers):
                 f" gradients; give torch.optim.SGD without momentum, not {type(optimizer).__name__}."
             )
 
-    def _make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:  # noqa: ARG002
-        return self._serve(PushExchange(self.rule), partial(DownpourAverager, tau=self.tau))
+    def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:  # noqa: ARG002
+        """Make the averaging of one training; all ranks do it at the same point."""
+        return self._served_averaging(PushExchange(self.rule), partial(DownpourAverager, tau=self.tau))
 
 
 def _is_number(value: object) -> bool:

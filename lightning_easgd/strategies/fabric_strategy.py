@@ -1,0 +1,318 @@
+"""The body of the strategies for Fabric, whose training loop is the user's own; free of a class tree."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_easgd.averagers import Meeting, Statistics
+from lightning_easgd.strategies.outside_values import ignored_names
+from lightning_easgd.strategies.session import CenterSession
+from lightning_easgd.strategies.steps import Steps
+from lightning_easgd.strategies.worker_process import WorkerProcess
+from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
+from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
+
+if TYPE_CHECKING:
+    from lightning.fabric.strategies.ddp import DDPStrategy as _Base
+else:
+    _Base = object
+
+__all__ = ["FabricStrategy"]
+
+
+class FabricStrategy(WorkerProcess, _Base):
+    """Workers in a loop of the user's own, of which a method says how they are averaged.
+
+    The center begins where rank 0 is, at the first optimizer step. Checkpoints hold the center, and so does the module
+    in :meth:`center_weights` and after :meth:`finalize`, with which every training ends. A checkpoint that has an
+    optimizer in it also holds each worker's own state: parameters, buffers, optimizer states, clocks, and the states of
+    the random number generators. A method without a center leaves the workers alone.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        evaluate: str = "center",
+        recalibrate_batchnorm: int = 0,
+        worker_state: str = "none",
+        **keywords: Any,
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        if evaluate != "center":
+            raise ValueError(
+                f"{type(self).__name__}(evaluate={evaluate!r}): Fabric has no validation; outside of"
+                " strategy.center_weights(module) the module holds the worker's own weights."
+            )
+        if recalibrate_batchnorm != 0:
+            raise ValueError(
+                f"{type(self).__name__}(recalibrate_batchnorm={recalibrate_batchnorm!r}): Fabric does not know the"
+                " forward pass of a training step; call torch.optim.swa_utils.update_bn inside of"
+                " strategy.center_weights(module)."
+            )
+        assert self._timeout is not None
+        self.worker_state = worker_state
+        self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
+        self._backward_sync_control: Any = _NoBackwardSync()
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[Optimizer] = []  # none where there is no center
+        self._session: CenterSession | None = None  # from the first step to finalize
+        self._steps: Steps | None = None  # from the first optimizer's setup to finalize
+        self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
+        self._resumed = Kept()  # what to go on from at the next step
+        self._statistics = Statistics()
+
+    # What users call
+
+    @contextlib.contextmanager
+    def center_weights(self, module: nn.Module | None = None) -> Iterator[None]:
+        """Context in which all modules hold the center; afterwards the worker's own values, bit for bit.
+
+        All ranks enter it at the same point of their work. A rank that comes first takes part in the others'
+        exchanges until they come.
+
+        Args:
+            module: The module to be evaluated, as ``fabric.setup`` took or returned it.
+
+        Raises:
+            ValueError: If this module has not been set up.
+        """
+        if self._optimizers and module is not None and not self._has(module):
+            raise ValueError(
+                f"{type(self).__name__}.center_weights({type(module).__name__}): this module has no center; give the"
+                " one that fabric.setup took or returned."
+            )
+        with self._at_center(Meeting.CENTER_WEIGHTS):
+            yield
+
+    def finalize(self) -> None:
+        """End the training: wait for all ranks, and leave the center in the modules.
+
+        All ranks call it, after any number of steps each. To train on, set up modules and optimizers anew.
+
+        Raises:
+            ExchangeError: If another rank failed.
+        """
+        if not self._optimizers:
+            return
+        session = self._started()
+        session.meet(Meeting.TRAINING_END)
+        session.show_center()
+        self._final_center = session.final_center()
+        self._modules.clear()
+        self._optimizers.clear()
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        self._end()
+
+    # Fabric's hooks
+
+    def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
+        """Leave the module as it is, but give all ranks rank 0's weights."""
+        self._share_start(module)
+        self._modules.append(module)
+        return module
+
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Check an optimizer, and make it what a worker trains with, in place.
+
+        Raises:
+            TypeError: If this strategy cannot work with it.
+            RuntimeError: If training has begun without it.
+        """
+        if not self.has_center:
+            return super().setup_optimizer(optimizer)
+        if self._session is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: this {type(optimizer).__name__} was not there when training started, so that"
+                " it has no center; set up all optimizers before the first step, or call strategy.finalize() before."
+            )
+        self.prepare_optimizer(optimizer)
+        self._optimizers.append(optimizer)
+        self._steps = self._steps or Steps(self.before_step, self.after_step)
+        optimizer = super().setup_optimizer(optimizer)
+        own = self._resumed.own
+        if own is not None and len(self._optimizers) == len(own["optimizer_states"]):
+            # All have been loaded before they were set up; the first gradient is to be taken at the worker.
+            self._started()
+        return optimizer
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        """Make one step of the worker, with an exchange around it if this optimizer's clock says so.
+
+        With or without a closure: until the step the worker is where its gradient was taken.
+        """
+        step = partial(super().optimizer_step, optimizer, **kwargs)
+        if not self.has_center:
+            return step()
+        if optimizer not in self._optimizers:
+            raise RuntimeError(
+                f"{type(self).__name__}: a step of a {type(optimizer).__name__} that is not being trained with; set it"
+                " up with fabric.setup, after strategy.finalize() anew."
+            )
+        assert self._steps is not None
+        return self._steps.make(optimizer, step, had_closure="closure" in kwargs)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
+        session = self._session_of_step(optimizer)
+        if session is not None:
+            session.before_step(optimizer, remedy="leave the context first")
+
+    def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:
+        """Finish what the worker needs of the exchange; called after every step, however it was made."""
+        session = self._session_of_step(optimizer)
+        if session is not None:
+            session.after_step(optimizer, gradient_comes_after=had_closure)
+
+    def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
+        """A module's state at the center. All ranks ask for it at the same point of their work."""
+        if module not in self._modules:
+            return super().get_module_state_dict(module)
+        with self._at_center(Meeting.CHECKPOINT):
+            # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
+            return copy.deepcopy(super().get_module_state_dict(module))
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
+        """Save a state whose modules are at the center. All ranks call it at the same point of their work."""
+        with self._at_center(Meeting.CHECKPOINT):
+            session = self._session
+            has_optimizer = any(isinstance(value, Optimizer) for value in state.values())
+            if session is None or not session.shows_center or not has_optimizer:
+                super().save_checkpoint(path, state, *arguments, **keywords)
+                return
+            states = self._keeper.states()
+            kept = self._common_state(session) | states.save(self._own_state(session), str(path))
+            with self._keeper.written_or_discarded(states, str(path)):
+                super().save_checkpoint(path, state | {KEY: kept}, *arguments, **keywords)
+
+    def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
+        remainder = super().load_checkpoint(path, state, *arguments, **keywords)
+        saved = remainder.pop(KEY, None) if self.has_center else None
+        has_optimizer = isinstance(state, dict) and any(isinstance(value, Optimizer) for value in state.values())
+        if self.has_center and has_optimizer:
+            self._resumed = self._keeper.find(saved, str(path), keywords.get("weights_only"))
+            if self._optimizers:  # else it was loaded before it was set up
+                self._started()
+        return remainder
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
+        """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
+        if self._session is not None and module in self._modules:
+            self._session.averaging.meet(Meeting.CHECKPOINT)
+            self._end()
+        super().load_module_state_dict(module, state_dict, strict)
+
+    # The parts of the above
+
+    def _session_of_step(self, optimizer: Optimizer) -> CenterSession | None:
+        """The session, which the first step of something that is trained starts."""
+        if self._steps is None or not self._optimizers:
+            return None
+        if self._session is None and not _share_parameters(optimizer, self._optimizers):
+            return None  # of something else, before training starts
+        return self._started()
+
+    def _started(self) -> CenterSession:
+        if self._session is None:
+            averaging = self.make_averaging(self._optimizers)
+            assert averaging is not None
+            assert self._steps is not None
+            kept, self._resumed = self._resumed, Kept()
+            session = CenterSession(
+                self, averaging, self._all_modules, lambda: self._optimizers, lambda: self._ignored_names
+            )
+            session.start(self._steps, trained=kept.trained)
+            self._statistics = averaging.statistics
+            self._session = session
+            self._resume(session, kept)
+        return self._session
+
+    def _common_state(self, session: CenterSession) -> dict[str, Any]:
+        center = {} if session.is_center_in_module else session.averaging.center_state_dict()
+        common = self._keeper.common(session, center)
+        if self.is_global_zero:
+            state = session.module.state_dict()
+            common["sums"] = StateSums(state).saved(state)
+            common["fingerprints"] = fingerprints(self._optimizer_states())
+        return common
+
+    def _own_state(self, session: CenterSession) -> dict[str, Any]:
+        with session.worker():
+            tensors = {name: tensor.clone() for name, tensor in self._keeper.own_tensors(session).items()}
+        return {
+            "tensors": tensors,
+            "averagers": [averager.state_dict() for averager in session.averagers],
+            **self._optimizer_states(),
+            "random": random_state(self.root_device),
+        }
+
+    def _optimizer_states(self) -> dict[str, Any]:
+        return {"optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers]}
+
+    def _resume(self, session: CenterSession, kept: Kept) -> None:
+        edited: set[str] = set()
+        if kept.sums is not None:
+            state = session.module.state_dict()
+            edited = edited_tensors(session.module, EditedState(kept.sums, {}, state).names(state))
+            edited = set(self.broadcast(edited))
+        self._keeper.start_center(kept, session, edited)
+        kept = self._keeper.with_edits(kept, self._optimizer_states())
+        if kept.own is not None:
+            for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
+                optimizer.load_state_dict(own)
+        self._keeper.restore(kept, session, edited)
+        if kept.own is not None:
+            set_random_state(kept.own["random"], self.root_device)
+
+    def _end(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    @property
+    def _ignored_names(self) -> frozenset[str]:
+        if len(self._modules) == 1:
+            return ignored_names(self._modules[0])
+        return frozenset(
+            f"{number}.{name}" for number, each in enumerate(self._modules) for name in ignored_names(each)
+        )
+
+    def _has(self, module: nn.Module) -> bool:
+        return module in self._modules or getattr(module, "module", None) in self._modules
+
+    def _all_modules(self) -> nn.Module:
+        return self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules)
+
+    @contextlib.contextmanager
+    def _at_center(self, meeting: Meeting) -> Iterator[None]:
+        if not self._optimizers or (self._session is not None and self._session.shows_center):
+            yield  # nothing is averaged, or the center is there already
+            return
+        session = self._started()
+        session.meet(meeting)
+        session.show_center()
+        try:
+            yield
+        finally:
+            session.show_worker()
+
+
+class _NoBackwardSync:
+    """There are no gradients to reduce, so that nothing must be held back while they accumulate."""
+
+    def no_backward_sync(self, module: nn.Module, enabled: bool) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        return contextlib.nullcontext()
+
+
+def _share_parameters(optimizer: Optimizer, others: Sequence[Optimizer]) -> bool:
+    own, *theirs = (
+        {id(parameter) for group in each.param_groups for parameter in group["params"]} for each in (optimizer, *others)
+    )
+    return any(not own.isdisjoint(each) for each in theirs)

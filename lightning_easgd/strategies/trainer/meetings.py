@@ -1,0 +1,74 @@
+"""When the ranks of a Trainer wait for each other: where Lightning or one of its callbacks communicates."""
+
+import math
+from typing import Any, Protocol, final
+
+from lightning_easgd.averagers import Averaging, Meeting
+from lightning_easgd.strategies.trainer.lightning_private import (
+    communicates_at_epoch_end,
+    has_new_loader,
+    reads_common_clock,
+    saves_after_batch,
+    saves_in_epoch,
+)
+
+__all__ = ["Meetings"]
+
+_AT_BARRIERS = {"train_dataloader()": Meeting.EPOCH_END, "val_dataloader()": Meeting.VALIDATION}
+
+
+class _Ranks(Protocol):
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
+
+
+@final
+class Meetings:
+    """Says at which points of a fit ranks that run freely must meet, so that nobody waits for one that never comes.
+
+    All ranks make it when training starts.
+
+    Args:
+        trainer: The Trainer.
+        ranks: The strategy.
+    """
+
+    def __init__(self, trainer: Any, ranks: _Ranks) -> None:
+        self._trainer = trainer
+        self._ranks = ranks
+        self._look()
+
+    def _look(self) -> None:
+        batches = self._trainer.num_training_batches
+        same = batches == self._ranks.broadcast(batches) and math.isfinite(batches)
+        self._even_batches = self._ranks.reduce_boolean_decision(same)
+        callbacks = self._trainer.callbacks
+        self._step_savers = tuple(filter(saves_in_epoch, callbacks))
+        # Whether a callback asks for a common clock, and ranks may have different numbers of batches.
+        self._has_common_clock = not self._even_batches and any(map(reads_common_clock, callbacks))
+
+    def begin_epoch(self) -> None:
+        """Look again whether ranks have equally many batches, where their data loaders are new."""
+        if has_new_loader(self._trainer):
+            self._look()
+
+    @staticmethod
+    def at_barrier(name: str | None) -> Meeting | None:
+        """The meeting before a barrier of Lightning's: where ranks make their data loaders anew, before any hook."""
+        return None if name is None else _AT_BARRIERS.get(name)
+
+    def after_batch(self) -> bool:
+        """Whether to meet before a callback communicates in mid-epoch: where one never comes, all end with an error.
+
+        Ranks with equally many batches read a common clock without it.
+        """
+        saves = any(saves_after_batch(callback, self._trainer.global_step) for callback in self._step_savers)
+        return saves or self._has_common_clock
+
+    def at_epoch_end(self, averaging: Averaging) -> bool:
+        """Whether ranks that end an epoch at different times must meet before Lightning communicates, or may hang."""
+        communicates = communicates_at_epoch_end(self._trainer)
+        if averaging.waits_for_all:
+            return communicates or not self._even_batches
+        # Only to tell a rank that waits for all inside its epoch that this one is at the end.
+        return communicates and (self._has_common_clock or bool(self._step_savers))

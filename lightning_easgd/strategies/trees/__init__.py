@@ -1,0 +1,1 @@
+"""A thin module of classes for each of Lightning's class trees."""

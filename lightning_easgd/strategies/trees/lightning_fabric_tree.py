@@ -1,0 +1,32 @@
+"""The strategies for Fabric of ``lightning_fabric``."""
+
+from typing import final
+
+from lightning_fabric.strategies import STRATEGY_REGISTRY
+from lightning_fabric.strategies.ddp import DDPStrategy
+
+from lightning_easgd.registration import register
+from lightning_easgd.strategies.downpour_family import DownpourMethod
+from lightning_easgd.strategies.easgd import EASGDMethod
+from lightning_easgd.strategies.fabric_strategy import FabricStrategy
+from lightning_easgd.strategies.local import LocalMethod
+
+__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
+
+
+@final
+class LocalStrategy(LocalMethod, FabricStrategy, DDPStrategy):  # noqa: D101
+    __doc__ = LocalMethod.__doc__
+
+
+@final
+class EASGDStrategy(EASGDMethod, FabricStrategy, DDPStrategy):  # noqa: D101
+    __doc__ = EASGDMethod.__doc__
+
+
+@final
+class DownpourStrategy(DownpourMethod, FabricStrategy, DDPStrategy):  # noqa: D101
+    __doc__ = DownpourMethod.__doc__
+
+
+register(STRATEGY_REGISTRY, EASGDStrategy, DownpourStrategy)
