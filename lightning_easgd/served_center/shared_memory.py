@@ -1,10 +1,7 @@
 """A center in memory that all ranks of one node map."""
 
-import mmap
-import os
-import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from typing import final
 
 import torch
@@ -13,15 +10,14 @@ from torch import Tensor
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import Layout
-from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, SharedMemoryUnavailableError
+from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.memory import allocate_shared
 from lightning_easgd.transport.range_locks import LockTimeoutError, RangeLocks
+from lightning_easgd.transport.shared_segment import SharedSegment
 
 __all__ = ["SharedMemoryCenter"]
 
 _ALIGNMENT = 64
-_IDENTITY = 64  # bytes at the start of the memory
 # Words of a chunk's header.
 _VERSION, _HOLDER, _CHANGING, _INTERRUPTIONS, _WORDS = 0, 1, 2, 3, 8
 
@@ -38,7 +34,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
     the creator lives. The memory is anonymous: it is gone with the last process that maps it.
 
     Args:
-        descriptor: Descriptor of the memory; the object takes it over.
+        segment: The memory; the object takes it over.
         layout: The chunks of the whole vector.
         dtype: float32 or float64.
         rule: What an exchange does.
@@ -49,7 +45,7 @@ class SharedMemoryCenter(CenterService, ForkAware):
 
     def __init__(
         self,
-        descriptor: int,
+        segment: SharedSegment,
         layout: Layout,
         dtype: torch.dtype,
         rule: CenterRule,
@@ -63,27 +59,21 @@ class SharedMemoryCenter(CenterService, ForkAware):
         self._rule = rule
         self._rank = rank
         self._timeout = timeout
-        self._descriptor = descriptor
-        with ExitStack() as opened:  # closed again if something is missing here
-            opened.callback(os.close, descriptor)
-            try:
-                self._memory = mmap.mmap(descriptor, _size(layout, held, rule, dtype))
-            except OSError as error:
-                raise SharedMemoryUnavailableError(
-                    f"SharedMemoryCenter: the memory cannot be mapped: {error.strerror}."
-                ) from error
-            opened.callback(self._memory.close)
-            self._locks = RangeLocks(descriptor)
-            opened.pop_all()
+        self._segment = segment
+        try:
+            self._locks = RangeLocks(segment.descriptor)
+        except BaseException:
+            segment.close()
+            raise
         self._rows = {chunk: row for row, chunk in enumerate(held)}
-        headers = memoryview(self._memory)[_IDENTITY : _IDENTITY + 8 * _WORDS * len(held)].cast("q")
+        offset = SharedSegment.RESERVED + 8 * _WORDS * len(held)
+        headers = memoryview(segment.memory)[SharedSegment.RESERVED : offset].cast("q")
         self._headers = [headers[_WORDS * row : _WORDS * (row + 1)] for row in range(len(held))]
         self._stores: list[list[Tensor]] = []
-        offset = _IDENTITY + 8 * _WORDS * len(held)
         for chunk in held:
             stores = []
             for _ in range(rule.stores):
-                stores.append(torch.frombuffer(self._memory, dtype=dtype, count=layout.size(chunk), offset=offset))
+                stores.append(torch.frombuffer(segment.memory, dtype=dtype, count=layout.size(chunk), offset=offset))
                 offset += _padded(stores[-1].nbytes)
             self._stores.append(stores)
         self._closed = False
@@ -107,9 +97,8 @@ class SharedMemoryCenter(CenterService, ForkAware):
         """
         size = _size(layout, held, rule, dtype)
         what = f"SharedMemoryCenter(size={size}): the node's part of the center"
-        descriptor = allocate_shared(size, "lightning_easgd-center", what)
-        os.pwrite(descriptor, secrets.token_bytes(_IDENTITY), 0)
-        return cls(descriptor, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
+        segment = SharedSegment.create(size, "lightning_easgd-center", what)
+        return cls(segment, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
 
     @classmethod
     def attach(
@@ -128,26 +117,13 @@ class SharedMemoryCenter(CenterService, ForkAware):
         Raises:
             SharedMemoryUnavailableError: If it cannot be reached: the ranks do not see each other's processes.
         """
-        path, _, identity = address.rpartition("#")
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            raise SharedMemoryUnavailableError(
-                f"SharedMemoryCenter.attach(address={path!r}): {error.strerror}. The ranks of a node must run in one"
-                " process namespace and as one user to share memory."
-            ) from error
-        if os.pread(descriptor, _IDENTITY, 0).hex() != identity:
-            os.close(descriptor)
-            raise SharedMemoryUnavailableError(
-                f"SharedMemoryCenter.attach(address={path!r}): another process's memory is there. The ranks of a node"
-                " must run in one process namespace to share memory."
-            )
-        return cls(descriptor, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
+        segment = SharedSegment.attach(address)
+        return cls(segment, layout, dtype, rule, held=held, rank=rank, timeout=timeout)
 
     @property
     def address(self) -> str:
         """Where the other ranks of the node find the memory; valid while this process keeps it open."""
-        return f"/proc/{os.getpid()}/fd/{self._descriptor}#{self._memory[:_IDENTITY].hex()}"
+        return self._segment.address
 
     def exchange(self, chunk: int, message: Tensor, rate: float) -> int:  # noqa: D102
         row = self._rows[chunk]
@@ -186,11 +162,9 @@ class SharedMemoryCenter(CenterService, ForkAware):
             return
         self._closed = True
         self._locks.close()
-        os.close(self._descriptor)
         self._stores.clear()
         self._headers.clear()
-        with suppress(BufferError):  # another thread is in an exchange: the mapping goes when that ends
-            self._memory.close()
+        self._segment.close()
 
     def abandon(self) -> None:  # noqa: D102
         self.close()
@@ -224,4 +198,5 @@ def _padded(size: int) -> int:
 
 def _size(layout: Layout, held: Sequence[int], rule: CenterRule, dtype: torch.dtype) -> int:
     elements = [layout.size(chunk) for chunk in held]
-    return _IDENTITY + 8 * _WORDS * len(held) + sum(rule.stores * _padded(size * dtype.itemsize) for size in elements)
+    headers = SharedSegment.RESERVED + 8 * _WORDS * len(held)
+    return headers + sum(rule.stores * _padded(size * dtype.itemsize) for size in elements)

@@ -21,7 +21,7 @@ from lightning_easgd.served_center import (
     SharedMemoryCenter,
     SharedMemoryUnavailableError,
 )
-from lightning_easgd.transport import memory as memory_module
+from lightning_easgd.transport import shared_segment
 
 ELEMENTS, CHUNKS = 3 * 40_000, 3
 LAYOUT = Layout.cut([(0, ELEMENTS)], ELEMENTS // CHUNKS)
@@ -211,7 +211,7 @@ def test_close_gives_everything_back():
 def allocate_with_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     try:
-        memory_module.allocate_shared(size, "test", "A test")
+        shared_segment.SharedSegment.create(size, "test", "A test")
     except CenterError as error:
         return str(error)
     return None
@@ -220,7 +220,7 @@ def allocate_with_limit(size):
 def test_too_little_memory_says_how_much_is_needed(monkeypatch):
     with running(Rank(allocate_with_limit, 32 * 2**20)) as (rank,):
         assert "needs 32.0 MiB" in rank.result()
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(shared_segment, "available_memory", lambda: 2**20)
     with pytest.raises(CenterError, match=r"needs 2\.7 MiB of shared memory, but 1\.0 MiB are available"):
         create(ThreeStores())
 
@@ -243,7 +243,7 @@ def test_a_platform_without_memfd_is_told_apart(monkeypatch):
 def test_a_wrong_address_is_refused():
     center = create(ElasticRule())
     path = center.address.partition("#")[0]
-    with pytest.raises(SharedMemoryUnavailableError, match="another process's memory"):
+    with pytest.raises(SharedMemoryUnavailableError, match="something else than the memory"):
         attach(path + "#" + "00" * 64, ElasticRule(), 1)
     with pytest.raises(SharedMemoryUnavailableError, match="one process namespace"):
         attach("/proc/self/fd/99999#00", ElasticRule(), 1)
