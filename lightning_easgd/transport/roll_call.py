@@ -1,6 +1,5 @@
 """Who has not come: asked when a collective operation has failed, so that it costs nothing while all goes well."""
 
-import time
 from itertools import count
 from typing import final
 
@@ -9,12 +8,13 @@ from torch.distributed.distributed_c10d import Store
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.presence import Presence
 from lightning_easgd.transport.store_client import StoreClient, store_server
+from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["RollCall"]
 
 _ANSWER = 2.0  # seconds within which the store answers, unless its server is stopped
 _PATIENCE = 3.0  # seconds in which the ranks whose operation failed with this one's say so
-_PAUSE = 0.05
+_LONGEST_PAUSE = 0.05  # seconds
 
 _calls = count()  # keys of those of before are still in the store
 
@@ -70,16 +70,20 @@ class RollCall:
         presence = Presence(store, self._rank)
         waited = [rank for rank in self._others if store.check([f"waits/{rank}"])]
         store.set(f"waits/{self._rank}", "")
-        deadline = time.monotonic() + _PATIENCE
-        while True:
+        lost: dict[int, str] = {}
+        missing: list[int] = []
+
+        def is_clear() -> bool:
+            nonlocal lost, missing
             lost = presence.lost(self._others)
             missing = [rank for rank in self._others if rank not in lost and not store.check([f"waits/{rank}"])]
-            stopped = sorted(presence.stopped(missing))
-            if stopped or not missing or time.monotonic() > deadline:
-                # Who has said so and failed afterwards has failed because of another.
-                here = [rank for rank in lost if store.check([f"waits/{rank}"])]
-                return _sentence({rank: lost[rank] for rank in lost if rank not in here}, stopped, missing, waited)
-            time.sleep(_PAUSE)
+            return not missing or bool(presence.stopped(missing))
+
+        wait_until(is_clear, _PATIENCE, longest_pause=_LONGEST_PAUSE)
+        # Who has said so and failed afterwards has failed because of another.
+        here = [rank for rank in lost if store.check([f"waits/{rank}"])]
+        guilty = {rank: lost[rank] for rank in lost if rank not in here}
+        return _sentence(guilty, sorted(presence.stopped(missing)), missing, waited)
 
 
 def _sentence(lost: dict[int, str], stopped: list[int], missing: list[int], waited: list[int]) -> str:

@@ -1,6 +1,6 @@
 """A vector of each worker of one host, which all of them map."""
 
-import time
+import math
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import final
@@ -12,12 +12,9 @@ from lightning_easgd.transport.channel import ExchangeError
 from lightning_easgd.transport.errors import SharedMemoryUnavailableError
 from lightning_easgd.transport.meeting_place import MeetingPlace
 from lightning_easgd.transport.shared_vector import SharedVector
+from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["SharedVectors"]
-
-_FIRST_PAUSE, _LONGEST_PAUSE = 20e-6, 1e-3  # seconds
-_LONGEST_LOOK = 1.0  # seconds from one look to the next that count
-_BETWEEN_LOOKS = 0.05  # seconds from one look at whether the others live to the next
 
 
 @final
@@ -160,16 +157,11 @@ class SharedVectors:
             return
         if not self.are_attached:
             self._attach_at_last()
-        looked, pause, waited = time.monotonic(), _FIRST_PAUSE, 0.0
-        while any(counter(vector) < exchange for vector in self._vectors):
-            now = time.monotonic()
-            if now > looked + _BETWEEN_LOOKS:
-                # Time in which this process did not run itself is no time for which another has kept it waiting.
-                waited += min(now - looked, _LONGEST_LOOK)
-                looked = now
-                self._check(counter, exchange, waited)
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+        wait_until(
+            lambda: all(counter(vector) >= exchange for vector in self._vectors),
+            math.inf,
+            look=lambda waited: self._check(counter, exchange, waited),
+        )
 
     def _check(self, counter: Callable[[SharedVector], int], exchange: int, waited: float) -> None:
         """Raise if a worker that this one waits for is lost, or has kept it waiting for the timeout."""
