@@ -18,8 +18,7 @@ from lightning_easgd.transport.channel import (
     ProcessGroupMessageChannel,
     Transfer,
 )
-from lightning_easgd.transport.shared_channel import SharedChannel
-from lightning_easgd.transport.sharing import shared_channel
+from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 
 __all__ = [
     "AstrayPolicy",

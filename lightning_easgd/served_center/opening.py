@@ -21,9 +21,9 @@ from lightning_easgd.served_center.shared_memory import SharedMemoryCenter
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
 from lightning_easgd.transport.control import ControlPlane
+from lightning_easgd.transport.discovery import Rendezvous
 from lightning_easgd.transport.errors import CenterError, SharedMemoryUnavailableError
-from lightning_easgd.transport.presence import Presence
-from lightning_easgd.transport.rendezvous import Rendezvous
+from lightning_easgd.transport.liveness import Presence
 from lightning_easgd.transport.store_client import StoreClient, store_server
 from lightning_easgd.transport.stores import own_address
 
@@ -85,7 +85,7 @@ def open_center(
         if presence is None:
             presence = Presence(own_store, rank)
             presence.enter()
-        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout)
+        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user="open_center")
         secret = _agree(rendezvous, rank, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
         shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
         opened.callback(shard.close)

@@ -6,7 +6,7 @@ from typing import final
 from torch.distributed.distributed_c10d import Store
 
 from lightning_easgd.transport.errors import StoreLostError
-from lightning_easgd.transport.presence import Presence
+from lightning_easgd.transport.liveness import Presence
 from lightning_easgd.transport.store_client import StoreClient, store_server
 from lightning_easgd.transport.waiting import wait_until
 

@@ -113,11 +113,6 @@ class SharedSegment(ForkAware):
         return f"/proc/{os.getpid()}/fd/{self.descriptor}#{self.memory[:_IDENTITY].hex()}"
 
     @property
-    def creator(self) -> int:
-        """Process id of its creator."""
-        return os.getpid() if self._path is None else int(self._path.split("/")[2])
-
-    @property
     def creator_has_it(self) -> bool:
         """Whether its creator lives, and still has it open."""
         if self._path is None or not self._is_open:

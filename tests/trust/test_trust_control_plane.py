@@ -6,7 +6,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from lightning_easgd.served_center import CenterTimeoutError, ControlPlane, WorkerLostError
-from lightning_easgd.transport.heartbeats import Heartbeats, alive, dead, left
+from lightning_easgd.transport.liveness import Heartbeats, alive, dead, left
 from lightning_easgd.transport.store_client import StoreClient
 
 pytestmark = pytest.mark.timeout(60)
