@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.layout import Layout
@@ -64,28 +65,33 @@ class ServedCenter(CenterService):
         atexit.register(self.close)
 
     @property
-    def order(self) -> Sequence[int]:  # noqa: D102
+    @override
+    def order(self) -> Sequence[int]:
         return self._order
 
     def is_local(self, chunk: int) -> bool:
         """Whether a chunk is kept on this node: its exchange moves no bytes over the network."""
         return self._placement[chunk] not in self._remote
 
-    def exchange(self, chunk: int, message: Tensor, rate: float) -> int:  # noqa: D102
+    @override
+    def exchange(self, chunk: int, message: Tensor, rate: float) -> int:
         return self.begin(chunk, message, rate).wait()
 
-    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:  # noqa: D102
+    @override
+    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:
         self.control.note_progress()
         remote = self._remote_of(chunk)
         if remote is None:
             return self._shard.begin(chunk, message, rate)
         return remote.begin_exchange(chunk, message, rate)
 
-    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:  # noqa: D102
+    @override
+    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:
         remote = self._remote_of(chunk)
         return self._shard.read(chunk, into, store) if remote is None else remote.read(chunk, into, store)
 
-    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:  # noqa: D102
+    @override
+    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:
         remote = self._remote_of(chunk)
         if remote is None:
             self._shard.write(chunk, value, store, version)

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import Pending
 from lightning_easgd.served_center.tcp_server import GREETING
@@ -98,7 +99,8 @@ class RemoteShard(ForkAware):
             self._receiver.join(min(self._timeout, _LONGEST_GOODBYE))
         self._connection.close()
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._error = CenterError("RemoteShard: a forked child has no connection of its own.")
         self._connection.close()
 

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import final
 
 import torch
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
@@ -89,7 +90,8 @@ class ShardServer(ForkAware):
         for thread in connections.values():
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._closed = True
         self._listener.close()
         for connection in self._connections:

@@ -29,11 +29,11 @@ HELD = range(CHUNKS)
 
 
 def create(rule, timeout=20.0, rank=0):
-    return SharedMemoryCenter.create(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
+    return SharedMemoryCenter(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
 
 
 def attach(address, rule, rank, timeout=20.0):
-    return SharedMemoryCenter.attach(address, LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
+    return SharedMemoryCenter(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout, address=address)
 
 
 def whole(center):
