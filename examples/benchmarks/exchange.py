@@ -56,7 +56,7 @@ class _OneServer(CenterService):
         self._shard = shard
 
     def begin(self, chunk: int, message: torch.Tensor, rate: float) -> Pending:
-        return self._shard.begin_exchange(chunk, message, rate)
+        return self._shard.begin(chunk, message, rate)
 
     def exchange(self, chunk: int, message: torch.Tensor, rate: float) -> int:
         return self.begin(chunk, message, rate).wait()

@@ -24,8 +24,8 @@ from lightning_easgd.transport.control import ControlPlane
 from lightning_easgd.transport.discovery import Rendezvous
 from lightning_easgd.transport.errors import CenterError, SharedMemoryUnavailableError
 from lightning_easgd.transport.liveness import Presence
+from lightning_easgd.transport.network import own_address
 from lightning_easgd.transport.store_client import StoreClient, store_server
-from lightning_easgd.transport.stores import own_address
 
 __all__ = ["open_center"]
 

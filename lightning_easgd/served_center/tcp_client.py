@@ -13,6 +13,7 @@ from lightning_easgd.served_center.interface import Pending
 from lightning_easgd.served_center.tcp_server import GREETING
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, WorkerLostError
 from lightning_easgd.transport.forking import ForkAware
+from lightning_easgd.transport.waiting import in_vain
 from lightning_easgd.transport.wire import (
     FAILED_BY_TIMEOUT,
     REPLY_SIZE,
@@ -72,15 +73,15 @@ class RemoteShard(ForkAware):
         self._receiver = threading.Thread(target=self._receive, name=f"easgd-replies-{server}", daemon=True)
         self._receiver.start()
 
-    def begin_exchange(self, chunk: int, message: Tensor, rate: float) -> Pending:
+    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:
         """Send a message for a chunk; the answer arrives in the message's memory."""
         return self._begin(Request(Operation.EXCHANGE, 0, chunk, 0, rate), as_bytes(message))
 
-    def read(self, chunk: int, into: Tensor, store: int) -> int:
+    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:
         """Read one store of a chunk."""
         return self._begin(Request(Operation.READ, store, chunk, 0, 0.0), as_bytes(into)).wait()
 
-    def write(self, chunk: int, value: Tensor, store: int, version: int | None) -> None:
+    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:
         """Write one store of a chunk."""
         request = Request(Operation.WRITE, store, chunk, -1 if version is None else version, 0.0)
         self._begin(request, as_bytes(value)).wait()
@@ -148,8 +149,13 @@ class RemoteShard(ForkAware):
         """End the connection because a reply has not come."""
         return self._break(
             CenterTimeoutError(
-                f"RemoteShard(timeout={self._timeout:g}): rank {self._server} has not answered rank {self._rank} for"
-                " longer than that; it is stopped, stuck, or cut off."
+                in_vain(
+                    f"RemoteShard(timeout={self._timeout:g} s)",
+                    "an exchange",
+                    self._timeout,
+                    f"rank {self._server} has not answered rank {self._rank}",
+                    "It is stopped, stuck, or cut off.",
+                )
             )
         )
 

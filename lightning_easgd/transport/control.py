@@ -8,17 +8,17 @@ from typing import final
 from typing_extensions import override
 
 from lightning_easgd.transport.discovery import Rendezvous
-from lightning_easgd.transport.errors import StoreLostError, WorkerLostError
+from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.forking import ForkAware
 from lightning_easgd.transport.liveness import (
     ENDED,
     STOPPED,
+    UNHEARD,
     Heartbeats,
     Liveness,
     WatchedProcess,
     alive,
     dead,
-    died,
     left,
 )
 from lightning_easgd.transport.store_client import StoreClient
@@ -74,8 +74,7 @@ class ControlPlane(Liveness, ForkAware):
         self._beats = Heartbeats(self._ranks)
         self._processes = {other: process for other, process in processes.items() if other != rank}
         self._moves = 0
-        self._dead: frozenset[int] = frozenset()
-        self._reasons: Mapping[int, str] = {}
+        self._dead: Mapping[int, str] = {}  # with what is known of each
         self._stop_wanted = False
         self._stop_requested = False
         self._wake = threading.Event()
@@ -105,11 +104,11 @@ class ControlPlane(Liveness, ForkAware):
 
     def dead_ranks(self) -> frozenset[int]:
         """The ranks that have died; not those that have left, nor those that are merely stopped on a living node."""
-        return self._dead
+        return frozenset(self._dead)
 
     def reasons(self) -> Mapping[int, str]:
-        """Why ranks have died, of those of which it is known, and who is stopped."""
-        return dict(self._reasons) | dict.fromkeys(self.stopped(self._ranks) - self._dead, STOPPED)
+        """Why ranks have died, and who is stopped."""
+        return dict.fromkeys(self.stopped(self._ranks), STOPPED) | dict(self._dead)
 
     def left_ranks(self) -> frozenset[int]:
         """The ranks that have closed their control plane in good order."""
@@ -121,7 +120,7 @@ class ControlPlane(Liveness, ForkAware):
         Their main thread has not moved for the timeout. Where the store does not answer nothing is known of the others
         but what this host sees, and the rank that serves it is the silent one.
         """
-        gone = self._dead | self.left_ranks() | {self._rank}
+        gone = self.dead_ranks() | self.left_ranks() | {self._rank}
         if self.store_lost:
             return (self.stopped(self._ranks) | {rank for rank in self._ranks if rank == self._store.server}) - gone
         return self._beats.unmoved(self._timeout) - gone
@@ -129,23 +128,12 @@ class ControlPlane(Liveness, ForkAware):
     @override
     def lost(self, among: Collection[int]) -> Mapping[int, str]:
         self.note_progress()  # who asks has come to a meeting, and waits there for others
-        dead, reasons = self._dead, self._reasons
-        return {rank: reasons.get(rank, "it is not heard of any more") for rank in among if rank in dead}
+        return {rank: why for rank, why in self._dead.items() if rank in among}
 
     @override
     def stopped(self, among: Collection[int]) -> frozenset[int]:
         watched = {rank: self._processes[rank] for rank in among if rank in self._processes}
         return frozenset(rank for rank, process in watched.items() if process.is_stopped)
-
-    def check(self) -> None:
-        """Raise if a rank has died.
-
-        Raises:
-            WorkerLostError: It names the dead.
-        """
-        lost = self.lost(self._ranks)
-        if lost:
-            raise WorkerLostError(f"ControlPlane: {died(lost)}.", frozenset(lost))
 
     def meet(self, name: str, *, among: Collection[int] | None = None, timeout: float | None = None) -> None:
         """Return when all ranks have come to this meeting.
@@ -207,8 +195,8 @@ class ControlPlane(Liveness, ForkAware):
             self._beats.see(dict(zip(self._ranks, states, strict=True)))
         known = self._dead
         self._judge(ended)
-        for rank in self._dead - known - self._beats.dead.keys():
-            self._store.set(_state_key(rank), dead(self._reasons.get(rank, "")))
+        for rank in self._dead.keys() - known.keys() - self._beats.dead.keys():
+            self._store.set(_state_key(rank), dead(self._dead[rank]))
 
     def _publish_stop(self) -> None:
         if self._stop_wanted:
@@ -216,16 +204,15 @@ class ControlPlane(Liveness, ForkAware):
             self._stop_wanted = False
 
     def _judge(self, ended: frozenset[int]) -> None:
-        told = self._beats.dead
-        gone = set(ended) | told.keys()
+        gone: set[int] = set()
         if not self.store_lost:  # else everyone seems silent
             gone |= frozenset(self._lost_connections) & self._beats.unheard(_CONFIRMATION)
             unheard = self._beats.unheard(self._timeout)
             for node in self._nodes:
                 if self._rank not in node and node <= unheard:
                     gone |= node
-        self._reasons = dict.fromkeys(ended, ENDED) | {rank: reason for rank, reason in told.items() if reason}
-        self._dead = frozenset(gone - self._beats.left - {self._rank})
+        reasons = dict.fromkeys(gone, UNHEARD) | dict.fromkeys(ended, ENDED) | self._beats.dead
+        self._dead = {rank: why for rank, why in reasons.items() if rank not in self._beats.left | {self._rank}}
 
     def _ended_processes(self) -> frozenset[int]:
         return frozenset(rank for rank, process in self._processes.items() if process.has_ended)

@@ -14,6 +14,7 @@ from lightning_easgd.transport.store_client import StoreClient
 __all__ = [
     "ENDED",
     "STOPPED",
+    "UNHEARD",
     "Heartbeats",
     "Liveness",
     "Presence",
@@ -25,7 +26,7 @@ __all__ = [
     "own_process",
 ]
 
-ENDED, STOPPED = "its process has ended", "is stopped by a signal"
+ENDED, UNHEARD, STOPPED = "its process has ended", "it is not heard of any more", "is stopped by a signal"
 
 _UNKNOWN = "?", ""
 _ALIVE, _LEFT, _DEAD = "alive", "left", "dead"
@@ -173,7 +174,7 @@ def left() -> str:
 
 def dead(reason: str = "") -> str:
     """The state of a rank that has failed, or was seen to have died, and why."""
-    return f"{_DEAD} {reason}"
+    return f"{_DEAD} {reason or 'it has failed'}"
 
 
 @final
@@ -207,7 +208,7 @@ class Heartbeats:
 
     @property
     def dead(self) -> dict[int, str]:
-        """The ranks that have failed, or of which others say that they have died; with the reason, or an empty text."""
+        """The ranks that have failed, or of which others say that they have died; with the reason."""
         dead = {rank: state.text for rank, state in self._states.items() if state.text.startswith(_DEAD)}
         return {rank: text.partition(" ")[2] for rank, text in dead.items()}
 

@@ -1,5 +1,7 @@
 """Who has not come: asked when a collective operation has failed, so that it costs nothing while all goes well."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import final
 
@@ -37,34 +39,29 @@ class RollCall:
         self._rank = rank
         self._others = [other for other in range(size) if other != rank]
         self._keys = f"easgd/roll/{next(_calls)}"
-        client = self._client()
-        try:
-            Presence(client.under(self._keys), rank).enter()
-        finally:
-            client.close()
+        with self._client() as client:
+            Presence(client, rank).enter()
 
     def fail(self, reason: str) -> None:
         """Say that this rank has failed, and why."""
-        client = self._client()
-        try:
-            Presence(client.under(self._keys), self._rank).fail(reason)
-        except StoreLostError:
-            pass
-        finally:
-            client.close()
+        with suppress(StoreLostError), self._client() as client:
+            Presence(client, self._rank).fail(reason)
 
     def explain(self) -> str:
         """A sentence on who is to blame for the failure of an operation in which this rank was."""
-        client = self._client()
         try:
-            return self._ask(client.under(self._keys))
+            with self._client() as client:
+                return self._ask(client)
         except StoreLostError as error:
             return str(error)
+
+    @contextmanager
+    def _client(self) -> Iterator[StoreClient]:
+        client = StoreClient.on(self._store, _ANSWER, server=store_server())
+        try:
+            yield client.under(self._keys)
         finally:
             client.close()
-
-    def _client(self) -> StoreClient:
-        return StoreClient.on(self._store, _ANSWER, server=store_server())
 
     def _ask(self, store: StoreClient) -> str:
         presence = Presence(store, self._rank)

@@ -3,21 +3,21 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, final
+from typing import Any, NoReturn, final
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from typing_extensions import override
 
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.stores import own_client, store_address
 
 __all__ = ["StoreClient", "store_server"]
 
 _GRACE = 1.0  # seconds: one who was stopped himself finds his deadlines passed when he goes on
-_LONGEST_JOIN = 1.0
+_LONGEST_JOIN = 1.0  # seconds
 
 
 def store_server() -> int | None:
@@ -43,14 +43,14 @@ class StoreClient:
     """
 
     def __init__(self, store: Store, timeout: float, *, server: int | None = 0) -> None:
-        self._line = _Line(store, own_client, timeout, server)
+        self._line = _Line(store, timeout, server, clone=True)
         self._prefix = ""
 
     @classmethod
     def on(cls, store: Store, timeout: float, *, server: int | None = 0) -> "StoreClient":
         """One that uses the connection of a client that is idle, where it would be too late to make another."""
         client = object.__new__(cls)
-        client._line = _Line(store, lambda connected: connected, timeout, server)
+        client._line = _Line(store, timeout, server, clone=False)
         client._prefix = ""
         return client
 
@@ -109,15 +109,15 @@ class StoreClient:
 class _Line(ForkAware):
     """A connection to the store, and the thread that alone uses it."""
 
-    def __init__(self, store: Store, connect: Callable[[Store], Store], timeout: float, server: int | None) -> None:
+    def __init__(self, store: Store, timeout: float, server: int | None, *, clone: bool) -> None:
         super().__init__()
         self.server = server
-        self.address = store_address(store)
+        self.address = _address(store)
         self.problem: StoreLostError | None = None
         self._timeout = timeout
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._waiting: set[_Call] = set()
-        arguments = (store, connect, self._calls)
+        arguments = (store, clone, self._calls)
         self._thread = threading.Thread(target=_serve, args=arguments, name="easgd-store", daemon=True)
         self._thread.start()
         weakref.finalize(self, self._calls.put, None)  # for those that nobody closes
@@ -139,22 +139,26 @@ class _Line(ForkAware):
         return call.answer
 
     def close(self) -> None:
-        if self.problem is None:
-            self.problem = StoreLostError("StoreClient: it has been closed on this rank.")
+        self._end("StoreClient: it has been closed on this rank.")
         self._calls.put(None)
-        while self._waiting:
-            with suppress(KeyError):
-                self._waiting.pop().fail(self.problem)
         if threading.current_thread() is not self._thread:
             self._thread.join(_LONGEST_JOIN)
 
+    @override
     def abandon(self) -> None:
         self.problem = StoreLostError("StoreClient: a forked child has no connection of its own.")
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str) -> NoReturn:
         who = "the launcher" if self.server is None else f"rank {self.server}"
-        self.problem = StoreLostError(f"StoreClient(timeout={self._timeout:g}): {who}, which serves the store, {why}.")
-        raise self.problem
+        raise self._end(f"StoreClient(timeout={self._timeout:g}): {who}, which serves the store, {why}.")
+
+    def _end(self, why: str) -> StoreLostError:
+        """Let all who wait have an error, the first one."""
+        problem = self.problem = self.problem or StoreLostError(why)
+        while self._waiting:
+            with suppress(KeyError):
+                self._waiting.pop().fail(problem)
+        return problem
 
 
 @final
@@ -180,13 +184,20 @@ class _Call:
         self.ended.set()
 
 
-def _serve(store: Store, connect: Callable[[Store], Store], calls: "SimpleQueue[_Call | None]") -> None:
+def _serve(store: Store, clone: bool, calls: "SimpleQueue[_Call | None]") -> None:
     """Connect and make the calls; a function, so that the thread does not keep its owner alive."""
-    client: Store | None = None
+    client = None if clone else store
     while (call := calls.get()) is not None:
         try:
-            client = connect(store) if client is None else client
+            client = store.clone() if client is None else client  # type: ignore[attr-defined]  # missing from torch's stubs
         except Exception as error:
             call.fail(error)
             continue
         call.make(client)
+
+
+def _address(store: Store) -> tuple[str, int] | None:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return None if host is None or port is None else (str(host), int(port))

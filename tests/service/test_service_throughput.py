@@ -35,7 +35,7 @@ class OneRemote(CenterService):
         self._shard = shard
 
     def begin(self, chunk, message, rate):
-        return self._shard.begin_exchange(chunk, message, rate)
+        return self._shard.begin(chunk, message, rate)
 
     exchange = read = write = close = None
 

@@ -29,7 +29,7 @@ from lightning_easgd.served_center import (
 )
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
-from lightning_easgd.transport import stores, strangers
+from lightning_easgd.transport import network, strangers
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.liveness import WatchedProcess, own_process
 from lightning_easgd.transport.shared_vectors import SharedVector
@@ -96,7 +96,7 @@ class TestServer:
         _, server = served
         silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(2 * strangers.MOST_STRANGERS)]
         shard = connect(server.port)
-        shard.begin_exchange(0, torch.ones(SIZE), 1.0).wait()
+        shard.begin(0, torch.ones(SIZE), 1.0).wait()
         assert len(serving_threads()) == 1
         wait_until(lambda: sum(map(is_closed, silent)) >= strangers.MOST_STRANGERS)
         assert not is_closed(silent[-1])
@@ -124,7 +124,7 @@ class TestServer:
         shards = [connect(server.port) for _ in range(20)]
         server.stop_accepting()
         for shard in shards:
-            shard.begin_exchange(0, torch.ones(SIZE), 1.0).wait()
+            shard.begin(0, torch.ones(SIZE), 1.0).wait()
             shard.close()
 
     def test_closing_does_not_wait_for_a_silent_peer(self):
@@ -132,7 +132,7 @@ class TestServer:
         with socket.create_server(("127.0.0.1", 0)) as deaf:
             shard = connect(deaf.getsockname()[1], timeout=20.0)
             large = torch.ones(20_000_000)  # more than the kernel takes: a thread is stuck in sending it
-            sender = threading.Thread(target=raises, args=(CenterError, lambda: shard.begin_exchange(0, large, 1.0)))
+            sender = threading.Thread(target=raises, args=(CenterError, lambda: shard.begin(0, large, 1.0)))
             sender.start()
             time.sleep(0.3)
             started = time.monotonic()
@@ -317,13 +317,13 @@ class TestNetwork:
             "fe80000000000000fc00fffe00000001 04 40 20 80   only6\n"
             "fd000000000000000000000000000002 04 40 00 82   only6\n"
         )
-        monkeypatch.setattr(stores, "_IPV6_ADDRESSES", str(tmp_path / "if_inet6"))
+        monkeypatch.setattr(network, "_IPV6_ADDRESSES", str(tmp_path / "if_inet6"))
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "only6")
-        assert stores.own_address(None) == ("fd00::2", "fd00::2")
+        assert network.own_address(None) == ("fd00::2", "fd00::2")
         for name in ("link6", "nonsense"):
             monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
             with pytest.raises(CenterError, match=f"GLOO_SOCKET_IFNAME='{name}' names no interface with an address"):
-                stores.own_address(("127.0.0.1", 1))
+                network.own_address(("127.0.0.1", 1))
 
     @pytest.mark.parametrize(("host", "elsewhere"), [("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")])
     def test_the_server_listens_at_the_interface_alone(self, host, elsewhere):
@@ -333,7 +333,7 @@ class TestNetwork:
         center = InProcessCenter(LAYOUT, torch.float32, DownpourRule())
         server = ShardServer(center, SECRET, 5.0, set(), host=host)
         shard = RemoteShard((host, server.port), server=3, rank=1, secret=SECRET, timeout=5.0, lost=set())
-        shard.begin_exchange(0, torch.ones(SIZE), 1.0).wait()
+        shard.begin(0, torch.ones(SIZE), 1.0).wait()
         with pytest.raises(WorkerLostError, match="cannot be reached"):
             RemoteShard((elsewhere, server.port), server=3, rank=1, secret=SECRET, timeout=1.0, lost=set())
         shard.close()
@@ -341,7 +341,7 @@ class TestNetwork:
 
     def test_the_loopback_interface_by_name(self, monkeypatch):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-        assert stores.own_address(None) == ("127.0.0.1", "127.0.0.1")
+        assert network.own_address(None) == ("127.0.0.1", "127.0.0.1")
 
 
 class TestSharedCounts:

@@ -72,7 +72,7 @@ class RoundRobin(Turns):
         *,
         timeout: float,
         control: ControlPlane,
-        strategy: str = "EASGDStrategy",
+        strategy: str = "RoundRobin",
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._timeout = timeout
