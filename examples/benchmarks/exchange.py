@@ -38,7 +38,7 @@ from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, 
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
-from lightning_easgd.transport.wire import as_bytes
+from lightning_easgd.transport.tcp_wire import as_bytes
 
 MEMCPY, MEMORY, RAW, SOCKETS = "memcpy", "memory", "raw socket", "sockets"
 LIMIT = {MEMCPY: MEMCPY, MEMORY: MEMCPY, RAW: RAW, SOCKETS: RAW}

@@ -10,12 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_easgd.served_center.interface import Pending
-from lightning_easgd.served_center.tcp_server import GREETING
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, WorkerLostError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.waiting import in_vain
-from lightning_easgd.transport.wire import (
+from lightning_easgd.transport.tcp_wire import (
     FAILED_BY_TIMEOUT,
+    GREETING,
     REPLY_SIZE,
     ConnectionLostError,
     Operation,
@@ -27,6 +26,7 @@ from lightning_easgd.transport.wire import (
     receive_into,
     send,
 )
+from lightning_easgd.transport.waiting import in_vain
 
 __all__ = ["RemoteShard"]
 

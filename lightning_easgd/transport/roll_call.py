@@ -57,7 +57,7 @@ class RollCall:
 
     @contextmanager
     def _client(self) -> Iterator[StoreClient]:
-        client = StoreClient.on(self._store, _ANSWER, server=store_server())
+        client = StoreClient(self._store, _ANSWER, server=store_server(), clone=False)
         try:
             yield client.under(self._keys)
         finally:

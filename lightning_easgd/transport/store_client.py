@@ -37,22 +37,16 @@ class StoreClient:
     Only calls that do not wait for another rank are offered: :meth:`get` is for keys that :meth:`check` has found.
 
     Args:
-        store: The ranks' store; cloned, not used itself.
+        store: The ranks' store.
         timeout: Seconds within which the store must answer.
         server: The rank that serves it, for errors; None for the launcher.
+        clone: Whether to make a connection of its own; else it uses that of a store that is idle, where it would be too
+            late to make another.
     """
 
-    def __init__(self, store: Store, timeout: float, *, server: int | None = 0) -> None:
-        self._line = _Line(store, timeout, server, clone=True)
+    def __init__(self, store: Store, timeout: float, *, server: int | None = 0, clone: bool = True) -> None:
+        self._line = _Line(store, timeout, server, clone=clone)
         self._prefix = ""
-
-    @classmethod
-    def on(cls, store: Store, timeout: float, *, server: int | None = 0) -> "StoreClient":
-        """One that uses the connection of a client that is idle, where it would be too late to make another."""
-        client = object.__new__(cls)
-        client._line = _Line(store, timeout, server, clone=False)
-        client._prefix = ""
-        return client
 
     def under(self, prefix: str) -> "StoreClient":
         """The same client, with a prefix before every key."""
@@ -117,7 +111,7 @@ class _Line(ForkAware):
         self._timeout = timeout
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._waiting: set[_Call] = set()
-        arguments = (store, clone, self._calls)
+        arguments = (None if clone else store, store, self._calls)
         self._thread = threading.Thread(target=_serve, args=arguments, name="easgd-store", daemon=True)
         self._thread.start()
         weakref.finalize(self, self._calls.put, None)  # for those that nobody closes
@@ -184,12 +178,11 @@ class _Call:
         self.ended.set()
 
 
-def _serve(store: Store, clone: bool, calls: "SimpleQueue[_Call | None]") -> None:
+def _serve(client: Store | None, store: Store, calls: "SimpleQueue[_Call | None]") -> None:
     """Connect and make the calls; a function, so that the thread does not keep its owner alive."""
-    client = None if clone else store
     while (call := calls.get()) is not None:
         try:
-            client = store.clone() if client is None else client  # type: ignore[attr-defined]  # missing from torch's stubs
+            client = store.clone() if client is None else client  # type: ignore[attr-defined]  # missing from the stubs
         except Exception as error:
             call.fail(error)
             continue

@@ -20,8 +20,8 @@ from lightning_easgd.served_center import (
     WorkerLostError,
 )
 from lightning_easgd.served_center.tcp_client import RemoteShard
-from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
-from lightning_easgd.transport.wire import Operation, Request
+from lightning_easgd.served_center.tcp_server import ShardServer
+from lightning_easgd.transport.tcp_wire import GREETING, Operation, Request
 
 LAYOUT = Layout.cut([(0, 1000)], 400)
 SECRET = b"0123456789abcdef"

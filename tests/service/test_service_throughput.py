@@ -11,7 +11,7 @@ from lightning_easgd.served_center import ElasticRule, InProcessCenter, Layout, 
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
-from lightning_easgd.transport.wire import as_bytes
+from lightning_easgd.transport.tcp_wire import as_bytes
 
 ELEMENTS = 10_000_000
 LAYOUT = Layout.cut([(0, ELEMENTS)])

@@ -28,13 +28,13 @@ from lightning_easgd.served_center import (
     open_center,
 )
 from lightning_easgd.served_center.tcp_client import RemoteShard
-from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
+from lightning_easgd.served_center.tcp_server import ShardServer
 from lightning_easgd.transport import network, strangers
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.liveness import WatchedProcess, own_process
 from lightning_easgd.transport.shared_vectors import SharedVector
 from lightning_easgd.transport.store_client import StoreClient
-from lightning_easgd.transport.wire import REPLY_SIZE, Operation, Reply, Request
+from lightning_easgd.transport.tcp_wire import GREETING, REPLY_SIZE, Operation, Reply, Request
 
 pytestmark = pytest.mark.timeout(60)
 LAYOUT = Layout.cut([(0, 1000)], 400)
