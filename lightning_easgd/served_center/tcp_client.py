@@ -3,6 +3,7 @@
 import socket
 import threading
 from collections import deque
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import final
 
@@ -91,11 +92,14 @@ class RemoteShard(ForkAware):
 
         A server that takes nothing is not waited for: the goodbye is sent if the connection takes it at once.
         """
-        if self._error is None and self._sending.acquire(timeout=min(self._timeout, _LONGEST_GOODBYE)):
+        closed = CenterError(f"RemoteShard: the connection to rank {self._server} has been closed on this rank.")
+        is_whole = self._error is None
+        self._error = self._error or closed  # before the goodbye: the server ends the connection when that has come
+        if is_whole and self._sending.acquire(timeout=min(self._timeout, _LONGEST_GOODBYE)):
             with suppress(OSError):
                 self._connection.send(Request(Operation.LEAVE, 0, 0, 0, 0.0).pack(), socket.MSG_DONTWAIT)
             self._sending.release()
-        self._break(CenterError(f"RemoteShard: the connection to rank {self._server} has been closed on this rank."))
+        self._break(closed)
         if threading.current_thread() is not self._receiver:
             self._receiver.join(min(self._timeout, _LONGEST_GOODBYE))
         self._connection.close()
@@ -132,14 +136,14 @@ class RemoteShard(ForkAware):
                     text = bytearray(reply.size)
                     receive_into(self._connection, memoryview(text))
                     kind = CenterTimeoutError if reply.failed == FAILED_BY_TIMEOUT else CenterError
-                    request.fail(kind(f"RemoteShard(server={self._server}): {text.decode()}"))
+                    request.version.set_exception(kind(f"RemoteShard(server={self._server}): {text.decode()}"))
                     continue
                 try:
                     receive_into(self._connection, request.data[: reply.size])
                 except ConnectionLostError as error:
-                    request.fail(self._lost(str(error)))
+                    request.version.set_exception(self._lost(str(error)))
                     raise
-                request.complete(reply.version)
+                request.version.set_result(reply.version)
         except ConnectionLostError as error:
             if self._error is None and not isinstance(error, StalledError):
                 self._lost_ranks.add(self._server)
@@ -179,7 +183,7 @@ class RemoteShard(ForkAware):
             self._connection.shutdown(socket.SHUT_RDWR)
         while self._waiting:
             with suppress(IndexError):
-                self._waiting.popleft().fail(self._error)
+                self._waiting.popleft().version.set_exception(self._error)
         return self._error
 
 
@@ -189,22 +193,12 @@ class _Request(Pending):
 
     def __init__(self, shard: RemoteShard, data: memoryview) -> None:
         self.data = data
+        self.version: Future[int] = Future()
         self._shard = shard
-        self._answered = threading.Event()
-        self._version = 0
-        self._error: CenterError | None = None
 
-    def complete(self, version: int) -> None:
-        self._version = version
-        self._answered.set()
-
-    def fail(self, error: CenterError) -> None:
-        self._error = error
-        self._answered.set()
-
+    @override
     def wait(self) -> int:
-        if not self._answered.wait(self._shard.timeout):
-            raise self._shard.give_up()
-        if self._error is not None:
-            raise self._error
-        return self._version
+        try:
+            return self.version.result(self._shard.timeout)
+        except TimeoutError:
+            raise self._shard.give_up() from None

@@ -4,6 +4,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn, final
@@ -18,6 +19,8 @@ __all__ = ["StoreClient", "store_server"]
 
 _GRACE = 1.0  # seconds: one who was stopped himself finds his deadlines passed when he goes on
 _LONGEST_JOIN = 1.0  # seconds
+
+_Call = tuple[Future[Any], str, tuple[Any, ...]]
 
 
 def store_server() -> int | None:
@@ -110,7 +113,7 @@ class _Line(ForkAware):
         self.problem: StoreLostError | None = None
         self._timeout = timeout
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._waiting: set[_Call] = set()
+        self._waiting: set[Future[Any]] = set()
         arguments = (None if clone else store, store, self._calls)
         self._thread = threading.Thread(target=_serve, args=arguments, name="easgd-store", daemon=True)
         self._thread.start()
@@ -119,18 +122,17 @@ class _Line(ForkAware):
     def call(self, name: str, *arguments: Any) -> Any:
         if self.problem is not None:
             raise self.problem
-        call = _Call(name, arguments)
-        self._waiting.add(call)
-        self._calls.put(call)
-        if not (call.ended.wait(self._timeout) or call.ended.wait(min(_GRACE, self._timeout))):
+        answer: Future[Any] = Future()
+        self._waiting.add(answer)
+        self._calls.put((answer, name, arguments))
+        if not (_comes(answer, self._timeout) or _comes(answer, min(_GRACE, self._timeout))):
             self._give_up(f"has not answered for {self._timeout:g} s; it is stopped, stuck, or cut off")
-        self._waiting.discard(call)
-        if isinstance(call.error, RuntimeError) and not isinstance(call.error, StoreLostError):  # the store's failures
-            first_line = next(iter(str(call.error).splitlines()), "")
+        self._waiting.discard(answer)
+        error = answer.exception()
+        if isinstance(error, RuntimeError) and not isinstance(error, StoreLostError):  # the store's failures
+            first_line = next(iter(str(error).splitlines()), "")
             self._give_up(f"is gone ({first_line}); it has died, or has ended before the others")
-        if call.error is not None:
-            raise call.error
-        return call.answer
+        return answer.result()
 
     def close(self) -> None:
         self._end("StoreClient: it has been closed on this rank.")
@@ -150,43 +152,29 @@ class _Line(ForkAware):
         """Let all who wait have an error, the first one."""
         problem = self.problem = self.problem or StoreLostError(why)
         while self._waiting:
-            with suppress(KeyError):
-                self._waiting.pop().fail(problem)
+            with suppress(KeyError, InvalidStateError):  # another thread has taken it, or it has come after all
+                self._waiting.pop().set_exception(problem)
         return problem
-
-
-@final
-class _Call:
-    """A call under way."""
-
-    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.answer: Any = None
-        self.error: Exception | None = None
-        self.ended = threading.Event()
-
-    def make(self, client: Store) -> None:
-        try:
-            self.answer = getattr(client, self.name)(*self.arguments)
-        except Exception as error:
-            self.error = error
-        self.ended.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.ended.set()
 
 
 def _serve(client: Store | None, store: Store, calls: "SimpleQueue[_Call | None]") -> None:
     """Connect and make the calls; a function, so that the thread does not keep its owner alive."""
     while (call := calls.get()) is not None:
-        try:
-            client = store.clone() if client is None else client  # type: ignore[attr-defined]  # missing from the stubs
-        except Exception as error:
-            call.fail(error)
-            continue
-        call.make(client)
+        answer, name, arguments = call
+        with suppress(InvalidStateError):  # it has been given up
+            try:
+                client = store.clone() if client is None else client  # type: ignore[attr-defined]  # not in the stubs
+                answer.set_result(getattr(client, name)(*arguments))
+            except Exception as error:
+                answer.set_exception(error)
+
+
+def _comes(answer: Future[Any], seconds: float) -> bool:
+    try:
+        answer.exception(seconds)
+    except TimeoutError:
+        return False
+    return True
 
 
 def _address(store: Store) -> tuple[str, int] | None:

@@ -168,11 +168,22 @@ def stopped_store():
     server = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     try:
         store = TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False, wait_for_workers=False)
-        yield store, lambda: os.kill(server.pid, signal.SIGSTOP)
+        yield store, lambda: stop(server.pid)
     finally:
         server.kill()
         server.wait()
         server.stdout.close()
+
+
+def stop(pid):
+    """Send SIGSTOP, and wait until it has come: until then the process may answer."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def is_stopped():
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] == "T"
+
+    wait_until(is_stopped)
 
 
 CALLS = {
