@@ -2,12 +2,17 @@
 
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import Store
 
 from lightning_easgd.averagers import Channel, ExchangeLine, Transfer
+from lightning_easgd.transport.discovery import Rendezvous
+from lightning_easgd.transport.liveness import Presence
+from lightning_easgd.transport.store_client import StoreClient
 
 
 def line_on(control: Channel, data: Channel) -> ExchangeLine:
@@ -15,6 +20,12 @@ def line_on(control: Channel, data: Channel) -> ExchangeLine:
     line = ExchangeLine(control)
     line.data = data
     return line
+
+
+def rendezvous_of(store: Store, rank: int, size: int, timeout: timedelta = timedelta(seconds=20)) -> Rendezvous:
+    """Where workers that are threads find each other's memory."""
+    client = StoreClient(store, timeout.total_seconds())
+    return Rendezvous(client, Presence(client, rank), rank, size, timeout.total_seconds())
 
 
 class Hub:

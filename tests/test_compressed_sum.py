@@ -24,8 +24,13 @@ from lightning_easgd.lab.data import DigitsDataModule
 from lightning_easgd.lab.models import Classifier, DigitsNet
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.tensors.flat_tensors import FlatTensors
-from lightning_easgd.transport.channel import ExchangeError, ProcessGroupChannel
-from lightning_easgd.transport.message_channel import MessageChannel, MessageTransfer, ProcessGroupMessageChannel
+from lightning_easgd.transport.channel import (
+    ExchangeError,
+    MessageChannel,
+    MessageTransfer,
+    ProcessGroupChannel,
+    ProcessGroupMessageChannel,
+)
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from channels import LoneChannel, line_on
+from channels import LoneChannel, line_on, rendezvous_of
 from test_sums import vectors_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_easgd.averagers import SynchronousAverager, all_reduced_sums
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
 from lightning_easgd.method.rates import MovingRates
-from lightning_easgd.transport.meeting_place import MeetingPlace
 
 TAU = 4
 
@@ -42,7 +41,7 @@ def is_tensor(value):
 
 
 def shared(center):
-    return SharedSum(center, vectors_of(center, MeetingPlace(dist.HashStore(), rank=0, size=1)))
+    return SharedSum(center, vectors_of(center, rendezvous_of(dist.HashStore(), 0, 1)))
 
 
 def all_reduced(events):

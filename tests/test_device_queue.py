@@ -21,9 +21,8 @@ from lightning_easgd.method.position import LookAheadPosition
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport import staging as stagings
-from lightning_easgd.transport.channel import Failure, OwnGroup, WorkTransfer
+from lightning_easgd.transport.channel import Failure, MessageChannel, MessageTransfer, OwnGroup, WorkTransfer
 from lightning_easgd.transport.device_queue import DeviceQueue, HostQueue, make_queue
-from lightning_easgd.transport.message_channel import MessageChannel, MessageTransfer
 from lightning_easgd.transport.staging import DeviceStaging, brought_near
 
 CPU = torch.device("cpu")
@@ -300,7 +299,7 @@ class Work:
 
 def test_the_host_waits_until_a_queued_sum_is_there():
     work = Work(looks=3)
-    WorkTransfer(work, Failure(timedelta(seconds=5)), is_queued=True).wait()
+    WorkTransfer(work, Failure(timedelta(seconds=5), "Mine"), is_queued=True).wait()
     assert (work.looks, work.waits) == (-1, 1)
 
 
@@ -318,7 +317,7 @@ def test_a_group_whose_work_will_not_end_is_aborted(monkeypatch, looks, expected
     monkeypatch.setattr(channels.dist, "new_group", lambda **arguments: made.update(arguments) or group)
     monkeypatch.setattr(channels.dist, "destroy_process_group", lambda _: ends.append("destroyed"))
     monkeypatch.setattr(channels.dist, "is_initialized", lambda: True)
-    own = OwnGroup("nccl", Failure(timedelta(seconds=5)))
+    own = OwnGroup("nccl", Failure(timedelta(seconds=5), "Mine"))
     assert made["timeout"] > timedelta(seconds=5)  # the watchdog would end the process before the error
     own.transfer(Work(looks), torch.empty(0, device="meta")).is_queued = True
     own.close()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from channels import LoneChannel, run_threads
+from channels import LoneChannel, rendezvous_of, run_threads
 from ranks import end_ranks, run_ranks
 from torch.distributed.distributed_c10d import _get_default_store
 from toys import Quadratic, Regression, fitted
@@ -39,9 +39,7 @@ from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.served_center import CenterError
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.errors import SharedMemoryUnavailableError
-from lightning_easgd.transport.meeting_place import MeetingPlace
-from lightning_easgd.transport.shared_vector import SharedVector
-from lightning_easgd.transport.shared_vectors import SharedVectors
+from lightning_easgd.transport.shared_vectors import SharedVector, SharedVectors
 
 pytestmark = pytest.mark.timeout(120)
 SECONDS = timedelta(seconds=20)
@@ -142,9 +140,9 @@ def storages(total):
     return [total.wire.flat, *(view for group in total.given for view in group)]
 
 
-def vectors_of(center, place):
+def vectors_of(center, rendezvous):
     """Attached ones."""
-    vectors = SharedVectors(center.flat.numel(), center.flat.dtype, place, SECONDS)
+    vectors = SharedVectors(center.flat.numel(), center.flat.dtype, rendezvous)
     vectors.attach()
     return vectors
 
@@ -155,8 +153,7 @@ def in_threads(work, workers):
 
     def run(rank, line):
         center = center_of([(3,), (1000, 700)], [(2, 2)], value=1.0)
-        place = MeetingPlace(dist.PrefixStore("sums", store), rank=rank, size=workers)
-        total = SharedSum(center, vectors_of(center, place))
+        total = SharedSum(center, vectors_of(center, rendezvous_of(store, rank, workers)))
         barrier.wait()
         return work(rank, total)
 
@@ -313,9 +310,9 @@ def exchanging(interrupt):
 @pytest.mark.parametrize(
     ("interrupt", "text", "limit"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"ranks [1] died", 1.0),
-        (lambda: os._exit(1), r"ranks [1] died", 1.0),
-        (lambda: time.sleep(4), r"ranks [1] hang", 3.0),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), r"ranks [1] have died", 1.0),
+        (lambda: os._exit(1), r"ranks [1] have died", 1.0),
+        (lambda: time.sleep(4), r"ranks [1] have not come", 3.0),
     ],
 )
 def test_a_lost_worker_ends_an_exchange(interrupt, text, limit):
@@ -432,7 +429,7 @@ def test_another_file_in_the_owners_descriptor_is_not_the_owner():
     assert other.owner_lives
     own.close()
     new = SharedVector.create(10, torch.float32)  # gets the number of the one that was closed
-    assert new.address.partition("#")[0] == other._path
+    assert new.address.partition("#")[0] == other._segment._path
     assert not other.owner_lives
     new.close()
     other.close()
@@ -440,11 +437,11 @@ def test_another_file_in_the_owners_descriptor_is_not_the_owner():
 
 def test_what_cannot_be_attached_leaves_no_descriptor():
     store = dist.HashStore()
-    vectors = [SharedVectors(3, torch.float32, MeetingPlace(store, rank=rank, size=3), SECONDS) for rank in range(2)]
+    vectors = [SharedVectors(3, torch.float32, rendezvous_of(store, rank, 3)) for rank in range(2)]
     read, write = os.pipe()
-    MeetingPlace(store, rank=2, size=3).enter(f"/proc/{os.getpid()}/fd/{read}#00")
+    rendezvous_of(store, 2, 3).enter("vector/0", f"/proc/{os.getpid()}/fd/{read}#00")
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(SharedMemoryUnavailableError, match="something else is there"):
+    with pytest.raises(SharedMemoryUnavailableError, match="something else than the memory"):
         vectors[0].attach()
     assert len(os.listdir("/proc/self/fd")) == before
     for descriptor in (read, write):
@@ -479,7 +476,7 @@ def test_workers_with_other_layouts_are_told():
     store = dist.HashStore()
 
     def work(rank, line):
-        vectors_of(center_of([(3 + rank,)]), MeetingPlace(store, rank=rank, size=2))
+        vectors_of(center_of([(3 + rank,)]), rendezvous_of(store, rank, 2))
 
     with pytest.raises(ExchangeError, match=r"shares [34] numbers"):
         run_threads(work, 2)

@@ -39,7 +39,7 @@ from lightning_easgd.served_center import InProcessCenter, Layout, SharedMemoryC
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
-from lightning_easgd.transport.wire import as_bytes
+from lightning_easgd.transport.tcp_wire import as_bytes
 
 MEMCPY, MEMORY, RAW, SOCKETS = "memcpy", "memory", "raw socket", "sockets"
 LIMIT = {MEMCPY: MEMCPY, MEMORY: MEMCPY, RAW: RAW, SOCKETS: RAW}
@@ -57,7 +57,7 @@ class _OneServer(CenterService):
         self._shard = shard
 
     def begin(self, chunk: int, message: torch.Tensor, rate: float) -> Pending:
-        return self._shard.begin_exchange(chunk, message, rate)
+        return self._shard.begin(chunk, message, rate)
 
     def exchange(self, chunk: int, message: torch.Tensor, rate: float) -> int:
         return self.begin(chunk, message, rate).wait()
@@ -83,8 +83,8 @@ def _be_rank(rank: int, place: Place, send: Send, elements: int, rounds: int, ba
 
 def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter.create(layout, torch.float32, SymmetricExchange(), held=everything, rank=0)
-    server = ShardServer(InProcessCenter(layout, torch.float32, SymmetricExchange()), SECRET, TIMEOUT, set())
+    memory = SharedMemoryCenter(layout, torch.float32, ElasticRule(), held=everything, rank=0)
+    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, TIMEOUT, set())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for _ in range(barrier.parties - 1):
             offers.put((memory.address, server.port, listener.getsockname()[1]))
@@ -102,7 +102,7 @@ def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
 def _work(rank: int, layout: Layout, elements: int, rounds: int, barrier: Any, offers: Any, send: Send) -> None:
     address, port, raw_port = offers.get()
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter.attach(address, layout, torch.float32, SymmetricExchange(), held=everything, rank=rank)
+    memory = SharedMemoryCenter(layout, torch.float32, ElasticRule(), held=everything, rank=rank, address=address)
     shard = RemoteShard(("127.0.0.1", port), server=0, rank=rank, secret=SECRET, timeout=TIMEOUT, lost=set())
     remote = _OneServer(layout, shard)
     x, out, back = (torch.ones(elements) for _ in range(3))

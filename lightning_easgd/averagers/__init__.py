@@ -10,10 +10,15 @@ from lightning_easgd.averagers.served.easgd import AsynchronousAverager, elastic
 from lightning_easgd.averagers.served.loss_policy import ContinueOnLoss, FailOnLoss, LossPolicy
 from lightning_easgd.averagers.sync.averager import SynchronousAverager, SynchronousAveraging
 from lightning_easgd.averagers.sync.choice import MakeSum, all_reduced_sums, compressed_sums, shared_sums
-from lightning_easgd.transport.channel import Channel, ExchangeError, ProcessGroupChannel, Transfer
-from lightning_easgd.transport.message_channel import MessageChannel, ProcessGroupMessageChannel
-from lightning_easgd.transport.shared_channel import SharedChannel
-from lightning_easgd.transport.sharing import shared_channel
+from lightning_easgd.transport.channel import (
+    Channel,
+    ExchangeError,
+    MessageChannel,
+    ProcessGroupChannel,
+    ProcessGroupMessageChannel,
+    Transfer,
+)
+from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 
 __all__ = [
     "AstrayPolicy",

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.served_center.layout import Layout
 
@@ -35,7 +36,8 @@ class Done(Pending):
     def __init__(self, version: int) -> None:
         self._version = version
 
-    def wait(self) -> int:  # noqa: D102
+    @override
+    def wait(self) -> int:
         return self._version
 
 

@@ -21,11 +21,11 @@ from lightning_easgd.served_center.shared_memory import SharedMemoryCenter
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
 from lightning_easgd.transport.control import ControlPlane
+from lightning_easgd.transport.discovery import Rendezvous
 from lightning_easgd.transport.errors import CenterError, SharedMemoryUnavailableError
-from lightning_easgd.transport.presence import Presence
-from lightning_easgd.transport.rendezvous import Rendezvous
+from lightning_easgd.transport.liveness import Presence
+from lightning_easgd.transport.network import own_address
 from lightning_easgd.transport.store_client import StoreClient, store_server
-from lightning_easgd.transport.stores import own_address
 
 __all__ = ["open_center"]
 
@@ -85,15 +85,13 @@ def open_center(
         if presence is None:
             presence = Presence(own_store, rank)
             presence.enter()
-        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout)
-        secret = _agree(rendezvous, rank, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes]])
-        shard, nodes = _open_shard(rendezvous, rank, nodes, plan)
+        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user="open_center")
+        secret = _agree(rendezvous, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
+        shard, nodes = _open_shard(rendezvous, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
         node, position = _place(rank, nodes)
-        server, remote = _connect(
-            rendezvous, rank, nodes, shard, opened, timeout=timeout, secret=secret, lost=lost, store=client.address
-        )
+        server, remote = _connect(rendezvous, nodes, shard, opened, secret, lost, client.address)
         processes = {other: presence.process(other) for other in range(world_size)}
         control = ControlPlane(
             own_store,
@@ -130,12 +128,9 @@ def open_center(
 
 def _connect(
     rendezvous: Rendezvous,
-    rank: int,
     nodes: Sequence[Sequence[int]],
     shard: CenterService,
     opened: ExitStack,
-    *,
-    timeout: float,
     secret: bytes,
     lost: set[int],
     store: tuple[str, int] | None,
@@ -143,6 +138,7 @@ def _connect(
     """Connect this rank with one of every other node; what serves this node's part, and the others' parts."""
     if len(nodes) == 1:
         return None, {}
+    rank, timeout = rendezvous.rank, rendezvous.timeout
     node, position = _place(rank, nodes)
     address = own_address(store)
     server = ShardServer(shard, secret, timeout, lost, host=address.listener)
@@ -152,9 +148,8 @@ def _connect(
     for other, ranks in enumerate(nodes):
         if other != node:
             peer = ranks[position % len(ranks)]
-            remote[other] = RemoteShard(
-                tuple(homes[peer]), server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost
-            )
+            home = tuple(homes[peer])
+            remote[other] = RemoteShard(home, server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost)
             opened.callback(remote[other].close)
     rendezvous.gather("connected", None)
     server.stop_accepting()
@@ -173,29 +168,24 @@ class _Plan:
     def in_process(self, held: Sequence[int]) -> InProcessCenter:
         return InProcessCenter(self.layout, self.dtype, self.exchange, held=held, timeout=self.timeout)
 
-    def create(self, held: Sequence[int], rank: int) -> SharedMemoryCenter:
-        return SharedMemoryCenter.create(
-            self.layout, self.dtype, self.exchange, held=held, rank=rank, timeout=self.timeout
-        )
-
-    def attach(self, address: str, held: Sequence[int], rank: int) -> SharedMemoryCenter:
-        return SharedMemoryCenter.attach(
-            address, self.layout, self.dtype, self.exchange, held=held, rank=rank, timeout=self.timeout
+    def shared(self, held: Sequence[int], rank: int, address: str | None = None) -> SharedMemoryCenter:
+        return SharedMemoryCenter(
+            self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout, address=address
         )
 
     def held(self, node: int, nodes: int) -> list[int]:
         return [chunk for chunk, owner in enumerate(place_chunks(self.layout, nodes)) if owner == node]
 
 
-def _agree(rendezvous: Rendezvous, rank: int, terms: list[object]) -> bytes:
+def _agree(rendezvous: Rendezvous, terms: list[object]) -> bytes:
     """Make sure that all ranks open the same center, and return the secret that rank 0 draws."""
     digest = hashlib.sha256(repr(terms).encode()).hexdigest()
-    answers = rendezvous.gather("terms", [digest, secrets.token_hex(16) if rank == 0 else ""])
+    answers = rendezvous.gather("terms", [digest, secrets.token_hex(16) if rendezvous.rank == 0 else ""])
     others = [other for other, (theirs, _) in enumerate(answers) if theirs != digest]
     if others:
         raise CenterError(
-            f"open_center: ranks {others} open another center than rank {rank}: their segments, dtype, rule or nodes"
-            " differ. Build the same model and optimizer on every rank."
+            f"open_center: ranks {others} open another center than rank {rendezvous.rank}: their segments, dtype, rule"
+            " or nodes differ. Build the same model and optimizer on every rank."
         )
     return bytes.fromhex(answers[0][1])
 
@@ -206,9 +196,10 @@ def _place(rank: int, nodes: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 
 def _open_shard(
-    rendezvous: Rendezvous, rank: int, nodes: Sequence[Sequence[int]], plan: _Plan
+    rendezvous: Rendezvous, nodes: Sequence[Sequence[int]], plan: _Plan
 ) -> tuple[CenterService, Sequence[Sequence[int]]]:
     """This rank's view of its node's part, and the nodes as they turn out to be."""
+    rank = rendezvous.rank
     node, position = _place(rank, nodes)
     held = plan.held(node, len(nodes))
     shard: CenterService | None = None
@@ -217,14 +208,14 @@ def _open_shard(
         if len(nodes[node]) == 1:
             shard = plan.in_process(held)
         elif position == 0:
-            shard = created = plan.create(held, rank)
+            shard = created = plan.shared(held, rank)
             address = created.address
     except CenterError as error:
         problem = _describe(error)
     answers = rendezvous.gather("memory", [address, problem])
     if shard is None and not any(kind for _, (kind, _) in answers):
         try:
-            shard = plan.attach(answers[nodes[node][0]][0], held, rank)
+            shard = plan.shared(held, rank, answers[nodes[node][0]][0])
         except CenterError as error:
             problem = _describe(error)
     problems = {other: told for other, told in enumerate(rendezvous.gather("mapped", problem)) if told != _NO_PROBLEM}

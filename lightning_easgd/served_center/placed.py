@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.layout import Layout
@@ -54,8 +55,8 @@ class ServedCenter(CenterService):
     ) -> None:
         super().__init__(layout, dtype)
         self.control = control
-        self._shard = shard
-        self._remote = dict(remote)
+        self._parts: dict[int, CenterService | RemoteShard] = {**remote, node: shard}
+        self._node = node
         self._server = server
         self._store = store
         self._placement = placement
@@ -64,33 +65,30 @@ class ServedCenter(CenterService):
         atexit.register(self.close)
 
     @property
-    def order(self) -> Sequence[int]:  # noqa: D102
+    @override
+    def order(self) -> Sequence[int]:
         return self._order
 
     def is_local(self, chunk: int) -> bool:
         """Whether a chunk is kept on this node: its exchange moves no bytes over the network."""
-        return self._placement[chunk] not in self._remote
+        return self._placement[chunk] == self._node
 
-    def exchange(self, chunk: int, message: Tensor, rate: float) -> int:  # noqa: D102
+    @override
+    def exchange(self, chunk: int, message: Tensor, rate: float) -> int:
         return self.begin(chunk, message, rate).wait()
 
-    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:  # noqa: D102
+    @override
+    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:
         self.control.note_progress()
-        remote = self._remote_of(chunk)
-        if remote is None:
-            return self._shard.begin(chunk, message, rate)
-        return remote.begin_exchange(chunk, message, rate)
+        return self._keeper(chunk).begin(chunk, message, rate)
 
-    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:  # noqa: D102
-        remote = self._remote_of(chunk)
-        return self._shard.read(chunk, into, store) if remote is None else remote.read(chunk, into, store)
+    @override
+    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:
+        return self._keeper(chunk).read(chunk, into, store)
 
-    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:  # noqa: D102
-        remote = self._remote_of(chunk)
-        if remote is None:
-            self._shard.write(chunk, value, store, version)
-        else:
-            remote.write(chunk, value, store, version)
+    @override
+    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:
+        self._keeper(chunk).write(chunk, value, store, version)
 
     def close(self) -> None:
         """Leave: end the connections, stop serving, and give the memory back.
@@ -103,18 +101,18 @@ class ServedCenter(CenterService):
         self._closed = True
         atexit.unregister(self.close)
         self.control.close()
-        for remote in self._remote.values():
-            remote.close()
+        for node in self._parts.keys() - {self._node}:
+            self._parts[node].close()
         if self._server is not None:
             self._server.close()
-        self._shard.close()
+        self._parts[self._node].close()
         if self._store is not None:
             self._store.close()
 
-    def _remote_of(self, chunk: int) -> RemoteShard | None:
+    def _keeper(self, chunk: int) -> CenterService | RemoteShard:
         if self._closed:
             raise CenterError("ServedCenter: it has been closed on this rank.")
-        return self._remote.get(self._placement[chunk])
+        return self._parts[self._placement[chunk]]
 
 
 def _order(placement: Sequence[int], node: int, position: float) -> list[int]:

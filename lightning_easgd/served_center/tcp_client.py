@@ -3,17 +3,19 @@
 import socket
 import threading
 from collections import deque
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import final
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import Pending
-from lightning_easgd.served_center.tcp_server import GREETING
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, WorkerLostError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.wire import (
+from lightning_easgd.transport.tcp_wire import (
     FAILED_BY_TIMEOUT,
+    GREETING,
     REPLY_SIZE,
     ConnectionLostError,
     Operation,
@@ -25,6 +27,7 @@ from lightning_easgd.transport.wire import (
     receive_into,
     send,
 )
+from lightning_easgd.transport.waiting import in_vain
 
 __all__ = ["RemoteShard"]
 
@@ -71,15 +74,15 @@ class RemoteShard(ForkAware):
         self._receiver = threading.Thread(target=self._receive, name=f"easgd-replies-{server}", daemon=True)
         self._receiver.start()
 
-    def begin_exchange(self, chunk: int, message: Tensor, rate: float) -> Pending:
+    def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:
         """Send a message for a chunk; the answer arrives in the message's memory."""
         return self._begin(Request(Operation.EXCHANGE, 0, chunk, 0, rate), as_bytes(message))
 
-    def read(self, chunk: int, into: Tensor, store: int) -> int:
+    def read(self, chunk: int, into: Tensor, store: int = 0) -> int:
         """Read one store of a chunk."""
         return self._begin(Request(Operation.READ, store, chunk, 0, 0.0), as_bytes(into)).wait()
 
-    def write(self, chunk: int, value: Tensor, store: int, version: int | None) -> None:
+    def write(self, chunk: int, value: Tensor, store: int = 0, version: int | None = None) -> None:
         """Write one store of a chunk."""
         request = Request(Operation.WRITE, store, chunk, -1 if version is None else version, 0.0)
         self._begin(request, as_bytes(value)).wait()
@@ -89,16 +92,20 @@ class RemoteShard(ForkAware):
 
         A server that takes nothing is not waited for: the goodbye is sent if the connection takes it at once.
         """
-        if self._error is None and self._sending.acquire(timeout=min(self._timeout, _LONGEST_GOODBYE)):
+        closed = CenterError(f"RemoteShard: the connection to rank {self._server} has been closed on this rank.")
+        is_whole = self._error is None
+        self._error = self._error or closed  # before the goodbye: the server ends the connection when that has come
+        if is_whole and self._sending.acquire(timeout=min(self._timeout, _LONGEST_GOODBYE)):
             with suppress(OSError):
                 self._connection.send(Request(Operation.LEAVE, 0, 0, 0, 0.0).pack(), socket.MSG_DONTWAIT)
             self._sending.release()
-        self._break(CenterError(f"RemoteShard: the connection to rank {self._server} has been closed on this rank."))
+        self._break(closed)
         if threading.current_thread() is not self._receiver:
             self._receiver.join(min(self._timeout, _LONGEST_GOODBYE))
         self._connection.close()
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._error = CenterError("RemoteShard: a forked child has no connection of its own.")
         self._connection.close()
 
@@ -129,14 +136,14 @@ class RemoteShard(ForkAware):
                     text = bytearray(reply.size)
                     receive_into(self._connection, memoryview(text))
                     kind = CenterTimeoutError if reply.failed == FAILED_BY_TIMEOUT else CenterError
-                    request.fail(kind(f"RemoteShard(server={self._server}): {text.decode()}"))
+                    request.version.set_exception(kind(f"RemoteShard(server={self._server}): {text.decode()}"))
                     continue
                 try:
                     receive_into(self._connection, request.data[: reply.size])
                 except ConnectionLostError as error:
-                    request.fail(self._lost(str(error)))
+                    request.version.set_exception(self._lost(str(error)))
                     raise
-                request.complete(reply.version)
+                request.version.set_result(reply.version)
         except ConnectionLostError as error:
             if self._error is None and not isinstance(error, StalledError):
                 self._lost_ranks.add(self._server)
@@ -146,8 +153,13 @@ class RemoteShard(ForkAware):
         """End the connection because a reply has not come."""
         return self._break(
             CenterTimeoutError(
-                f"RemoteShard(timeout={self._timeout:g}): rank {self._server} has not answered rank {self._rank} for"
-                " longer than that; it is stopped, stuck, or cut off."
+                in_vain(
+                    f"RemoteShard(timeout={self._timeout:g} s)",
+                    "an exchange",
+                    self._timeout,
+                    f"rank {self._server} has not answered rank {self._rank}",
+                    "It is stopped, stuck, or cut off.",
+                )
             )
         )
 
@@ -171,7 +183,7 @@ class RemoteShard(ForkAware):
             self._connection.shutdown(socket.SHUT_RDWR)
         while self._waiting:
             with suppress(IndexError):
-                self._waiting.popleft().fail(self._error)
+                self._waiting.popleft().version.set_exception(self._error)
         return self._error
 
 
@@ -181,22 +193,12 @@ class _Request(Pending):
 
     def __init__(self, shard: RemoteShard, data: memoryview) -> None:
         self.data = data
+        self.version: Future[int] = Future()
         self._shard = shard
-        self._answered = threading.Event()
-        self._version = 0
-        self._error: CenterError | None = None
 
-    def complete(self, version: int) -> None:
-        self._version = version
-        self._answered.set()
-
-    def fail(self, error: CenterError) -> None:
-        self._error = error
-        self._answered.set()
-
+    @override
     def wait(self) -> int:
-        if not self._answered.wait(self._shard.timeout):
-            raise self._shard.give_up()
-        if self._error is not None:
-            raise self._error
-        return self._version
+        try:
+            return self.version.result(self._shard.timeout)
+        except TimeoutError:
+            raise self._shard.give_up() from None

@@ -7,12 +7,13 @@ from contextlib import suppress
 from typing import final
 
 import torch
+from typing_extensions import override
 
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.strangers import GREETING, Strangers
-from lightning_easgd.transport.wire import (
+from lightning_easgd.transport.strangers import Strangers
+from lightning_easgd.transport.tcp_wire import (
     FAILED,
     FAILED_BY_TIMEOUT,
     REQUEST_SIZE,
@@ -27,11 +28,11 @@ from lightning_easgd.transport.wire import (
     send,
 )
 
-__all__ = ["GREETING", "ShardServer"]
+__all__ = ["ShardServer"]
 
 _LOOK = 0.05  # seconds from one look at whether to go on accepting to the next
 _LAST_GREETINGS = 1.0  # seconds that the greetings of those who have connected may be under way
-_LONGEST_GOODBYE = 1.0
+_LONGEST_GOODBYE = 1.0  # seconds
 
 
 @final
@@ -89,7 +90,8 @@ class ShardServer(ForkAware):
         for thread in connections.values():
             thread.join(max(0.0, deadline - time.monotonic()))
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._closed = True
         self._listener.close()
         for connection in self._connections:

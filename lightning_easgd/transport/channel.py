@@ -1,30 +1,34 @@
-"""What moves bytes between the workers: the interface, and its implementation on a process group."""
+"""What moves bytes between the workers, as sums or as messages: interfaces, and implementations on process groups."""
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import final
+from typing import ClassVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_easgd.transport.waiting import in_vain, wait_until
+
 __all__ = [
     "Channel",
     "ExchangeError",
     "Failure",
+    "MessageChannel",
+    "MessageTransfer",
     "OwnGroup",
     "ProcessGroupChannel",
+    "ProcessGroupMessageChannel",
     "Transfer",
     "WorkTransfer",
-    "is_queued",
 ]
 
 _WATCHDOG_DELAY = timedelta(seconds=60)
-_PAUSE = 5e-5  # seconds between two looks at an operation on a device
+_LONGEST_PAUSE = 5e-5  # seconds between two looks at an operation on a device
 
 
 class ExchangeError(RuntimeError):
@@ -51,10 +55,12 @@ class Channel(ABC):
     Attributes:
         rank: This worker's number, 0 ≤ rank < size.
         size: How many workers there are (p).
+        user: The name of who exchanges on it, for errors.
     """
 
     rank: int
     size: int
+    user = "Channel"
 
     @abstractmethod
     def sum(self, buffer: Tensor) -> Transfer:
@@ -71,76 +77,60 @@ class Channel(ABC):
         """Give back what the channel holds. No reduction may be under way."""
 
 
-def is_queued(backend: str, device: torch.device) -> bool:
-    """Whether a process group queues its work on the device, so that waiting for it is an order to the device alone."""
-    return device.type == "cuda" and "nccl" in backend
+class MessageTransfer(Transfer):
+    """Messages under way. Their tensors belong to the channel until :meth:`wait` has returned."""
+
+    @property
+    @abstractmethod
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would return, or raise, at once."""
+
+    def follow(self) -> None:
+        """Let what is queued on the messages' device from here on come after the transfer, where that is queued."""
 
 
-class OwnGroup:
-    """A process group for one kind of operation, so that nothing else queues on it.
+class MessageChannel(ABC):
+    """The workers' common line for bytes that nobody may add up on the way.
 
-    Creating one is a collective operation on the default group: every rank creates it at the same point.
+    Both operations return at once. All workers call each in the same order, but may be at different calls of the one
+    when they make a call of the other; not so where they :meth:`are_queued`.
 
-    Args:
-        backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
-        failure: What the error of an operation says.
+    Attributes:
+        rank: This worker's number, 0 ≤ rank < size.
+        size: How many workers there are (p).
     """
 
-    def __init__(self, backend: str, failure: "Failure") -> None:
-        # NCCL's own watchdog ends the process without an error of ours; it must not come first.
-        timeout = failure.timeout + _WATCHDOG_DELAY if "nccl" in backend else failure.timeout
-        self.group = dist.new_group(backend=backend, timeout=timeout)
-        self._backend = backend
-        self._failure = failure
-        self._last: WorkTransfer | None = None
+    rank: int
+    size: int
 
-    def transfer(self, work: dist.Work | None, buffer: Tensor) -> "WorkTransfer":
-        """The transfer of an operation on this buffer."""
-        assert work is not None
-        self._last = WorkTransfer(work, self._failure, is_queued=is_queued(self._backend, buffer.device))
-        return self._last
+    @abstractmethod
+    def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> MessageTransfer:
+        """Start to send row r of ``outgoing`` to worker r, and to receive what it sends as row r of ``incoming``.
 
-    def close(self) -> None:
-        """Give the group back; abort it where its work will never end, as NCCL would wait for it."""
-        if not dist.is_initialized():  # it went with the default group
-            return
-        if self._last is not None and self._last.is_queued and not self._last.has_ended:
-            self.group.abort()
-        else:
-            dist.destroy_process_group(self.group)
+        Args:
+            outgoing: Shape (p, bytes), uint8.
+            incoming: Likewise; what this worker sends to itself may or may not be there.
+        """
 
+    @abstractmethod
+    def all_gather(self, message: Tensor, messages: Tensor) -> MessageTransfer:
+        """Start to send ``message`` to all, and to receive that of worker r as row r of ``messages``.
 
-@final
-class ProcessGroupChannel(Channel):
-    """A :class:`Channel` on a process group of its own, so that nothing else queues on it.
+        Args:
+            message: Shape (bytes,), uint8.
+            messages: Shape (p, bytes), uint8.
+        """
 
-    Creating one is a collective operation on the default group: every rank creates it at the same point.
+    def are_queued(self, device: torch.device) -> bool:  # noqa: ARG002
+        """Whether the operations are queued on this device.
 
-    Args:
-        backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
-        timeout: How long a reduction may wait for the slowest worker.
-        strategy: The strategy's name, for errors.
-        who_is_missing: Finds a sentence on who is to blame, when a reduction has failed.
-    """
+        All workers must then start all of them in one order, those of other channels and of the user included: each
+        holds a part of the device until it has met its counterparts.
+        """
+        return False
 
-    def __init__(
-        self,
-        backend: str,
-        timeout: timedelta,
-        strategy: str = "EASGDStrategy",
-        who_is_missing: Callable[[], str] = str,
-    ) -> None:
-        self._group = OwnGroup(backend, Failure(timeout, strategy, who_is_missing))
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
-
-    @override
-    def sum(self, buffer: Tensor) -> Transfer:
-        return self._group.transfer(dist.all_reduce(buffer, group=self._group.group, async_op=True), buffer)
-
-    @override
-    def close(self) -> None:
-        self._group.close()
+    def close(self) -> None:  # noqa: B027 - most channels own nothing
+        """Give back what the channel holds. Nothing may be under way."""
 
 
 @final
@@ -150,26 +140,31 @@ class Failure:
 
     Attributes:
         timeout: How long the operation could wait for the slowest worker.
-        strategy: The strategy's name.
+        user: The name of who asked for it.
         who_is_missing: Finds a sentence on who is to blame; empty if it is not known.
     """
 
     timeout: timedelta
-    strategy: str = "EASGDStrategy"
+    user: str
     who_is_missing: Callable[[], str] = str
 
     def of(self, error: Exception, seconds: float) -> ExchangeError:
         """The error in place of the process group's own, after the worker has waited for so many seconds."""
         missing = self.who_is_missing()
         return ExchangeError(
-            f"{self.strategy}(timeout={self.timeout}): an exchange failed after this worker had waited {seconds:.1f} s;"
-            " another worker died, raised an error or hangs. Look for the first error among the ranks; a longer timeout"
-            f" helps only if a worker was just slow. {f'{missing} ' if missing else ''}Cause: {error}"
+            in_vain(
+                f"{self.user}(timeout={self.timeout})",
+                "an exchange",
+                seconds,
+                "another worker died, raised an error or hangs",
+                "Look for the first error among the ranks; a longer timeout helps only if a worker was just slow."
+                f" {f'{missing} ' if missing else ''}Cause: {error}",
+            )
         )
 
 
 @final
-class WorkTransfer(Transfer):
+class WorkTransfer(MessageTransfer):
     """A collective operation under way.
 
     Args:
@@ -184,22 +179,129 @@ class WorkTransfer(Transfer):
         self.is_queued = is_queued
 
     @property
-    def has_ended(self) -> bool:
-        """Whether :meth:`wait` would return, or raise, at once."""
+    @override
+    def arrived(self) -> bool:
         return self._work.is_completed()
 
     @override
     def wait(self) -> None:
         started = time.monotonic()
+        timeout = self._failure.timeout.total_seconds()
         try:
-            while self.is_queued and not self.has_ended:
-                if time.monotonic() - started > self._failure.timeout.total_seconds():
-                    raise TimeoutError("the operation has not ended on the device.")
-                time.sleep(_PAUSE)
+            if self.is_queued and not wait_until(self._work.is_completed, timeout, longest_pause=_LONGEST_PAUSE):
+                raise TimeoutError("the operation has not ended on the device.")
             self._work.wait()
         except (RuntimeError, TimeoutError) as error:
             raise self._failure.of(error, time.monotonic() - started) from error
 
+    @override
     def follow(self) -> None:
-        """Let what is queued on the device from here on come after the operation; the thread does not wait."""
         self._work.wait()
+
+
+@final
+class OwnGroup:
+    """A process group for one kind of operation, so that nothing else queues on it.
+
+    Creating one is a collective operation on the default group: every rank creates it at the same point.
+
+    Args:
+        backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
+        failure: What the error of an operation says.
+    """
+
+    def __init__(self, backend: str, failure: Failure) -> None:
+        # NCCL's own watchdog ends the process without an error of ours; it must not come first.
+        timeout = failure.timeout + _WATCHDOG_DELAY if "nccl" in backend else failure.timeout
+        self.group = dist.new_group(backend=backend, timeout=timeout)
+        self._backend = backend
+        self._failure = failure
+        self._last: WorkTransfer | None = None
+
+    def is_queued(self, device: torch.device) -> bool:
+        """Whether its work is queued on the device, so that waiting for it is an order to the device alone."""
+        return device.type == "cuda" and "nccl" in self._backend
+
+    def transfer(self, work: dist.Work | None, buffer: Tensor) -> WorkTransfer:
+        """The transfer of an operation on this buffer."""
+        assert work is not None
+        self._last = WorkTransfer(work, self._failure, is_queued=self.is_queued(buffer.device))
+        return self._last
+
+    def close(self) -> None:
+        """Give the group back; abort it where its work will never end, as NCCL would wait for it."""
+        if not dist.is_initialized():  # it went with the default group
+            return
+        if self._last is not None and self._last.is_queued and not self._last.arrived:
+            self.group.abort()
+        else:
+            dist.destroy_process_group(self.group)
+
+
+class _OnProcessGroups:
+    """A channel on process groups of its own, so that nothing else queues on them.
+
+    Creating one is a collective operation on the default group: every rank creates it at the same point.
+
+    Args:
+        backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
+        timeout: How long an operation may wait for the slowest worker.
+        user: The name of who exchanges on it, for errors; the channel's own if None.
+        who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
+    """
+
+    _GROUPS: ClassVar[int]
+
+    def __init__(
+        self, backend: str, timeout: timedelta, user: str | None = None, who_is_missing: Callable[[], str] = str
+    ) -> None:
+        self.user = user or type(self).__name__
+        failure = Failure(timeout, self.user, who_is_missing)
+        self._groups = [OwnGroup(backend, failure) for _ in range(self._GROUPS)]
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+
+    def close(self) -> None:
+        """Give the groups back. Nothing may be under way."""
+        for group in self._groups:
+            group.close()
+
+
+@final
+class ProcessGroupChannel(_OnProcessGroups, Channel):
+    """A :class:`Channel` on a process group of its own."""
+
+    _GROUPS = 1
+
+    @override
+    def sum(self, buffer: Tensor) -> Transfer:
+        (group,) = self._groups
+        return group.transfer(dist.all_reduce(buffer, group=group.group, async_op=True), buffer)
+
+
+@final
+class ProcessGroupMessageChannel(_OnProcessGroups, MessageChannel):
+    """A :class:`MessageChannel` on two process groups of its own, one for each operation.
+
+    A group runs its collectives in the order in which they were started. A worker that is ahead starts its next
+    all-to-all before one that is behind has started its all-gather: on one group the orders would differ.
+    """
+
+    _GROUPS = 2
+
+    @override
+    def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> MessageTransfer:
+        group, _ = self._groups
+        work = dist.all_to_all_single(incoming, outgoing, group=group.group, async_op=True)
+        return group.transfer(work, outgoing)
+
+    @override
+    def all_gather(self, message: Tensor, messages: Tensor) -> MessageTransfer:
+        _, group = self._groups
+        # Into a list: the operation on one tensor has another name in every other release of torch.
+        work = dist.all_gather(list(messages), message, group=group.group, async_op=True)
+        return group.transfer(work, message)
+
+    @override
+    def are_queued(self, device: torch.device) -> bool:
+        return self._groups[0].is_queued(device)

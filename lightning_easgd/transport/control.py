@@ -1,29 +1,37 @@
 """Who lives, who has left, and who asks to stop: the center's control plane, over the store alone."""
 
 import threading
-import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import final
 
-from lightning_easgd.transport.errors import CenterTimeoutError, StoreLostError, WorkerLostError
+from typing_extensions import override
+
+from lightning_easgd.transport.discovery import Rendezvous
+from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.heartbeats import Heartbeats, alive, dead, left
-from lightning_easgd.transport.presence import ENDED
-from lightning_easgd.transport.processes import WatchedProcess
+from lightning_easgd.transport.liveness import (
+    ENDED,
+    STOPPED,
+    UNHEARD,
+    Heartbeats,
+    Liveness,
+    WatchedProcess,
+    alive,
+    dead,
+    left,
+)
 from lightning_easgd.transport.store_client import StoreClient
 
 __all__ = ["ControlPlane"]
 
-_POLL_INTERVAL = 0.3
-_MEETING_PAUSE = 0.01
-_LONGEST_GOODBYE = 2.0  # a store whose server is stopped never answers
-_STOPPED = "is stopped by a signal"
+_POLL_INTERVAL = 0.3  # seconds
+_LONGEST_GOODBYE = 2.0  # seconds; a store whose server is stopped never answers
 _CONFIRMATION = 1.0  # seconds without a heartbeat after which a rank with a lost connection is dead
 
 
 @final
-class ControlPlane(ForkAware):
+class ControlPlane(Liveness, ForkAware):
     """Liveness of all ranks and a flag that asks all to stop.
 
     A daemon thread looks a few times a second; what the training step asks for is answered from memory. A rank of the
@@ -60,13 +68,13 @@ class ControlPlane(ForkAware):
         self._timeout = timeout
         self._lost_connections = lost
         self._store = store
-        self._meeting_guard = threading.Lock()
-        self._meeting: _Meeting | None = None
+        self._meetings = Rendezvous(
+            store.under("meeting"), self, rank, len(self._ranks), timeout, user="ControlPlane.meet"
+        )
         self._beats = Heartbeats(self._ranks)
         self._processes = {other: process for other, process in processes.items() if other != rank}
         self._moves = 0
-        self._dead: frozenset[int] = frozenset()
-        self._reasons: Mapping[int, str] = {}
+        self._dead: Mapping[int, str] = {}  # with what is known of each
         self._stop_wanted = False
         self._stop_requested = False
         self._wake = threading.Event()
@@ -96,11 +104,11 @@ class ControlPlane(ForkAware):
 
     def dead_ranks(self) -> frozenset[int]:
         """The ranks that have died; not those that have left, nor those that are merely stopped on a living node."""
-        return self._dead
+        return frozenset(self._dead)
 
     def reasons(self) -> Mapping[int, str]:
-        """Why ranks have died, of those of which it is known, and who is stopped."""
-        return dict(self._reasons) | dict.fromkeys(self._stopped() - self._dead, _STOPPED)
+        """Why ranks have died, and who is stopped."""
+        return dict.fromkeys(self.stopped(self._ranks), STOPPED) | dict(self._dead)
 
     def left_ranks(self) -> frozenset[int]:
         """The ranks that have closed their control plane in good order."""
@@ -112,24 +120,20 @@ class ControlPlane(ForkAware):
         Their main thread has not moved for the timeout. Where the store does not answer nothing is known of the others
         but what this host sees, and the rank that serves it is the silent one.
         """
-        gone = self._dead | self.left_ranks() | {self._rank}
+        gone = self.dead_ranks() | self.left_ranks() | {self._rank}
         if self.store_lost:
-            server = self._store.server
-            return (self._stopped() if server is None else self._stopped() | {server}) - gone
+            return (self.stopped(self._ranks) | {rank for rank in self._ranks if rank == self._store.server}) - gone
         return self._beats.unmoved(self._timeout) - gone
 
-    def describe(self, ranks: Collection[int]) -> str:
-        """What is known of ranks that do not come, in words."""
-        return "; ".join(f"rank {rank} {self._describe(rank)}" for rank in sorted(ranks))
+    @override
+    def lost(self, among: Collection[int]) -> Mapping[int, str]:
+        self.note_progress()  # who asks has come to a meeting, and waits there for others
+        return {rank: why for rank, why in self._dead.items() if rank in among}
 
-    def check(self) -> None:
-        """Raise if a rank has died.
-
-        Raises:
-            WorkerLostError: It names the dead.
-        """
-        if self._dead:
-            raise WorkerLostError(f"ControlPlane: ranks {sorted(self._dead)} have died{self._why()}.", self._dead)
+    @override
+    def stopped(self, among: Collection[int]) -> frozenset[int]:
+        watched = {rank: self._processes[rank] for rank in among if rank in self._processes}
+        return frozenset(rank for rank, process in watched.items() if process.is_stopped)
 
     def meet(self, name: str, *, among: Collection[int] | None = None, timeout: float | None = None) -> None:
         """Return when all ranks have come to this meeting.
@@ -143,17 +147,8 @@ class ControlPlane(ForkAware):
             WorkerLostError: If one who is expected has died.
             CenterTimeoutError: If one who is expected has not come in time, or the store is lost.
         """
-        timeout = self._timeout if timeout is None else timeout
-        with self._meeting_guard:
-            meeting = self._meeting = _Meeting(name, sorted(self._ranks if among is None else among))
-            self._wake.set()
-            try:
-                deadline = time.monotonic() + timeout
-                while not meeting.complete.wait(_MEETING_PAUSE):
-                    self.note_progress()
-                    self._check_meeting(meeting, late=time.monotonic() > deadline, timeout=timeout)
-            finally:
-                self._meeting = None
+        self._meetings.enter(name)
+        self._meetings.wait(name, self._ranks if among is None else among, timeout)
 
     def resign(self, reason: str = "") -> None:
         """Tell the others that this rank has failed, and end the thread: to them it is dead from now on.
@@ -172,54 +167,22 @@ class ControlPlane(ForkAware):
         self._wake.set()
         self._thread.join(min(self._timeout, _LONGEST_GOODBYE))
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         self._closing = True
 
     def _run(self) -> None:
-        next_look = 0.0
         beat = 0
         while not self._closing:
-            meeting = self._meeting
+            beat += 1
             try:
-                if meeting is not None and not meeting.complete.is_set():
-                    self._attend(meeting)
-                if self._stop_wanted or time.monotonic() >= next_look:
-                    beat += 1
-                    self._look_around(beat)
-                    next_look = time.monotonic() + _POLL_INTERVAL
+                self._look_around(beat)
             except StoreLostError:
                 self._judge(self._ended_processes())
-            waiting = self._meeting is not None and not self.store_lost
-            self._wake.wait(_MEETING_PAUSE if waiting else _POLL_INTERVAL)
-            self._wake.clear()
+            self._wake.wait(_POLL_INTERVAL)
         with suppress(StoreLostError):
             self._publish_stop()
             self._store.set(_state_key(self._rank), self._farewell)
-
-    def _check_meeting(self, meeting: "_Meeting", *, late: bool, timeout: float) -> None:
-        lost = self._dead & frozenset(meeting.missing)
-        if lost:
-            raise WorkerLostError(
-                f"ControlPlane.meet(name={meeting.name!r}): ranks {sorted(lost)} have died before they came"
-                f"{self._why()}.",
-                lost,
-            )
-        if self.store_lost:
-            raise CenterTimeoutError(f"ControlPlane.meet(name={meeting.name!r}): {self._store.problem}")
-        if late:
-            raise CenterTimeoutError(
-                f"ControlPlane.meet(name={meeting.name!r}, timeout={timeout:g}): ranks {meeting.missing} have not come."
-            )
-
-    def _attend(self, meeting: "_Meeting") -> None:
-        if not meeting.announced:
-            self._store.set(f"meeting/{meeting.name}/{self._rank}", "")
-            meeting.announced = True
-        meeting.missing = [
-            rank for rank in meeting.missing if not self._store.check([f"meeting/{meeting.name}/{rank}"])
-        ]
-        if not meeting.missing:
-            meeting.complete.set()
 
     def _look_around(self, beat: int) -> None:
         ended = self._ended_processes()  # before the states are read: who left in good order had said so by then
@@ -232,8 +195,8 @@ class ControlPlane(ForkAware):
             self._beats.see(dict(zip(self._ranks, states, strict=True)))
         known = self._dead
         self._judge(ended)
-        for rank in self._dead - known - self._beats.dead.keys():
-            self._store.set(_state_key(rank), dead(self._reasons.get(rank, "")))
+        for rank in self._dead.keys() - known.keys() - self._beats.dead.keys():
+            self._store.set(_state_key(rank), dead(self._dead[rank]))
 
     def _publish_stop(self) -> None:
         if self._stop_wanted:
@@ -241,30 +204,23 @@ class ControlPlane(ForkAware):
             self._stop_wanted = False
 
     def _judge(self, ended: frozenset[int]) -> None:
-        told = self._beats.dead
-        gone = set(ended) | told.keys()
+        gone: set[int] = set()
         if not self.store_lost:  # else everyone seems silent
             gone |= frozenset(self._lost_connections) & self._beats.unheard(_CONFIRMATION)
             unheard = self._beats.unheard(self._timeout)
             for node in self._nodes:
                 if self._rank not in node and node <= unheard:
                     gone |= node
-        self._reasons = dict.fromkeys(ended, ENDED) | {rank: reason for rank, reason in told.items() if reason}
-        self._dead = frozenset(gone - self._beats.left - {self._rank})
+        reasons = dict.fromkeys(gone, UNHEARD) | dict.fromkeys(ended, ENDED) | self._beats.dead
+        self._dead = {rank: why for rank, why in reasons.items() if rank not in self._beats.left | {self._rank}}
 
     def _ended_processes(self) -> frozenset[int]:
         return frozenset(rank for rank, process in self._processes.items() if process.has_ended)
 
-    def _stopped(self) -> frozenset[int]:
-        return frozenset(rank for rank, process in self._processes.items() if process.is_stopped)
-
-    def _why(self) -> str:
-        reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(self._reasons.items()))
-        return f" ({reasons})" if reasons else ""
-
+    @override
     def _describe(self, rank: int) -> str:
-        if rank in self._stopped():
-            return _STOPPED
+        if self.stopped([rank]):
+            return STOPPED
         if rank in self.left_ranks():
             return "has ended early"
         if self.store_lost:
@@ -275,17 +231,6 @@ class ControlPlane(ForkAware):
             f"lives, but its main thread has not got on for {self._timeout:g} s: it hangs (in a data loader, a lock, a"
             " collective), or is in one hook that takes longer"
         )
-
-
-@final
-class _Meeting:
-    """A meeting that this rank has come to."""
-
-    def __init__(self, name: str, missing: list[int]) -> None:
-        self.name = name
-        self.missing = missing
-        self.announced = False
-        self.complete = threading.Event()
 
 
 def _state_key(rank: int) -> str:

@@ -4,18 +4,18 @@ import fcntl
 import os
 import struct
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
+from typing_extensions import override
+
 from lightning_easgd.transport.errors import SharedMemoryUnavailableError
 from lightning_easgd.transport.forking import ForkAware
+from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["LockTimeoutError", "RangeLocks"]
 
-_FIRST_PAUSE = 20e-6
-_LONGEST_PAUSE = 1e-3
 _PROBED = 2**40  # a byte that is no chunk's
 
 
@@ -62,7 +62,8 @@ class RangeLocks(ForkAware):
         """
         descriptor = self._borrow()
         try:
-            _acquire(descriptor, byte, timeout)
+            if not wait_until(lambda: _try(descriptor, byte), timeout):
+                raise LockTimeoutError
             try:
                 yield
             finally:
@@ -75,7 +76,8 @@ class RangeLocks(ForkAware):
         """Close all descriptors; no lock may be held."""
         self.abandon()
 
-    def abandon(self) -> None:  # noqa: D102
+    @override
+    def abandon(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
         self._idle.clear()
@@ -102,17 +104,12 @@ class RangeLocks(ForkAware):
             return descriptor
 
 
-def _acquire(descriptor: int, byte: int, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    pause = _FIRST_PAUSE
-    while True:
-        try:
-            return _set_lock(descriptor, fcntl.F_WRLCK, byte)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise LockTimeoutError from None
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_PAUSE)
+def _try(descriptor: int, byte: int) -> bool:
+    try:
+        _set_lock(descriptor, fcntl.F_WRLCK, byte)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _set_lock(descriptor: int, kind: int, byte: int) -> None:

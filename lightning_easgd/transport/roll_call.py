@@ -1,20 +1,22 @@
 """Who has not come: asked when a collective operation has failed, so that it costs nothing while all goes well."""
 
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from typing import final
 
 from torch.distributed.distributed_c10d import Store
 
 from lightning_easgd.transport.errors import StoreLostError
-from lightning_easgd.transport.presence import Presence
+from lightning_easgd.transport.liveness import Presence
 from lightning_easgd.transport.store_client import StoreClient, store_server
+from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["RollCall"]
 
 _ANSWER = 2.0  # seconds within which the store answers, unless its server is stopped
 _PATIENCE = 3.0  # seconds in which the ranks whose operation failed with this one's say so
-_PAUSE = 0.05
+_LONGEST_PAUSE = 0.05  # seconds
 
 _calls = count()  # keys of those of before are still in the store
 
@@ -37,49 +39,48 @@ class RollCall:
         self._rank = rank
         self._others = [other for other in range(size) if other != rank]
         self._keys = f"easgd/roll/{next(_calls)}"
-        client = self._client()
-        try:
-            Presence(client.under(self._keys), rank).enter()
-        finally:
-            client.close()
+        with self._client() as client:
+            Presence(client, rank).enter()
 
     def fail(self, reason: str) -> None:
         """Say that this rank has failed, and why."""
-        client = self._client()
-        try:
-            Presence(client.under(self._keys), self._rank).fail(reason)
-        except StoreLostError:
-            pass
-        finally:
-            client.close()
+        with suppress(StoreLostError), self._client() as client:
+            Presence(client, self._rank).fail(reason)
 
     def explain(self) -> str:
         """A sentence on who is to blame for the failure of an operation in which this rank was."""
-        client = self._client()
         try:
-            return self._ask(client.under(self._keys))
+            with self._client() as client:
+                return self._ask(client)
         except StoreLostError as error:
             return str(error)
+
+    @contextmanager
+    def _client(self) -> Iterator[StoreClient]:
+        client = StoreClient(self._store, _ANSWER, server=store_server(), clone=False)
+        try:
+            yield client.under(self._keys)
         finally:
             client.close()
-
-    def _client(self) -> StoreClient:
-        return StoreClient.on(self._store, _ANSWER, server=store_server())
 
     def _ask(self, store: StoreClient) -> str:
         presence = Presence(store, self._rank)
         waited = [rank for rank in self._others if store.check([f"waits/{rank}"])]
         store.set(f"waits/{self._rank}", "")
-        deadline = time.monotonic() + _PATIENCE
-        while True:
+        lost: dict[int, str] = {}
+        missing: list[int] = []
+
+        def is_clear() -> bool:
+            nonlocal lost, missing
             lost = presence.lost(self._others)
             missing = [rank for rank in self._others if rank not in lost and not store.check([f"waits/{rank}"])]
-            stopped = sorted(presence.stopped(missing))
-            if stopped or not missing or time.monotonic() > deadline:
-                # Who has said so and failed afterwards has failed because of another.
-                here = [rank for rank in lost if store.check([f"waits/{rank}"])]
-                return _sentence({rank: lost[rank] for rank in lost if rank not in here}, stopped, missing, waited)
-            time.sleep(_PAUSE)
+            return not missing or bool(presence.stopped(missing))
+
+        wait_until(is_clear, _PATIENCE, longest_pause=_LONGEST_PAUSE)
+        # Who has said so and failed afterwards has failed because of another.
+        here = [rank for rank in lost if store.check([f"waits/{rank}"])]
+        guilty = {rank: lost[rank] for rank in lost if rank not in here}
+        return _sentence(guilty, sorted(presence.stopped(missing)), missing, waited)
 
 
 def _sentence(lost: dict[int, str], stopped: list[int], missing: list[int], waited: list[int]) -> str:

@@ -1,16 +1,18 @@
 """Sums of a few integers over the workers of one host, in shared memory."""
 
 from collections import deque
+from datetime import timedelta
 from typing import final
 
 import torch
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 from typing_extensions import override
 
 from lightning_easgd.transport.channel import Channel, ExchangeError, Transfer
-from lightning_easgd.transport.shared_vectors import SharedVectors
+from lightning_easgd.transport.shared_vectors import SharedVectors, shared_vectors
 
-__all__ = ["ROW", "SharedChannel"]
+__all__ = ["ROW", "SharedChannel", "shared_channel"]
 
 _LONGEST = 9  # integers of a sum that fits
 ROW = 1 + _LONGEST
@@ -41,6 +43,7 @@ class SharedChannel(Channel):
         self._under_way: deque[_SharedTransfer] = deque()
         self.rank = otherwise.rank
         self.size = otherwise.size
+        self.user = otherwise.user
 
     @override
     def sum(self, buffer: Tensor) -> Transfer:
@@ -76,7 +79,7 @@ class SharedChannel(Channel):
             numel = transfer.buffer.numel()
             if any(count != numel for count, *_ in rows):
                 raise ExchangeError(
-                    "EASGDStrategy: the workers add up different things; build the same model and optimizer on every"
+                    f"{self.user}: the workers add up different things; build the same model and optimizer on every"
                     " rank."
                 )
             parts = (row[1 : 1 + numel] for row in rows)
@@ -103,3 +106,16 @@ class _SharedTransfer(Transfer):
     @override
     def wait(self) -> None:
         self._channel.receive(self.number)
+
+
+def shared_channel(store: Store, channel: Channel, timeout: timedelta, sums: int) -> Channel:
+    """A channel that sums up a few integers in shared memory and all else on another; or that one, with a warning.
+
+    Args:
+        store: The workers' store.
+        channel: Reduces CPU tensors.
+        timeout: How long to wait for another worker.
+        sums: How many sums of integers a worker may be ahead of another.
+    """
+    vectors = shared_vectors(ROW * sums, torch.int64, store, channel, timeout)
+    return channel if vectors is None else SharedChannel(vectors, channel)

@@ -3,21 +3,24 @@
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any, final
+from typing import Any, NoReturn, final
 
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from typing_extensions import override
 
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.forking import ForkAware
-from lightning_easgd.transport.stores import own_client, store_address
 
 __all__ = ["StoreClient", "store_server"]
 
 _GRACE = 1.0  # seconds: one who was stopped himself finds his deadlines passed when he goes on
-_LONGEST_JOIN = 1.0
+_LONGEST_JOIN = 1.0  # seconds
+
+_Call = tuple[Future[Any], str, tuple[Any, ...]]
 
 
 def store_server() -> int | None:
@@ -37,22 +40,16 @@ class StoreClient:
     Only calls that do not wait for another rank are offered: :meth:`get` is for keys that :meth:`check` has found.
 
     Args:
-        store: The ranks' store; cloned, not used itself.
+        store: The ranks' store.
         timeout: Seconds within which the store must answer.
         server: The rank that serves it, for errors; None for the launcher.
+        clone: Whether to make a connection of its own; else it uses that of a store that is idle, where it would be too
+            late to make another.
     """
 
-    def __init__(self, store: Store, timeout: float, *, server: int | None = 0) -> None:
-        self._line = _Line(store, own_client, timeout, server)
+    def __init__(self, store: Store, timeout: float, *, server: int | None = 0, clone: bool = True) -> None:
+        self._line = _Line(store, timeout, server, clone=clone)
         self._prefix = ""
-
-    @classmethod
-    def on(cls, store: Store, timeout: float, *, server: int | None = 0) -> "StoreClient":
-        """One that uses the connection of a client that is idle, where it would be too late to make another."""
-        client = object.__new__(cls)
-        client._line = _Line(store, lambda connected: connected, timeout, server)
-        client._prefix = ""
-        return client
 
     def under(self, prefix: str) -> "StoreClient":
         """The same client, with a prefix before every key."""
@@ -109,15 +106,15 @@ class StoreClient:
 class _Line(ForkAware):
     """A connection to the store, and the thread that alone uses it."""
 
-    def __init__(self, store: Store, connect: Callable[[Store], Store], timeout: float, server: int | None) -> None:
+    def __init__(self, store: Store, timeout: float, server: int | None, *, clone: bool) -> None:
         super().__init__()
         self.server = server
-        self.address = store_address(store)
+        self.address = _address(store)
         self.problem: StoreLostError | None = None
         self._timeout = timeout
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._waiting: set[_Call] = set()
-        arguments = (store, connect, self._calls)
+        self._waiting: set[Future[Any]] = set()
+        arguments = (None if clone else store, store, self._calls)
         self._thread = threading.Thread(target=_serve, args=arguments, name="easgd-store", daemon=True)
         self._thread.start()
         weakref.finalize(self, self._calls.put, None)  # for those that nobody closes
@@ -125,68 +122,63 @@ class _Line(ForkAware):
     def call(self, name: str, *arguments: Any) -> Any:
         if self.problem is not None:
             raise self.problem
-        call = _Call(name, arguments)
-        self._waiting.add(call)
-        self._calls.put(call)
-        if not (call.ended.wait(self._timeout) or call.ended.wait(min(_GRACE, self._timeout))):
+        answer: Future[Any] = Future()
+        self._waiting.add(answer)
+        self._calls.put((answer, name, arguments))
+        if not (_comes(answer, self._timeout) or _comes(answer, min(_GRACE, self._timeout))):
             self._give_up(f"has not answered for {self._timeout:g} s; it is stopped, stuck, or cut off")
-        self._waiting.discard(call)
-        if isinstance(call.error, RuntimeError) and not isinstance(call.error, StoreLostError):  # the store's failures
-            first_line = next(iter(str(call.error).splitlines()), "")
+        self._waiting.discard(answer)
+        error = answer.exception()
+        if isinstance(error, RuntimeError) and not isinstance(error, StoreLostError):  # the store's failures
+            first_line = next(iter(str(error).splitlines()), "")
             self._give_up(f"is gone ({first_line}); it has died, or has ended before the others")
-        if call.error is not None:
-            raise call.error
-        return call.answer
+        return answer.result()
 
     def close(self) -> None:
-        if self.problem is None:
-            self.problem = StoreLostError("StoreClient: it has been closed on this rank.")
+        self._end("StoreClient: it has been closed on this rank.")
         self._calls.put(None)
-        while self._waiting:
-            with suppress(KeyError):
-                self._waiting.pop().fail(self.problem)
         if threading.current_thread() is not self._thread:
             self._thread.join(_LONGEST_JOIN)
 
+    @override
     def abandon(self) -> None:
         self.problem = StoreLostError("StoreClient: a forked child has no connection of its own.")
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, why: str) -> NoReturn:
         who = "the launcher" if self.server is None else f"rank {self.server}"
-        self.problem = StoreLostError(f"StoreClient(timeout={self._timeout:g}): {who}, which serves the store, {why}.")
-        raise self.problem
+        raise self._end(f"StoreClient(timeout={self._timeout:g}): {who}, which serves the store, {why}.")
+
+    def _end(self, why: str) -> StoreLostError:
+        """Let all who wait have an error, the first one."""
+        problem = self.problem = self.problem or StoreLostError(why)
+        while self._waiting:
+            with suppress(KeyError, InvalidStateError):  # another thread has taken it, or it has come after all
+                self._waiting.pop().set_exception(problem)
+        return problem
 
 
-@final
-class _Call:
-    """A call under way."""
-
-    def __init__(self, name: str, arguments: tuple[Any, ...]) -> None:
-        self.name = name
-        self.arguments = arguments
-        self.answer: Any = None
-        self.error: Exception | None = None
-        self.ended = threading.Event()
-
-    def make(self, client: Store) -> None:
-        try:
-            self.answer = getattr(client, self.name)(*self.arguments)
-        except Exception as error:
-            self.error = error
-        self.ended.set()
-
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.ended.set()
-
-
-def _serve(store: Store, connect: Callable[[Store], Store], calls: "SimpleQueue[_Call | None]") -> None:
+def _serve(client: Store | None, store: Store, calls: "SimpleQueue[_Call | None]") -> None:
     """Connect and make the calls; a function, so that the thread does not keep its owner alive."""
-    client: Store | None = None
     while (call := calls.get()) is not None:
-        try:
-            client = connect(store) if client is None else client
-        except Exception as error:
-            call.fail(error)
-            continue
-        call.make(client)
+        answer, name, arguments = call
+        with suppress(InvalidStateError):  # it has been given up
+            try:
+                client = store.clone() if client is None else client  # type: ignore[attr-defined]  # not in the stubs
+                answer.set_result(getattr(client, name)(*arguments))
+            except Exception as error:
+                answer.set_exception(error)
+
+
+def _comes(answer: Future[Any], seconds: float) -> bool:
+    try:
+        answer.exception(seconds)
+    except TimeoutError:
+        return False
+    return True
+
+
+def _address(store: Store) -> tuple[str, int] | None:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    host, port = getattr(store, "host", None), getattr(store, "port", None)
+    return None if host is None or port is None else (str(host), int(port))

@@ -3,21 +3,19 @@
 import hmac
 import select
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import final
 
-__all__ = ["GREETING", "Strangers"]
+from lightning_easgd.transport.tcp_wire import GREETING
 
-GREETING = struct.Struct("<16sI")
-"""What a client says first: the run's secret, and its rank."""
+__all__ = ["Strangers"]
 
-GREETING_TIMEOUT = 10.0
+GREETING_TIMEOUT = 10.0  # seconds
 MOST_STRANGERS = 64
 
-_PAUSE = 0.01
+_PAUSE = 0.01  # seconds
 
 
 @final

@@ -253,7 +253,6 @@ def ask_to_stop(port, rank):
     else:
         wait_until(lambda: center.control.left_ranks() == {1}, 5)
         assert center.control.dead_ranks() == frozenset()
-        center.control.check()
         center.close()
 
 

@@ -19,7 +19,7 @@ from lightning_easgd.served_center import (
     SharedMemoryCenter,
     SharedMemoryUnavailableError,
 )
-from lightning_easgd.transport import memory as memory_module
+from lightning_easgd.transport import shared_segment
 
 ELEMENTS, CHUNKS = 3 * 40_000, 3
 LAYOUT = Layout.cut([(0, ELEMENTS)], ELEMENTS // CHUNKS)
@@ -27,11 +27,11 @@ HELD = range(CHUNKS)
 
 
 def create(rule, timeout=20.0, rank=0):
-    return SharedMemoryCenter.create(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
+    return SharedMemoryCenter(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
 
 
 def attach(address, rule, rank, timeout=20.0):
-    return SharedMemoryCenter.attach(address, LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout)
+    return SharedMemoryCenter(LAYOUT, torch.float64, rule, held=HELD, rank=rank, timeout=timeout, address=address)
 
 
 def whole(center):
@@ -205,7 +205,7 @@ def test_close_gives_everything_back():
 def allocate_with_limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
     try:
-        memory_module.allocate_shared(size, "test", "A test")
+        shared_segment.SharedSegment.create(size, "test", "A test")
     except CenterError as error:
         return str(error)
     return None
@@ -214,7 +214,7 @@ def allocate_with_limit(size):
 def test_too_little_memory_says_how_much_is_needed(monkeypatch):
     with running(Rank(allocate_with_limit, 32 * 2**20)) as (rank,):
         assert "needs 32.0 MiB" in rank.result()
-    monkeypatch.setattr(memory_module, "available_memory", lambda: 2**20)
+    monkeypatch.setattr(shared_segment, "available_memory", lambda: 2**20)
     with pytest.raises(CenterError, match=r"needs 2\.7 MiB of shared memory, but 1\.0 MiB are available"):
         create(PushExchange(ThreeStores()))
 
@@ -232,8 +232,8 @@ def test_a_platform_without_memfd_is_told_apart(monkeypatch):
 def test_a_wrong_address_is_refused():
     center = create(SymmetricExchange())
     path = center.address.partition("#")[0]
-    with pytest.raises(SharedMemoryUnavailableError, match="another process's memory"):
-        attach(path + "#" + "00" * 64, SymmetricExchange(), 1)
+    with pytest.raises(SharedMemoryUnavailableError, match="something else than the memory"):
+        attach(path + "#" + "00" * 64, ElasticRule(), 1)
     with pytest.raises(SharedMemoryUnavailableError, match="one process namespace"):
         attach("/proc/self/fd/99999#00", SymmetricExchange(), 1)
     center.close()

@@ -13,8 +13,8 @@ from service_ranks import Rank, die, running, wait_until
 from lightning_easgd.method.rules import PushExchange, SymmetricExchange
 from lightning_easgd.served_center import CenterError, CenterTimeoutError, InProcessCenter, Layout, WorkerLostError
 from lightning_easgd.served_center.tcp_client import RemoteShard
-from lightning_easgd.served_center.tcp_server import GREETING, ShardServer
-from lightning_easgd.transport.wire import Operation, Request
+from lightning_easgd.served_center.tcp_server import ShardServer
+from lightning_easgd.transport.tcp_wire import GREETING, Operation, Request
 
 LAYOUT = Layout.cut([(0, 1000)], 400)
 SECRET = b"0123456789abcdef"
@@ -50,7 +50,7 @@ def ones(chunk=0):
 def test_exchange_read_and_write(server):
     shard = connect(server.port)
     shard.write(1, torch.full((LAYOUT.size(1),), 2.0), 0, 5)
-    pending = [shard.begin_exchange(1, ones(1), 1.0) for _ in range(10)]
+    pending = [shard.begin(1, ones(1), 1.0) for _ in range(10)]
     assert [request.wait() for request in pending] == list(range(5, 15))
     into = torch.empty(LAYOUT.size(1))
     assert shard.read(1, into, 0) == 15
@@ -58,7 +58,7 @@ def test_exchange_read_and_write(server):
     shard.close()
     shard.close()
     with pytest.raises(CenterError, match="closed on this rank"):
-        shard.begin_exchange(0, ones(), 1.0)
+        shard.begin(0, ones(), 1.0)
 
 
 def test_more_in_flight_than_the_kernel_buffers():
@@ -66,7 +66,7 @@ def test_more_in_flight_than_the_kernel_buffers():
     server = ShardServer(InProcessCenter(layout, torch.float32, SymmetricExchange()), SECRET, 5.0, set())
     shard = connect(server.port)
     x = torch.ones(20_000_000)
-    pending = [shard.begin_exchange(chunk, x[part], 0.5) for chunk, part in enumerate(layout.chunks)]
+    pending = [shard.begin(chunk, x[part], 0.5) for chunk, part in enumerate(layout.chunks)]
     assert {request.wait() for request in pending} == {0}
     assert (x == 0.5).all()
     shard.close()
@@ -78,7 +78,7 @@ def test_several_threads_on_one_connection(server):
 
     def push():
         for _ in range(100):
-            shard.begin_exchange(0, ones(), 1.0).wait()
+            shard.begin(0, ones(), 1.0).wait()
 
     threads = [threading.Thread(target=push) for _ in range(4)]
     for thread in threads:
@@ -94,7 +94,7 @@ def test_several_threads_on_one_connection(server):
 def test_an_uninvited_client_is_turned_away(server):
     shard = connect(server.port, secret=b"x" * 16)
     with pytest.raises(WorkerLostError, match="rank 3"):
-        shard.begin_exchange(0, ones(), 1.0).wait()
+        shard.begin(0, ones(), 1.0).wait()
     shard.close()
 
 
@@ -104,7 +104,7 @@ def test_a_client_that_stops_in_the_middle_of_a_message_is_given_up(server):
         wait_until(lambda: len(serving_threads()) == 2)
         wait_until(lambda: len(serving_threads()) == 1, 5)  # only the accepting one is left
     other = connect(server.port)
-    other.begin_exchange(0, ones(), 1.0).wait()
+    other.begin(0, ones(), 1.0).wait()
     into = torch.empty(LAYOUT.size(0))
     assert other.read(0, into, 0) == 1
     assert (into == 1).all()
@@ -115,9 +115,12 @@ def test_an_error_at_the_server_reaches_the_client():
     center = local_center(timeout=0.2)
     server = ShardServer(center, SECRET, 5.0, set())
     shard = connect(server.port)
-    with center._holding(0), pytest.raises(CenterTimeoutError, match="held chunk 0"):
-        shard.begin_exchange(0, ones(), 1.0).wait()
-    shard.begin_exchange(0, ones(), 1.0).wait()
+    with (
+        center._holding(0),
+        pytest.raises(CenterTimeoutError, match=r"chunk 0 failed.*another thread"),
+    ):
+        shard.begin(0, ones(), 1.0).wait()
+    shard.begin(0, ones(), 1.0).wait()
     shard.close()
     server.close()
 
@@ -148,12 +151,12 @@ def remote_server():
 def test_a_killed_server_is_named_at_once(remote_server):
     rank, port = remote_server
     shard = connect(port, timeout=10.0)
-    shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.begin(0, ones(), 1.0).wait()
     rank.send(signal.SIGKILL)
     started = time.monotonic()
     rank.process.join(5)
     with pytest.raises(WorkerLostError, match="rank 3") as error:
-        shard.begin_exchange(0, ones(), 1.0).wait()
+        shard.begin(0, ones(), 1.0).wait()
     assert error.value.ranks == {3}
     assert time.monotonic() - started < 2
     shard.close()
@@ -163,12 +166,12 @@ def test_a_killed_server_is_named_at_once(remote_server):
 def test_a_stopped_server_is_named_within_the_timeout(remote_server):
     rank, port = remote_server
     shard = connect(port, timeout=0.5)
-    shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.begin(0, ones(), 1.0).wait()
     rank.send(signal.SIGSTOP)
     time.sleep(0.3)  # a signal takes a moment on a busy machine
     started = time.monotonic()
     with pytest.raises(CenterTimeoutError, match="rank 3 has not answered"):
-        shard.begin_exchange(0, ones(), 1.0).wait()
+        shard.begin(0, ones(), 1.0).wait()
     assert 0.4 < time.monotonic() - started < 3
     shard.close()
     assert serving_threads() == []
@@ -176,7 +179,7 @@ def test_a_stopped_server_is_named_within_the_timeout(remote_server):
 
 def exchange_fork_and_die(port):
     shard = connect(port)
-    shard.begin_exchange(0, ones(), 1.0).wait()
+    shard.begin(0, ones(), 1.0).wait()
     if os.fork() == 0:
         time.sleep(20)  # a data loader's worker outlives its rank
         os._exit(0)

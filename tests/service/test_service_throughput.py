@@ -12,7 +12,7 @@ from lightning_easgd.served_center import InProcessCenter, Layout, SharedMemoryC
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
-from lightning_easgd.transport.wire import as_bytes
+from lightning_easgd.transport.tcp_wire import as_bytes
 
 ELEMENTS = 10_000_000
 LAYOUT = Layout.cut([(0, ELEMENTS)])
@@ -36,15 +36,13 @@ class OneRemote(CenterService):
         self._shard = shard
 
     def begin(self, chunk, message, rate):
-        return self._shard.begin_exchange(chunk, message, rate)
+        return self._shard.begin(chunk, message, rate)
 
     exchange = read = write = close = None
 
 
 def memory_ratio():
-    center = SharedMemoryCenter.create(
-        LAYOUT, torch.float32, SymmetricExchange(), held=range(len(LAYOUT.chunks)), rank=0
-    )
+    center = SharedMemoryCenter(LAYOUT, torch.float32, ElasticRule(), held=range(len(LAYOUT.chunks)), rank=0)
     x, out, back = (torch.ones(ELEMENTS) for _ in range(3))
     copy, exchange = interleaved(
         lambda: (out.copy_(x), back.copy_(out)),  # 8 bytes a parameter, as the exchange moves

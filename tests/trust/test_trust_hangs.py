@@ -253,12 +253,12 @@ def test_threads_end_with_the_run_when_the_store_is_stopped():
 
 def test_a_rank_without_descriptors_declares_nobody_dead(monkeypatch):
     """It cannot look at another process: that says nothing of that process."""
-    from lightning_easgd.transport import processes
+    from lightning_easgd.transport.liveness import WatchedProcess, own_process
 
     def no_descriptor(*_, **__):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    watched = processes.WatchedProcess.find(processes.own_process())
+    watched = WatchedProcess.find(own_process())
     monkeypatch.setattr("builtins.open", no_descriptor)
     assert not watched.has_ended
     assert not watched.is_stopped

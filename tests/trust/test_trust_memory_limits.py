@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_easgd.transport.memory import available_memory
+from lightning_easgd.transport.available_memory import available_memory
 
 MIB = 2**20
 NO_LIMIT_1 = 9223372036854771712  # what version 1 shows for none

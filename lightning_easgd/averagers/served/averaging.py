@@ -30,9 +30,9 @@ from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center import CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.tensors.flat_tensors import as_real, center_dtype
 from lightning_easgd.transport.channel import Channel, ExchangeError
+from lightning_easgd.transport.discovery import Rendezvous
 from lightning_easgd.transport.errors import StoreLostError
-from lightning_easgd.transport.presence import Presence
-from lightning_easgd.transport.rendezvous import Rendezvous
+from lightning_easgd.transport.liveness import Presence
 from lightning_easgd.transport.store_client import StoreClient, store_server
 
 __all__ = ["ServedAveraging", "free_order", "round_robin"]

@@ -1,6 +1,7 @@
 """The order in which workers exchange with a served center."""
 
 import contextlib
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
@@ -12,11 +13,12 @@ from lightning_easgd.transport.channel import ExchangeError
 from lightning_easgd.transport.control import ControlPlane
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.store_client import StoreClient
+from lightning_easgd.transport.waiting import in_vain, wait_until
 
 __all__ = ["FreeOrder", "RoundRobin", "Turns"]
 
-_POLL_INTERVAL = 0.002
-_AWAY = 1 << 62
+_LONGEST_PAUSE = 0.002  # seconds between two looks at a worker's count
+_AWAY = 1 << 62  # exchanges
 
 
 class Turns(ABC):
@@ -70,12 +72,12 @@ class RoundRobin(Turns):
         *,
         timeout: float,
         control: ControlPlane,
-        strategy: str = "EASGDStrategy",
+        strategy: str = "RoundRobin",
     ) -> None:
         self._store, self._rank, self._size = store, rank, size
         self._timeout = timeout
         self._control = control
-        self._strategy = strategy
+        self._user = strategy
         self._made = 0
         self._begun: set[int] = set()  # the workers that have published a count
         self._closed = False
@@ -93,29 +95,35 @@ class RoundRobin(Turns):
         self._publish(self._made)
 
     def _wait_for(self, other: int, needed: int) -> None:
-        deadline = time.monotonic() + self._timeout
+        def look(waited: float) -> None:
+            if self._closed:
+                raise ExchangeError(f"{self._user}(order='round_robin'): the run ended before this worker's turn.")
+            silent = self._control.silent_ranks() | self._control.left_ranks()
+            if waited > self._timeout and other in silent:
+                raise self._late({other}, waited, f"worker {other} has not taken its turn")
+            self._control.note_progress()  # the main thread waits for this one, and this one for another worker
+
+        def has_come() -> bool:
+            return other in self._control.dead_ranks() or self._count(other) >= needed
+
+        started = time.monotonic()
         try:
-            while other not in self._control.dead_ranks() and self._count(other) < needed:
-                if self._closed:
-                    raise ExchangeError(
-                        f"{self._strategy}(order='round_robin'): the run ended before this worker's turn."
-                    )
-                if time.monotonic() > deadline and other in self._gone():
-                    raise self._late({other}, f"worker {other} has not taken its turn.")
-                self._control.note_progress()  # the main thread waits for this one, and this one for another worker
-                time.sleep(_POLL_INTERVAL)
+            wait_until(has_come, math.inf, longest_pause=_LONGEST_PAUSE, look=look)
         except StoreLostError as error:
             guilty = self._control.dead_ranks() or self._control.silent_ranks()  # the store may have gone with them
-            raise self._late(guilty, f"no turn comes, as the store is lost. {error}") from error
+            raise self._late(
+                guilty, time.monotonic() - started, f"no turn comes, as the store is lost ({error})"
+            ) from error
 
-    def _gone(self) -> frozenset[int]:
-        return self._control.silent_ranks() | self._control.left_ranks()
-
-    def _late(self, silent: Collection[int], what: str) -> ExchangeError:
+    def _late(self, silent: Collection[int], waited: float, what: str) -> ExchangeError:
         return ExchangeError(
-            f"{self._strategy}(order='round_robin', timeout={self._timeout:g} s): {what}"
-            f"{f' ({self._control.describe(silent)})' if silent else ''} Use the free order where workers make fewer"
-            " steps."
+            in_vain(
+                f"{self._user}(order='round_robin', timeout={self._timeout:g} s)",
+                "an exchange",
+                waited,
+                f"{what}{f' ({self._control.describe(silent)})' if silent else ''}",
+                "Use the free order where workers make fewer steps.",
+            )
         )
 
     @override

@@ -51,8 +51,8 @@ class SharedSum(DifferenceSum):
             return SharedSum(center, self._vectors.renewed(center.flat.numel()))
         except CenterError as error:
             raise ExchangeError(
-                f"(process_group_backend=None): parameters were added, and their differences cannot be"
-                f" shared ({error}) With process_group_backend='gloo' workers exchange without shared memory."
+                f"{self._vectors.user}(process_group_backend=None): parameters were added, and their differences cannot"
+                f" be shared ({error}) With process_group_backend='gloo' workers exchange without shared memory."
             ) from error
 
     @property

@@ -1,4 +1,4 @@
-"""The store that the ranks share: a client of it for one thread, and the network in which it is."""
+"""The address that this host has in the network in which the ranks' store is."""
 
 import fcntl
 import os
@@ -7,11 +7,9 @@ import struct
 from ipaddress import IPv6Address
 from typing import NamedTuple
 
-from torch.distributed.distributed_c10d import PrefixStore, Store
-
 from lightning_easgd.transport.errors import CenterError
 
-__all__ = ["OwnAddress", "own_address", "own_client", "store_address"]
+__all__ = ["OwnAddress", "own_address"]
 
 _INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
@@ -29,20 +27,6 @@ class OwnAddress(NamedTuple):
 
     host: str
     listener: str
-
-
-def own_client(store: Store) -> Store:
-    """A client of the same store, with the same prefixes, for the use of one thread: clients are not thread-safe."""
-    client: Store = store.clone()  # type: ignore[attr-defined]  # missing from torch's stubs
-    return client
-
-
-def store_address(store: Store) -> tuple[str, int] | None:
-    """Host and port of the TCP store under this store, None if there is none."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    host, port = getattr(store, "host", None), getattr(store, "port", None)
-    return None if host is None or port is None else (str(host), int(port))
 
 
 def own_address(server: tuple[str, int] | None) -> OwnAddress:

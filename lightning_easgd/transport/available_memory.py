@@ -1,10 +1,10 @@
-"""The memory limits of the control groups that this process is in."""
+"""How much memory this process may still take: the system's, and the limits of the control groups that it is in."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["control_group_memory"]
+__all__ = ["available_memory"]
 
 
 class _Files(NamedTuple):
@@ -19,18 +19,31 @@ _VERSION_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_ina
 _VERSION_2 = _Files("memory.max", "memory.current", "inactive_file")
 
 
-def control_group_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take before a limit of its control group, or of one above it, is reached.
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that can be allocated without swapping or breaking a control group's limit; None if unknown.
 
     A batch system such as SLURM limits the job, and puts the process into a group below, which has no limit of its own.
     Both versions of control groups are looked at, wherever they are mounted.
 
     Args:
         root: Where ``proc`` and the mounts are found.
-
-    Returns:
-        None if there is no limit.
     """
+    limits = [limit for limit in (_system_memory(root), _control_group_memory(root)) if limit is not None]
+    return min(limits, default=None)
+
+
+def _system_memory(root: Path) -> int | None:
+    try:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def _control_group_memory(root: Path) -> int | None:
+    """Bytes below the tightest limit of this process's control group and those above it; None if there is none."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
         mounts = (root / "proc/self/mountinfo").read_text().splitlines()

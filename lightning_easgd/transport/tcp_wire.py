@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "FAILED",
     "FAILED_BY_TIMEOUT",
+    "GREETING",
     "REPLY_SIZE",
     "REQUEST_SIZE",
     "ConnectionLostError",
@@ -24,6 +25,9 @@ __all__ = [
     "receive_into",
     "send",
 ]
+
+GREETING = struct.Struct("<16sI")
+"""What a client says first: the run's secret, and its rank."""
 
 FAILED_BY_TIMEOUT = 1
 FAILED = 2
