@@ -83,8 +83,8 @@ def _be_rank(rank: int, place: Place, send: Send, elements: int, rounds: int, ba
 
 def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter(layout, torch.float32, ElasticRule(), held=everything, rank=0)
-    server = ShardServer(InProcessCenter(layout, torch.float32, ElasticRule()), SECRET, TIMEOUT, set())
+    memory = SharedMemoryCenter(layout, torch.float32, SymmetricExchange(), held=everything, rank=0)
+    server = ShardServer(InProcessCenter(layout, torch.float32, SymmetricExchange()), SECRET, TIMEOUT, set())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         for _ in range(barrier.parties - 1):
             offers.put((memory.address, server.port, listener.getsockname()[1]))
@@ -102,7 +102,7 @@ def _serve(layout: Layout, rounds: int, barrier: Any, offers: Any) -> None:
 def _work(rank: int, layout: Layout, elements: int, rounds: int, barrier: Any, offers: Any, send: Send) -> None:
     address, port, raw_port = offers.get()
     everything = range(len(layout.chunks))
-    memory = SharedMemoryCenter(layout, torch.float32, ElasticRule(), held=everything, rank=rank, address=address)
+    memory = SharedMemoryCenter(layout, torch.float32, SymmetricExchange(), held=everything, rank=rank, address=address)
     shard = RemoteShard(("127.0.0.1", port), server=0, rank=rank, secret=SECRET, timeout=TIMEOUT, lost=set())
     remote = _OneServer(layout, shard)
     x, out, back = (torch.ones(elements) for _ in range(3))

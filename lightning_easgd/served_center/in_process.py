@@ -8,7 +8,7 @@ from typing import final
 import torch
 from typing_extensions import override
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.kept_chunks import HEADER_WORDS, KeptChunks
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.transport.range_locks import LockTimeoutError
@@ -39,8 +39,8 @@ class InProcessCenter(KeptChunks):
     ) -> None:
         held = range(len(layout.chunks)) if held is None else held
         headers = {chunk: [0] * HEADER_WORDS for chunk in held}
-        stores = {chunk: list(torch.zeros(rule.stores, layout.size(chunk), dtype=dtype)) for chunk in held}
-        super().__init__(layout, dtype, rule, headers, stores, timeout=timeout)
+        stores = {chunk: list(torch.zeros(exchange.rule.stores, layout.size(chunk), dtype=dtype)) for chunk in held}
+        super().__init__(layout, dtype, exchange, headers, stores, timeout=timeout)
         self._locks = {chunk: threading.Lock() for chunk in held}
 
     @override

@@ -69,7 +69,7 @@ class CenterService(ABC):
 
     @abstractmethod
     def exchange(self, chunk: int, message: Tensor, rate: float) -> int:
-        """Apply a message to a chunk by the center's rule, and replace it by the answer.
+        """Apply a message to a chunk by the center's exchange, and replace it by the answer.
 
         Args:
             chunk: Number of the chunk.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
@@ -29,7 +29,7 @@ class KeptChunks(CenterService):
     Args:
         layout: The chunks of the whole vector.
         dtype: float32 or float64.
-        rule: What an exchange does.
+        exchange: What a message does.
         headers: Of each chunk that is kept here, ``HEADER_WORDS`` integers.
         stores: Of each chunk that is kept here, the rule's stores.
         timeout: Seconds that an operation may wait for another holder of its chunk.
@@ -40,7 +40,7 @@ class KeptChunks(CenterService):
         self,
         layout: Layout,
         dtype: torch.dtype,
-        rule: CenterRule,
+        exchange: ServedExchange,
         headers: Mapping[int, MutableSequence[int] | memoryview],
         stores: Mapping[int, Sequence[Tensor]],
         *,
@@ -48,7 +48,7 @@ class KeptChunks(CenterService):
         rank: int | None = None,
     ) -> None:
         super().__init__(layout, dtype)
-        self._rule = rule
+        self._exchange = exchange
         self._timeout = timeout
         self._rank = rank
         self._headers = dict(headers)
@@ -60,7 +60,7 @@ class KeptChunks(CenterService):
         with self._holding(chunk) as header:
             version = header[_VERSION]
             header[_CHANGING] = 1
-            self._rule.apply_(self._stores[chunk], message, rate, version)
+            self._exchange.apply_(self._stores[chunk], message, rate, version)
             header[_VERSION] = version + 1
             header[_CHANGING] = 0
             return version
@@ -80,7 +80,7 @@ class KeptChunks(CenterService):
 
     @override
     def keeps(self, chunk: int, store: int) -> bool:
-        return chunk in self._stores and store < self._rule.stores
+        return chunk in self._stores and store < self._exchange.rule.stores
 
     def interruptions(self) -> dict[int, int]:
         """The chunks in which a worker died, or raised, while it changed them, with how often that happened."""

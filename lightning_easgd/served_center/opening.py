@@ -86,7 +86,7 @@ def open_center(
             presence = Presence(own_store, rank)
             presence.enter()
         rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user="open_center")
-        secret = _agree(rendezvous, [plan.layout, dtype, rule, [list(ranks) for ranks in nodes]])
+        secret = _agree(rendezvous, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes]])
         shard, nodes = _open_shard(rendezvous, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
@@ -170,7 +170,7 @@ class _Plan:
 
     def shared(self, held: Sequence[int], rank: int, address: str | None = None) -> SharedMemoryCenter:
         return SharedMemoryCenter(
-            self.layout, self.dtype, self.rule, held=held, rank=rank, timeout=self.timeout, address=address
+            self.layout, self.dtype, self.exchange, held=held, rank=rank, timeout=self.timeout, address=address
         )
 
     def held(self, node: int, nodes: int) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center.kept_chunks import HEADER_WORDS, KeptChunks
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.transport.forking import ForkAware
@@ -59,7 +59,7 @@ class SharedMemoryCenter(KeptChunks, ForkAware):
         sizes = {chunk: -(-layout.size(chunk) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for chunk in held}
         offset = SharedSegment.RESERVED + 8 * HEADER_WORDS * len(held)
         if address is None:
-            size = offset + rule.stores * sum(sizes.values())
+            size = offset + exchange.rule.stores * sum(sizes.values())
             what = f"SharedMemoryCenter(size={size}): the node's part of the center"
             self._segment = SharedSegment.create(size, "lightning_easgd-center", what)
         else:
@@ -74,11 +74,11 @@ class SharedMemoryCenter(KeptChunks, ForkAware):
         headers = {chunk: words[HEADER_WORDS * row : HEADER_WORDS * (row + 1)] for row, chunk in enumerate(held)}
         stores: dict[int, list[Tensor]] = {chunk: [] for chunk in held}
         for chunk in held:
-            for _ in range(rule.stores):
+            for _ in range(exchange.rule.stores):
                 count = layout.size(chunk)
                 stores[chunk].append(torch.frombuffer(memory, dtype=dtype, count=count, offset=offset))
                 offset += sizes[chunk]
-        KeptChunks.__init__(self, layout, dtype, rule, headers, stores, timeout=timeout, rank=rank)
+        KeptChunks.__init__(self, layout, dtype, exchange, headers, stores, timeout=timeout, rank=rank)
         ForkAware.__init__(self)
         self._bytes = {chunk: row for row, chunk in enumerate(held)}  # that are locked
 

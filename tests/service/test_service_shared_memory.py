@@ -233,7 +233,7 @@ def test_a_wrong_address_is_refused():
     center = create(SymmetricExchange())
     path = center.address.partition("#")[0]
     with pytest.raises(SharedMemoryUnavailableError, match="something else than the memory"):
-        attach(path + "#" + "00" * 64, ElasticRule(), 1)
+        attach(path + "#" + "00" * 64, SymmetricExchange(), 1)
     with pytest.raises(SharedMemoryUnavailableError, match="one process namespace"):
         attach("/proc/self/fd/99999#00", SymmetricExchange(), 1)
     center.close()

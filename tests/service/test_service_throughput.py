@@ -42,7 +42,7 @@ class OneRemote(CenterService):
 
 
 def memory_ratio():
-    center = SharedMemoryCenter(LAYOUT, torch.float32, ElasticRule(), held=range(len(LAYOUT.chunks)), rank=0)
+    center = SharedMemoryCenter(LAYOUT, torch.float32, SymmetricExchange(), held=range(len(LAYOUT.chunks)), rank=0)
     x, out, back = (torch.ones(ELEMENTS) for _ in range(3))
     copy, exchange = interleaved(
         lambda: (out.copy_(x), back.copy_(out)),  # 8 bytes a parameter, as the exchange moves

@@ -287,7 +287,7 @@ def test_locks_that_are_refused_are_found_when_the_center_is_made(monkeypatch, e
     with monkeypatch.context() as patch:
         refuse_locks(patch, error)
         with pytest.raises(SharedMemoryUnavailableError, match="refused"):
-            SharedMemoryCenter(LAYOUT, torch.float32, DownpourRule(), held=[0], rank=0)
+            SharedMemoryCenter(LAYOUT, torch.float32, PushExchange(), held=[0], rank=0)
     assert len(os.listdir("/proc/self/fd")) == before
 
 

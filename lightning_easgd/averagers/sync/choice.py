@@ -11,7 +11,6 @@ from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
 from lightning_easgd.method.compression import Codec
-from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import Channel, MessageChannel
 from lightning_easgd.transport.shared_vectors import shared_vectors
 

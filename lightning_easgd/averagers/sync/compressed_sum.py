@@ -11,7 +11,6 @@ from typing_extensions import override
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.method.compression import Codec
-from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import MessageChannel, MessageTransfer
 from lightning_easgd.transport.device_queue import HostQueue, SideQueue, make_queue
 
