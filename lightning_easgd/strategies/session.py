@@ -86,12 +86,13 @@ class CenterSession:
         """
         for optimizer in self._optimizers():  # once more: a loaded one has the settings of the run that saved it
             self._owner.prepare_optimizer(optimizer)
-        ignored, parameters = self._ignored(), dict(self.module.named_parameters())
+        ignored, parameters, module = self._ignored(), dict(self.module.named_parameters()), self._module
         self.averaging.start(
             self._optimizers(),
             ignored=[parameter for name, parameter in parameters.items() if name in ignored],
             trained=[parameter for name, parameter in parameters.items() if name in trained],
-            names=lambda: {parameter: name for name, parameter in self.module.named_parameters()},
+            # Not through this object: what a circle holds open would stay open until it is found.
+            names=lambda: {parameter: name for name, parameter in module().named_parameters()},
         )
         self._steps = steps
         self._shown = None
