@@ -10,22 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from lightning_easgd.averagers import (
-    AsynchronousAverager,
-    Averaging,
-    Channel,
-    MakeSum,
-    ProcessGroupChannel,
-    ProcessGroupMessageChannel,
-    SharedChannel,
-    SynchronousAveraging,
-    all_reduced_sums,
-    compressed_sums,
-    elastic_exchange,
-    shared_channel,
-    shared_sums,
-)
-from lightning_easgd.method.compression import WireDtype, make_codec
+from lightning_easgd.averagers import AsynchronousAverager, Averaging, SynchronousAveraging, elastic_exchange
+from lightning_easgd.averagers.sync.choice import Setting, make_channel
+from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates, check_number
 from lightning_easgd.method.rules import CenterRule, PlainRule
@@ -236,38 +223,30 @@ class EASGDMethod(CenterMethod):
             averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
             return self._served_averaging(elastic_exchange(self.rates, self.rule), averager)
         assert self._timeout is not None
-        control: Channel = ProcessGroupChannel("gloo", self._timeout, type(self).__name__, self._who_is_missing)
-        if self.num_nodes == 1 and not self._has_chosen_backend:
-            # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
-            sums = 2 * (len(optimizers) + 1)
-            control = shared_channel(_get_default_store(), control, self._timeout, sums)
+        assert self.process_group_backend is not None
+        setting = Setting(
+            self.root_device,
+            self.process_group_backend,
+            self.tau,
+            len(optimizers),
+            is_one_host=self.num_nodes == 1,
+            has_chosen_backend=self._has_chosen_backend,
+            wire_dtype=self.wire_dtype,
+            center_device=self.center_device,
+        )
+        name = type(self).__name__
+        channel, make_sum = make_channel(setting, _get_default_store(), self._timeout, name, self._who_is_missing)
         return SynchronousAveraging(
-            control,
-            self._make_sums(control, self._timeout, len(optimizers)),
+            channel,
+            make_sum,
             tau=self.tau,
             rates=self.rates,
             rule=self.rule,
             position=position,
             center_device=self.center_device,
             on_astray=self._astray_policy(),
-            strategy=type(self).__name__,
+            strategy=name,
         )
-
-    def _make_sums(self, control: Channel, timeout: timedelta, number: int) -> MakeSum:
-        backend = "gloo" if self.center_device == "cpu" else self.process_group_backend
-        assert backend is not None
-        naming = type(self).__name__, self._who_is_missing
-        if self.wire_dtype is not None:
-            channels = partial(ProcessGroupMessageChannel, backend, timeout, *naming)
-            return compressed_sums(channels, partial(make_codec, self.wire_dtype))
-        on_cpu = self.root_device.type == "cpu"
-        # Beside a GPU a bucket that is reduced on the host must not overtake the copies of others; and the groups of
-        # several optimizers must not start their work in another order on each rank, as buckets would.
-        spread = self.tau if on_cpu or (self.center_device is None and number == 1) else 1
-        all_reduced = all_reduced_sums(partial(ProcessGroupChannel, backend, timeout, *naming), spread)
-        if on_cpu and isinstance(control, SharedChannel):  # where they can share memory at all
-            return shared_sums(_get_default_store(), control, timeout, otherwise=all_reduced)
-        return all_reduced
 
 
 def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) -> None:

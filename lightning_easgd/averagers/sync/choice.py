@@ -1,8 +1,12 @@
-"""Which sum the workers of a fit use: made at the same point on all of them."""
+"""Over which channel the workers of a fit announce exchanges, and by which sum they make them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from typing import Literal
 
+import torch
 from torch.distributed.distributed_c10d import Store
 
 from lightning_easgd.averagers.sync.all_reduced_sum import AllReducedSum
@@ -10,11 +14,26 @@ from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
-from lightning_easgd.method.compression import Codec
-from lightning_easgd.transport.channel import Channel, MessageChannel
+from lightning_easgd.method.compression import Codec, WireDtype, make_codec
+from lightning_easgd.transport.channel import (
+    Channel,
+    MessageChannel,
+    ProcessGroupChannel,
+    ProcessGroupMessageChannel,
+)
+from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 from lightning_easgd.transport.shared_vectors import shared_vectors
 
-__all__ = ["MakeSum", "all_reduced_sums", "compressed_sums", "shared_sums"]
+__all__ = [
+    "Choice",
+    "MakeSum",
+    "Setting",
+    "all_reduced_sums",
+    "choose",
+    "compressed_sums",
+    "make_channel",
+    "shared_sums",
+]
 
 MakeSum = Callable[[ReplicatedCenter], DifferenceSum]
 """From the center to what sums up the differences from it; all workers call it at the same point."""
@@ -55,3 +74,91 @@ def shared_sums(store: Store, control: Channel, timeout: timedelta, otherwise: M
         return otherwise(center) if vectors is None else SharedSum(center, vectors)
 
     return make
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the choice depends on; the same on all ranks.
+
+    Attributes:
+        device: Where the parameters are.
+        backend: The process group's.
+        tau: τ.
+        optimizers: How many optimizers the fit has.
+        is_one_host: Whether all workers are on one host.
+        has_chosen_backend: Whether the user has named the backend, which keeps workers from sharing memory.
+        wire_dtype: What differences are rounded to on their way; None for nothing.
+        center_device: "cpu" for a center in host memory; None for one where the parameters are.
+    """
+
+    device: torch.device
+    backend: str
+    tau: int
+    optimizers: int
+    is_one_host: bool = False
+    has_chosen_backend: bool = False
+    wire_dtype: WireDtype | None = None
+    center_device: str | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What has been chosen.
+
+    Attributes:
+        sum: How differences are added up; "shared" where all workers can share memory, else "all-reduced".
+        backend: The backend of what goes through process groups.
+        spread: Over how many steps the buckets of an all-reduce are spread.
+        announces_in_memory: Whether exchanges are announced in shared memory, where that is possible.
+    """
+
+    sum: Literal["shared", "all-reduced", "compressed"]
+    backend: str
+    spread: int
+    announces_in_memory: bool
+
+
+def choose(setting: Setting) -> Choice:
+    """Choose; nothing is opened, and no process needs to be there."""
+    on_host = setting.center_device == "cpu"
+    on_cpu = setting.device.type == "cpu"
+    in_memory = setting.is_one_host and not setting.has_chosen_backend
+    # Beside a GPU a bucket that is reduced on the host must not overtake the copies of others; and the groups of
+    # several optimizers must not start their work in another order on each rank, as buckets would.
+    spread = setting.tau if on_cpu or (not on_host and setting.optimizers == 1) else 1
+    kind: Literal["shared", "all-reduced", "compressed"] = "shared" if on_cpu and in_memory else "all-reduced"
+    if setting.wire_dtype is not None:
+        kind = "compressed"
+    return Choice(kind, "gloo" if on_host else setting.backend, spread, in_memory)
+
+
+def make_channel(
+    setting: Setting, store: Store, timeout: timedelta, strategy: str, who_is_missing: Callable[[], str] = str
+) -> tuple[Channel, MakeSum]:
+    """Open the channel of the announcements; all ranks call it at the same point.
+
+    Args:
+        setting: What the choice depends on.
+        store: The workers' store.
+        timeout: How long to wait for another worker.
+        strategy: Name of the strategy, for errors.
+        who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
+
+    Returns:
+        The channel, and what makes the sum of an optimizer: the first two arguments of ``SynchronousAveraging``.
+    """
+    choice = choose(setting)
+    channel: Channel = ProcessGroupChannel("gloo", timeout, strategy, who_is_missing)
+    if choice.announces_in_memory:
+        # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
+        channel = shared_channel(store, channel, timeout, 2 * (setting.optimizers + 1))
+    if choice.sum == "compressed":
+        assert setting.wire_dtype is not None
+        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing)
+        return channel, compressed_sums(messages, partial(make_codec, setting.wire_dtype))
+    reduced = all_reduced_sums(
+        partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing), choice.spread
+    )
+    if choice.sum == "shared" and isinstance(channel, SharedChannel):  # where they can share memory at all
+        return channel, shared_sums(store, channel, timeout, otherwise=reduced)
+    return channel, reduced
