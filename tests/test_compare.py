@@ -21,7 +21,7 @@ from test_configs import SINGLE_RUNS, available
 from lightning_easgd.callbacks import LocalEnergyMonitor
 from lightning_easgd.lab.command_errors import UsageError
 from lightning_easgd.lab.compare import plot_command, runs
-from lightning_easgd.lab.compare.command import compare, planned
+from lightning_easgd.lab.compare.compare_command import compare, planned
 from lightning_easgd.lab.compare.curves import Panel, mean_curves, panels
 from lightning_easgd.lab.compare.energies import energy_curves
 from lightning_easgd.lab.compare.grid import cells
@@ -490,7 +490,7 @@ def test_a_budget_is_positive(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_quick_experiment(tmp_path):
-    done = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
+    done = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "quick"
     table = {row["cell"]: row for row in rows(directory / CELLS)}
@@ -506,14 +506,14 @@ def test_the_quick_experiment(tmp_path):
     assert files >= {"config.yaml", "versions.txt", "metrics.csv", "curve.csv", "time.csv", "communication.csv"}
     assert str(tmp_path) not in (run / "config.yaml").read_text()
     assert "cores" in (directory / "machine.txt").read_text()
-    again = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
+    again = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
     assert "6 of 6 runs are finished and skipped" in again.stdout
 
 
 @pytest.mark.slow
 def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
     done = command(
-        "compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
+        "compare.compare_command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
         "+grid.methods.bad={method:sgd,lr:[0.1],overrides:['data.sampling=half']}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
@@ -524,7 +524,7 @@ def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
 
 def test_sigterm_ends_the_run_under_way(tmp_path):
     waiting = (
-        "import sys, pathlib, time; from lightning_easgd.lab.compare import command, runs;"
+        "import sys, pathlib, time; from lightning_easgd.lab.compare import compare_command as command, runs;"
         "tree = pathlib.Path(sys.argv.pop(1)).read_text();"
         "supervise = runs._supervise;"
         "runs._supervise = lambda c, *rest: supervise([sys.executable, '-c', tree, 'pid', '60'], *rest);"

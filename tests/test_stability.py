@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from application import ROOT
 
-from lightning_easgd.lab.stability.command import run
+from lightning_easgd.lab.stability.stability_command import run
 from lightning_easgd.method import rates
 from lightning_easgd.stability import (
     admm,
@@ -522,7 +522,7 @@ def test_command_draws_all_figures(tmp_path, capsys):
 
 def test_the_analysis_needs_neither_torch_nor_matplotlib():
     code = (
-        "import sys; from lightning_easgd.lab.stability.command import run;"
+        "import sys; from lightning_easgd.lab.stability.stability_command import run;"
         " run('check lr=0.1 curvature=1 workers=4'.split());"
         " sys.exit(', '.join({'torch', 'scipy', 'matplotlib', 'lightning'} & set(sys.modules)) or 0)"
     )

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from lightning_easgd.lab.compare.figures import draw
+from lightning_easgd.lab.compare.compare_figures import draw
 from lightning_easgd.lab.compare.records import CELLS
 from lightning_easgd.lab.compare.tables import write_tables
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
-from lightning_easgd.lab.compare.figures import draw
+from lightning_easgd.lab.compare.compare_figures import draw
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
 from lightning_easgd.lab.compare.records import collect
 from lightning_easgd.lab.compare.tables import write_tables
