@@ -22,8 +22,7 @@ from lightning_easgd.callbacks import LocalEnergyMonitor
 from lightning_easgd.lab.command_errors import UsageError
 from lightning_easgd.lab.compare import plot_command, runs
 from lightning_easgd.lab.compare.compare_command import compare, planned
-from lightning_easgd.lab.compare.curves import Panel, mean_curves, panels
-from lightning_easgd.lab.compare.energies import energy_curves
+from lightning_easgd.lab.compare.curves import Panel, energy_curves, mean_curves, panels
 from lightning_easgd.lab.compare.grid import cells
 from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
 from lightning_easgd.lab.compare.tables import write_tables

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from lightning_easgd.lab.data.errors import DataError
+from lightning_easgd.lab.demo_extra import MissingExtraError
 
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
 _BAD_ARGUMENT = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
@@ -70,8 +71,8 @@ def explain(name: str, error: Exception) -> str | None:
         name: The command, for the message.
         error: What the command raised.
     """
-    if isinstance(error, UsageError | DataError):
-        return str(error)
+    if isinstance(error, UsageError | DataError | MissingExtraError):
+        return f"{name}: {error}" if isinstance(error, MissingExtraError) else str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_option(name, error)
     if isinstance(error, ConfigCompositionException):

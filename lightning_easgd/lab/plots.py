@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_easgd.callbacks import ELASTIC_DIRECTORY
+from lightning_easgd.lab.demo_extra import blank_figure
 from lightning_easgd.lab.report import CENTER, is_elastic, read_accuracy, read_rows
 
 if TYPE_CHECKING:
@@ -22,16 +23,7 @@ def draw(run: Path) -> Path:
     Returns:
         The PNG file.
     """
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots.draw(): matplotlib is not installed; run pip install 'lightning_easgd[demo]', then "
-            f"python -m lightning_easgd.plots {run}"
-        ) from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    accuracy, distance = figure.subplots(1, 2)
+    figure, (accuracy, distance) = blank_figure((5, 4), 2)
     _draw_accuracy(accuracy, run)
     _draw_distance(distance, run)
     path = run / FIGURE_FILE

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_easgd.lab import plots, report
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.models import Classifier
 from lightning_easgd.strategies.center_workers import CenterWorkers
 
@@ -246,7 +247,7 @@ def _conclude(config: DictConfig, run: Path) -> None:
     if config.plot:
         try:
             print(f"  figure: {plots.draw(run)}")
-        except ModuleNotFoundError as error:
+        except MissingExtraError as error:
             print(f"  no figure: {error}")
     print(f"  run directory: {run}")
 

@@ -13,10 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
-from lightning_easgd.lab.compare.compare_figures import draw
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
-from lightning_easgd.lab.compare.records import collect
-from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
 from lightning_easgd.lab.train import machine
 
 __all__ = ["main", "planned"]
@@ -78,6 +76,10 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
     Returns:
         What went wrong, by name of the run that failed.
     """
+    with demo_extra():  # before anything runs; not at the top, as pandas takes half a second
+        from lightning_easgd.lab.compare.compare_figures import draw  # noqa: PLC0415
+        from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415
+        from lightning_easgd.lab.compare.tables import write_tables  # noqa: PLC0415
     directory = _directory(config)
     with runs.only_one(directory) as lock:
         left = [cell for cell in every if not runs.is_finished(directory, cell)]
@@ -96,7 +98,7 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
         print(write_tables(directory))
         try:
             files: list[Any] = draw(directory)
-        except ModuleNotFoundError as error:
+        except MissingExtraError as error:
             files = [f"no figures: {error}"]
         for path in files:
             print(f"  {path}")

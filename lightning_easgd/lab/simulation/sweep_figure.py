@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_easgd.lab.demo_extra import blank_figure
 from lightning_easgd.lab.simulation.sweep import ALONE, RESULTS, read_rows
 
 __all__ = ["best_times", "draw"]
@@ -53,16 +54,10 @@ def draw(file: Path, x: str) -> Path:
         The PNG file.
 
     Raises:
-        ModuleNotFoundError: If matplotlib is missing.
+        MissingExtraError: If matplotlib is missing.
     """
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("matplotlib is not installed; run pip install 'lightning_easgd[demo]'") from error
     rows = read_rows(file)
-    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = blank_figure((5.6, 4.0))
     for label, line in best_times(rows, x).items():
         reached = {value: seconds for value, seconds in sorted(line.items()) if math.isfinite(seconds)}
         axes.plot(list(reached), list(reached.values()), marker="o", markersize=3, label=label or None)
