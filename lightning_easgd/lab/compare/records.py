@@ -92,7 +92,9 @@ def collect(
             tables[ENERGIES] = energies
     for name in {CELLS, CURVES, SELECTION, TIMES, *tables}:
         # Of a curve "nan" is a value: the run has diverged.
-        tables.get(name, pd.DataFrame()).to_csv(directory / name, index=False, na_rep="nan" if name == CURVES else "")
+        text = "nan" if name == CURVES else ""
+        table = tables.get(name, pd.DataFrame())
+        table.to_csv(directory / name, index=False, na_rep=text, lineterminator="\r\n")
 
 
 def _gathered(runs: Sequence[Path], name: str) -> pd.DataFrame:
