@@ -6,16 +6,16 @@ Y. LeCun, C. Cortes, C. Burges, *The MNIST database of handwritten digits*; H. X
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, final
+from typing import final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_easgd.lab.data.crops import BatchCrop, CenterCrop, Images
+from lightning_easgd.lab.data.crops import CenterCrop, Images
 from lightning_easgd.lab.data.errors import DataError
 from lightning_easgd.lab.data.idx import read_idx
-from lightning_easgd.lab.data.images import ImageFacts
-from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source, Split
+from lightning_easgd.lab.data.images import ImageFacts, Split
+from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source
 from lightning_easgd.lab.data.official_files import OfficialFile, check_sums, fetch
 
 _PREFIX: Mapping[Split, str] = {"train": "train", "test": "t10k"}
@@ -69,7 +69,7 @@ class IdxFiles:
 class _MNISTDataModule(InMemoryDataModule):
     original_shape = (1, 28, 28)
     classes = 10
-    default_transforms: ClassVar[tuple[BatchCrop, BatchCrop]] = (CenterCrop(28), CenterCrop(28))
+    default_transform = CenterCrop(28)
 
 
 @final
