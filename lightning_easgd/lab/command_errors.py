@@ -28,12 +28,7 @@ class UsageError(ValueError):
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Runs a Hydra command; ends the process with one sentence where the user's input is at fault.
-
-    Args:
-        name: The command, for the message.
-        command: A function decorated with `hydra.main`.
-    """
+    """Run a Hydra command; ends the process with one sentence where the user's input is at fault."""
     # Hydra would print the error itself and exit; with this it lets the exception through.
     setting = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -65,12 +60,7 @@ def usage_errors() -> Iterator[None]:
 
 
 def explain(name: str, error: Exception) -> str | None:
-    """Returns one sentence for an error of the user's, None for any other error.
-
-    Args:
-        name: The command, for the message.
-        error: What the command raised.
-    """
+    """Return one sentence for an error of the user's, None for any other error."""
     if isinstance(error, UsageError | DataError | MissingExtraError):
         return f"{name}: {error}" if isinstance(error, MissingExtraError) else str(error)
     if isinstance(error, MissingConfigException):

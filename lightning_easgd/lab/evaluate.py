@@ -16,7 +16,7 @@ _COMMAND = "easgd-evaluate"
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     run_command(_COMMAND, _hydra_main)
 
 
@@ -31,7 +31,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, float]:
-    """Tests a checkpoint.
+    """Test a checkpoint.
 
     Args:
         config: The composed configuration `evaluate`.
@@ -64,11 +64,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
 
 
 def saved_config(checkpoint: Path) -> DictConfig | None:
-    """Finds the configuration of the run that wrote a checkpoint: in its folder or the one above.
-
-    Args:
-        checkpoint: The checkpoint file.
-    """
+    """Find the configuration of the run that wrote a checkpoint: in its folder or the one above."""
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / CONFIG_FILE).exists():
             config = OmegaConf.load(folder / CONFIG_FILE)

@@ -21,11 +21,6 @@ Actions = Mapping[str, Sequence[Callable[..., Any]]]
 def run_action(command: str, actions: Actions, words: Sequence[str]) -> int | str:
     """Run the action that the first word names; ``--help`` explains its keys as the docstrings do.
 
-    Args:
-        command: The command's name.
-        actions: Its actions by name.
-        words: The words after the command's name.
-
     Returns:
         The exit status, or the sentence to end with.
     """
@@ -40,17 +35,13 @@ def run_action(command: str, actions: Actions, words: Sequence[str]) -> int | st
         given = _read(words[1:], {key: each for kind in (act, *kinds) for key, each in _types(kind).items()})
         own = {key: given.pop(key) for key in _types(act) if key in given}
         status: int = build(act, own | ({"values": [given]} if kinds else {}))
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, FileNotFoundError) as error:
         return f"{command}: {error}"
     return status
 
 
 def build(kind: Callable[..., T], values: Values) -> T:
     """Call a function or class with one value for each argument.
-
-    Args:
-        kind: The function or class.
-        values: The values of its arguments.
 
     Raises:
         ValueError: If an argument has several values, or one without a default has none.

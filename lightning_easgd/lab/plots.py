@@ -15,10 +15,7 @@ FIGURE_FILE = "figure.png"
 
 
 def draw(run: Path) -> Path:
-    """Draws validation accuracy of center and workers, and the elastic distance, over the steps.
-
-    Args:
-        run: Directory of the run.
+    """Draw validation accuracy of center and workers, and the elastic distance, over the steps.
 
     Returns:
         The PNG file.

@@ -45,11 +45,7 @@ class _Line(NamedTuple):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads a CSV file with a header; a file that was not written has no rows.
-
-    Args:
-        path: The file.
-    """
+    """Read a CSV file with a header; a file that was not written has no rows."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -57,11 +53,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def read_accuracy(run: Path) -> list[Accuracy]:
-    """Reads what `WorkerEvaluation` has written.
-
-    Args:
-        run: Directory of the run.
-    """
+    """Read what `WorkerEvaluation` has written."""
     return [
         Accuracy(row["stage"], int(row["step"]), row["weights"], float(row["accuracy"]))
         for row in read_rows(run / ACCURACY_FILE)
@@ -69,21 +61,12 @@ def read_accuracy(run: Path) -> list[Accuracy]:
 
 
 def last_accuracy(run: Path, stage: str) -> dict[str, float]:
-    """Returns the last accuracy of each weights, the center's first.
-
-    Args:
-        run: Directory of the run.
-        stage: "val" or "test".
-    """
+    """Return the last accuracy of each weights on the set "val" or "test", the center's first."""
     return {row.weights: row.accuracy for row in read_accuracy(run) if row.stage == stage}
 
 
 def render(run: Path) -> str:
-    """Formats accuracy, time and traffic of a finished run.
-
-    Args:
-        run: Directory of the run.
-    """
+    """Format accuracy, time and traffic of a finished run."""
     lines = [*_accuracy_lines(run), *_time_lines(run), *_traffic_lines(run)]
     if not lines:
         return f"  nothing to report: callbacks=default writes the CSV files that {run} lacks"
@@ -92,11 +75,7 @@ def render(run: Path) -> str:
 
 
 def is_elastic(run: Path) -> bool:
-    """Says whether the run had a center; without one, rank 0's model takes its place in `accuracy.csv`.
-
-    Args:
-        run: Directory of the run.
-    """
+    """Say whether the run had a center; without one, rank 0's model takes its place in `accuracy.csv`."""
     return (run / COMMUNICATION_FILE).exists()
 
 

@@ -27,7 +27,7 @@ _TRIAL_DIRECTORY = "fast_dev_run"
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     run_command(COMMAND, _hydra_main)
 
 
@@ -43,7 +43,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
-    """Lists the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
+    """List the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
 
     Args:
         config: The composed configuration `compare`.
@@ -67,11 +67,7 @@ def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
 
 
 def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
-    """Runs those cells that have not been run, then writes tables and figures of all.
-
-    Args:
-        config: The composed configuration `compare`.
-        every: The cells.
+    """Run those cells that have not been run, then writes tables and figures of all.
 
     Returns:
         What went wrong, by name of the run that failed.
@@ -125,11 +121,11 @@ class _Progress:
             print(f"{finished} of {total} runs are finished and skipped")
 
     def begin(self, name: str) -> None:
-        """Announces a run."""
+        """Announce a run."""
         print(f"[{self._finished + self._run + 1}/{self._total}] {name} ...", end=" ", flush=True)
 
     def end(self, result: str) -> None:
-        """Says how it ended."""
+        """Say how it ended."""
         self._run += 1
         elapsed = time.monotonic() - self._started
         rest = (self._total - self._finished - self._run) * elapsed / self._run

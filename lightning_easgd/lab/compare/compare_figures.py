@@ -30,10 +30,7 @@ _INCHES = (4.6, 3.6)
 
 
 def draw(directory: Path) -> list[Path]:
-    """Draws test error against time, epochs and bytes, the time to each target error, and local energies.
-
-    Args:
-        directory: The comparison's directory.
+    """Draw test error against time, epochs and bytes, the time to each target error, and local energies.
 
     Returns:
         The PNG files.

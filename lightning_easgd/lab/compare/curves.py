@@ -107,12 +107,7 @@ class Panel:
 
 
 def panels(taus: Sequence[str], workers: Sequence[str]) -> list[Panel]:
-    """List the panels of a figure.
-
-    Args:
-        taus: The curves' `panel_tau`.
-        workers: The curves' `panel_workers`.
-    """
+    """List the panels of a figure."""
     return [Panel(tau, worker) for tau in _values(taus) for worker in _values(workers)]
 
 
@@ -124,9 +119,6 @@ def mean_curves(directory: Path) -> list[MeanCurve]:
     """Read the learning curves of the chosen learning rates.
 
     Seeds of one method that were validated less often than others, as their budget of seconds ended, shorten its curve.
-
-    Args:
-        directory: The comparison's directory.
     """
     curves = []
     for setting, rows in _chosen(directory, CURVES):
@@ -140,11 +132,7 @@ def mean_curves(directory: Path) -> list[MeanCurve]:
 
 
 def energy_curves(directory: Path) -> list[EnergyCurve]:
-    """Read the local energies of the chosen learning rates; none where they were not measured.
-
-    Args:
-        directory: The comparison's directory.
-    """
+    """Read the local energies of the chosen learning rates; none where they were not measured."""
     curves = []
     for setting, rows in _chosen(directory, ENERGIES):
         ends = rows[rows["step"] == rows.groupby("cell")["step"].transform("max")]

@@ -36,11 +36,7 @@ _SPLIT = ["compute", "data", "communication", "rest"]
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a CSV file; settings are text, "" for none. A file that is missing or empty has no rows.
-
-    Args:
-        path: The file.
-    """
+    """Read a CSV file; settings are text, "" for none. A file that is missing or empty has no rows."""
     try:
         # Of pandas' many words for a missing value only those that are written here: a method may be called "null".
         table = pd.read_csv(path, dtype=dict.fromkeys(SETTING, str), keep_default_na=False, na_values=["", "nan"])
@@ -50,12 +46,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def chosen_runs(selection: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of ``cells.csv`` with a chosen learning rate, in the order of the selection.
-
-    Args:
-        selection: The table ``selection.csv``.
-        cells: The table ``cells.csv``.
-    """
+    """Return the rows of ``cells.csv`` with a chosen learning rate, in the order of the selection."""
     return selection.loc[selection["chosen"] == "yes", [*SETTING, "lr"]].merge(cells, on=[*SETTING, "lr"])
 
 

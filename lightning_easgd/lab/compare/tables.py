@@ -28,9 +28,6 @@ _SENT = "MB sent by a worker"
 def write_tables(directory: Path) -> str:
     """Write `tables.md`: final errors, costs to target errors, time split, local energies, learning rates, failures.
 
-    Args:
-        directory: The comparison's directory.
-
     Returns:
         What has been written.
     """

@@ -56,8 +56,9 @@ class DigitsDataModule(SplitDataModule):
             )
         self._splits: dict[str, BatchedTensors] = {}
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Reads the images and splits them; the stage does not matter, as all of them are one small array."""
+    @override
+    def setup(self, stage: str) -> None:
+        """Read the images and splits them; the stage does not matter, as all of them are one small array."""
         if self._splits:
             return
         images, labels = _load_images()

@@ -16,7 +16,7 @@ _AGAIN = "download the file again"
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Reads a file of unsigned bytes, as it is or compressed by gzip (`.gz`).
+    """Read a file of unsigned bytes, as it is or compressed by gzip (`.gz`).
 
     A file begins with two zero bytes, the code of the type, the number of dimensions, and each size as a big-endian
     32-bit integer. (Format: http://yann.lecun.com/exdb/mnist)

@@ -26,10 +26,7 @@ _SUFFIXES = (".jpeg", ".jpg")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted.
-
-    Args:
-        folder: Where to look.
+    """Return the names of the folders in a folder, sorted.
 
     Raises:
         DataError: If it does not exist.
@@ -44,17 +41,13 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Returns the names of the JPEG files in a folder, sorted.
-
-    Args:
-        folder: Where to look.
-    """
+    """Return the names of the JPEG files in a folder, sorted."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.name.lower().endswith(_SUFFIXES))
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Lists the images of some classes.
+    """List the images of some classes.
 
     Args:
         folder: Holds one folder for each class.
@@ -136,11 +129,7 @@ class ImageFiles(Dataset[Sample | None]):
         return np.asarray(pixels), int(self.labels[row])
 
     def collate(self, normalise: Normalise) -> Callable[[list[Sample | None]], tuple[Tensor, Tensor]]:
-        """Returns what makes a batch of samples: images float32 (N, 3, size, size), labels int64 (N,).
-
-        Args:
-            normalise: Maps bytes to float32.
-        """
+        """Return what makes a batch of samples: images float32 (N, 3, size, size), labels int64 (N,)."""
         return _Collate(normalise)
 
 

@@ -54,11 +54,7 @@ class Normalise:
         self._scale = 1 / (255 * torch.tensor(std, dtype=torch.float32)).view(-1, 1, 1)
 
     def __call__(self, images: NDArray[np.uint8]) -> Tensor:
-        """Returns float32 images of the same shape.
-
-        Args:
-            images: uint8 of shape (N, C, H, W).
-        """
+        """Return float32 images of the same shape, from uint8 of shape (N, C, H, W)."""
         return torch.from_numpy(images).to(torch.float32).sub_(self._shift).mul_(self._scale)
 
 
@@ -261,9 +257,6 @@ class ImageDataModule(SplitDataModule):
 
     def parts(self, labels: Rows) -> dict[str, Rows]:
         """Return the rows of the training images that are trained on ("train") and held out ("val").
-
-        Args:
-            labels: Of all training images.
 
         Raises:
             ValueError: If `val_fraction` leaves nothing for one of them.

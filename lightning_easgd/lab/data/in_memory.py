@@ -25,7 +25,7 @@ class Source(Protocol):
     """The files of a data set in their official format."""
 
     def prepare(self, *, download: bool, verify: bool) -> None:
-        """Makes sure that the files are there and whole.
+        """Make sure that the files are there and whole.
 
         Args:
             download: Whether to fetch what is missing.
@@ -36,10 +36,7 @@ class Source(Protocol):
         """
 
     def read(self, split: Split) -> tuple[Images, Labels]:
-        """Returns images, uint8 (N, C, H, W), and labels.
-
-        Args:
-            split: Which part.
+        """Return images, uint8 (N, C, H, W), and labels.
 
         Raises:
             DataError: If a file is missing or torn.
@@ -83,7 +80,7 @@ class ImageBatches(Dataset[Any]):
         return images[0], labels[0]
 
     def __getitems__(self, keys: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Returns the images and labels of one batch, already collated; `DataLoader` prefers this method."""
+        """Return the images and labels of one batch, already collated; `DataLoader` prefers this method."""
         numbers = np.asarray(keys, np.int64)
         rows = self.rows[numbers % len(self)]
         crops = self.crop(self.images, rows, random_words(self.stream, numbers, WORDS))

@@ -24,7 +24,7 @@ class ImageCrop(Protocol):
         """Height and width of the result, pixels."""
 
     def __call__(self, image: "Image", chance: random.Random) -> "Image":
-        """Returns an image of `size` x `size` pixels.
+        """Return an image of `size` x `size` pixels.
 
         Args:
             image: An RGB image.
@@ -98,7 +98,7 @@ class RandomResizedCropFlip:
     max_ratio: float = 4 / 3
 
     def __call__(self, image: "Image", chance: random.Random) -> "Image":
-        """Returns the crop: see :class:`ImageCrop`."""
+        """Return the crop: see :class:`ImageCrop`."""
         return _maybe_mirrored(_resized(image, self.size, self._part(image, chance)), chance)
 
     def _part(self, image: "Image", chance: random.Random) -> Box:

@@ -47,7 +47,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(content: bytes, source: str) -> Any:
-    """Reads a pickle of NumPy arrays and Python primitives; nothing else in it is run.
+    """Read a pickle of NumPy arrays and Python primitives; nothing else in it is run.
 
     Text that Python 2 wrote is returned as `bytes`.
 

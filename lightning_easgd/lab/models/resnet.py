@@ -64,7 +64,7 @@ class BasicBlock(nn.Module):
         self.activation = nn.ReLU()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, width, H / stride, W / stride)."""
+        """Map (N, in_channels, H, W) to (N, width, H / stride, W / stride)."""
         outputs: Tensor = self.activation(self.residual(inputs) + self.shortcut(inputs))
         return outputs
 
@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
         self.activation = nn.ReLU()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, 4 x width, H / stride, W / stride)."""
+        """Map (N, in_channels, H, W) to (N, 4 x width, H / stride, W / stride)."""
         outputs: Tensor = self.activation(self.residual(inputs) + self.shortcut(inputs))
         return outputs
 
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Maps images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
+        """Map images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
         logits: Tensor = self.head(self.stages(self.stem(images)))
         return logits
 

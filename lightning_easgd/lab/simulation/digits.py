@@ -12,12 +12,7 @@ __all__ = ["digits_network", "digits_problem"]
 
 
 def digits_network(seed: int = 0, hidden: int = 32) -> nn.Sequential:
-    """A perceptron for 8x8 images with one hidden layer; 2410 parameters for 32 hidden units.
-
-    Args:
-        seed: Of the parameters.
-        hidden: Hidden units.
-    """
+    """A perceptron for 8x8 images with one hidden layer; 2410 parameters for 32 hidden units."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))

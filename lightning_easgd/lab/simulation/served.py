@@ -8,6 +8,8 @@ from functools import partial
 from itertools import count
 from typing import final
 
+from typing_extensions import override
+
 from lightning_easgd.lab.simulation.cluster import Cluster, Link
 from lightning_easgd.lab.simulation.events import Event, Exchange, Failure, Finish, Forward, Hop, Return
 from lightning_easgd.lab.simulation.schedules import Schedule
@@ -23,17 +25,10 @@ class AsynchronousSchedule(Schedule):
 
     A worker sends its vector before a step and has the answer when the step is done, or waits for it. The center
     takes the exchanges one after the other, in the order in which they come.
-
-    Args:
-        tau: τ.
     """
 
-    tau: int = 10
-
-    def __post_init__(self) -> None:
-        self._check_tau()
-
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         star = [0] * cluster.workers
         return _ServedRun(cluster, steps, self.tau, parents=star, turns=FreeOrder()).events()
 
@@ -50,13 +45,10 @@ class RoundRobinSchedule(Schedule):
         handover_seconds: Until a worker notices that its turn has come.
     """
 
-    tau: int = 10
     handover_seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._check_tau()
-
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         return _ServedRun(
             cluster,
             steps,
@@ -84,12 +76,11 @@ class TreeSchedule(Schedule):
             :class:`AsynchronousSchedule`.
     """
 
-    tau: int = 10
     upper_tau: int = 100
     groups: int = 2
 
     def __post_init__(self) -> None:
-        self._check_tau()
+        super().__post_init__()
         if self.upper_tau < self.tau:
             raise ValueError(
                 f"TreeSchedule(tau={self.tau}, upper_tau={self.upper_tau}): centers do not exchange more often than"
@@ -98,10 +89,12 @@ class TreeSchedule(Schedule):
         if self.groups < 0:
             raise ValueError(f"TreeSchedule(groups={self.groups}): a number of centers, 0 for a star.")
 
-    def centers(self, workers: int) -> int:  # noqa: D102
+    @override
+    def centers(self, workers: int) -> int:
         return 1 + min(self.groups, workers)
 
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         groups = min(self.groups, cluster.workers)
         parents = [1 + worker * groups // cluster.workers if groups else 0 for worker in range(cluster.workers)]
         return _ServedRun(

@@ -56,13 +56,7 @@ class SimulatedRun:
 
 
 def time_run(schedule: Schedule, cluster: Cluster, steps: int) -> Timing:
-    """Simulate only the time of a run.
-
-    Args:
-        schedule: Who exchanges with whom and when.
-        cluster: What it runs on.
-        steps: Steps of each worker.
-    """
+    """Simulate only the time of a run."""
     seconds = waited = spent = 0.0
     exchanges, completed = 0, True
     for event in schedule.timeline(cluster, steps):

@@ -22,10 +22,6 @@ _AXES = {
 def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[float, float]]:
     """The time to error with the best learning rate, for each line of the figure and each x.
 
-    Args:
-        rows: Of :func:`~lightning_easgd.lab.simulation.sweep.sweep`.
-        x: The field on the abscissa.
-
     Returns:
         For the label of each line, and each of its x, the shortest time; infinite if no learning rate gets there.
     """
@@ -44,7 +40,7 @@ def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[floa
 
 
 def draw(file: Path, x: str) -> Path:
-    """Draws the figure of a sweep beside its CSV file.
+    """Draw the figure of a sweep beside its CSV file.
 
     Args:
         file: The CSV file.

@@ -18,7 +18,7 @@ _INCHES = (4.4, 3.8)
 
 
 def draw(directory: Path, points: int = 120) -> list[Path]:
-    """Draws all figures.
+    """Draw all figures.
 
     Args:
         directory: Where the PNG files go; made if missing.
