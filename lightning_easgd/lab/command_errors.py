@@ -28,7 +28,7 @@ class UsageError(ValueError):
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Run a Hydra command; ends the process with one sentence where the user's input is at fault."""
+    """Run a Hydra command; end the process with one sentence where the user's input is at fault."""
     # Hydra would print the error itself and exit; with this it lets the exception through.
     setting = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,8 @@ class _Progress:
         self._run += 1
         elapsed = time.monotonic() - self._started
         rest = (self._total - self._finished - self._run) * elapsed / self._run
-        print(f"{result}; {_clock(elapsed)} elapsed, about {_clock(rest)} left", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+        so_far, to_come = (timedelta(seconds=round(seconds)) for seconds in (elapsed, rest))
+        print(f"{result}; {so_far} elapsed, about {to_come} left", flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from lightning_easgd.lab.command_errors import UsageError
 from lightning_easgd.lab.compare.grid import COMMAND, Cell
@@ -35,14 +35,8 @@ _RECORDING = ("callbacks=compare", "logger=csv", "report=false", "plot=false", "
 _SECONDS_TO_END = 5.0
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended.
-
-    Attributes:
-        failure: What went wrong, None if nothing did.
-        seconds: Wall-clock of the process tree, start-up included.
-    """
+class Ending(NamedTuple):
+    """What went wrong, None if nothing did, and the wall-clock seconds of the process tree, start-up included."""
 
     failure: str | None
     seconds: float

@@ -5,8 +5,9 @@ import random
 import struct
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import numpy as np
 import torch
@@ -130,21 +131,15 @@ class ImageFiles(Dataset[Sample | None]):
 
     def collate(self, normalise: Normalise) -> Callable[[list[Sample | None]], tuple[Tensor, Tensor]]:
         """Return what makes a batch of samples: images float32 (N, 3, size, size), labels int64 (N,)."""
-        return _Collate(normalise)
+        return partial(_batch, normalise)  # not a closure, as it travels to the loader processes
 
 
-@final
-class _Collate:
-    """A batch without the samples that were skipped; an object, as it travels to the loader processes."""
-
-    def __init__(self, normalise: Normalise) -> None:
-        self.normalise = normalise
-
-    def __call__(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
-        whole = [sample for sample in samples if sample is not None]
-        if not whole:
-            raise DataError(
-                f"none of the {len(samples)} images of a batch can be decoded: the data set is damaged; unpack it again"
-            )
-        images, labels = zip(*whole, strict=True)
-        return self.normalise(np.stack([image.transpose(2, 0, 1) for image in images])), torch.tensor(labels)
+def _batch(normalise: Normalise, samples: list[Sample | None]) -> tuple[Tensor, Tensor]:
+    """A batch without the samples that were skipped."""
+    whole = [sample for sample in samples if sample is not None]
+    if not whole:
+        raise DataError(
+            f"none of the {len(samples)} images of a batch can be decoded: the data set is damaged; unpack it again"
+        )
+    images, labels = zip(*whole, strict=True)
+    return normalise(np.stack([image.transpose(2, 0, 1) for image in images])), torch.tensor(labels)

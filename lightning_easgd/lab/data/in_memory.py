@@ -25,11 +25,7 @@ class Source(Protocol):
     """The files of a data set in their official format."""
 
     def prepare(self, *, download: bool, verify: bool) -> None:
-        """Make sure that the files are there and whole.
-
-        Args:
-            download: Whether to fetch what is missing.
-            verify: Whether to compare checksums.
+        """Make sure that the files are there, if need be by a download, and if asked to that they are the published.
 
         Raises:
             DataError: If a file is missing or another one than was published.

@@ -46,7 +46,7 @@ def keep_batch(batch: Iterable[Tensor]) -> list[Tensor]:
 
 
 def check_sampling(owner: str, sampling: str) -> Sampling:
-    """Return `sampling` when it is a known one, and raises otherwise."""
+    """Return `sampling` when it is a known one, and raise otherwise."""
     for known in get_args(Sampling):
         if sampling == known:
             return known  # type: ignore[no-any-return]  # get_args is untyped

@@ -83,7 +83,7 @@ class LearningCurve(Callback):
         self._seconds += time.perf_counter() - self._started
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add a row, and ends a training that has used up its budget or has diverged."""
+        """Add a row, and end a training that has used up its budget or has diverged."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._record(trainer, pl_module)
             row = dict(zip(_COLUMNS, self.rows[-1], strict=True))
