@@ -30,12 +30,7 @@ def demo_extra() -> Iterator[None]:
 
 
 def blank_figure(inches: tuple[float, float], panels: int = 1, in_a_row: int = 4) -> tuple["Figure", list["Axes"]]:
-    """Make a figure and its systems of axes.
-
-    Args:
-        inches: Width and height of each system of axes.
-        panels: How many.
-        in_a_row: The most side by side.
+    """Make a figure and its systems of axes, of so many inches each, with at most `in_a_row` side by side.
 
     Raises:
         MissingExtraError: If matplotlib is missing.

@@ -31,15 +31,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, float]:
-    """Test a checkpoint.
-
-    Args:
-        config: The composed configuration `evaluate`.
-        keep: Which of `data` and `model` to take from `config` although the run has saved its own.
-
-    Returns:
-        The test metrics by name.
-    """
+    """Return the test metrics of a checkpoint, with the data and model of its run but for what of the two to `keep`."""
     checkpoint = _checkpoint(config)
     saved = saved_config(checkpoint)
     for name in ("data", "model"):

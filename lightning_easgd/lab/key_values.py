@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-__all__ = ["Actions", "Values", "build", "run_action"]
+__all__ = ["Actions", "Values", "build", "did_you_mean", "run_action"]
 
 _HELP = ("-h", "--help", "help")
 
@@ -56,6 +56,13 @@ def build(kind: Callable[..., T], values: Values) -> T:
     return kind(**{key: value for key, (value,) in values.items()})
 
 
+def did_you_mean(word: str, known: Sequence[str], prefix: str = "") -> str:
+    """Say what a user may have meant by a word that is not known."""
+    if close := difflib.get_close_matches(word, known, n=1):
+        return f"did you mean {prefix}{close[0]}?"
+    return f"choose one of: {', '.join(known)}" if known else "it has no keys"
+
+
 def _read(words: Sequence[str], types: Mapping[str, type]) -> dict[str, list[Any]]:
     values: dict[str, list[Any]] = {}
     for word in words:
@@ -63,9 +70,7 @@ def _read(words: Sequence[str], types: Mapping[str, type]) -> dict[str, list[Any
         if not equals:
             raise ValueError(f"{word!r} cannot be read; write key=value")
         if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"choose one of: {', '.join(types)}"
-            raise ValueError(f"there is no key {key!r}; {hint}")
+            raise ValueError(f"there is no key {key!r}; {did_you_mean(key, list(types))}")
         try:
             values[key] = [types[key](value) for value in ([text] if types[key] is Path else text.split(","))]
         except ValueError as error:

@@ -15,11 +15,7 @@ FIGURE_FILE = "figure.png"
 
 
 def draw(run: Path) -> Path:
-    """Draw validation accuracy of center and workers, and the elastic distance, over the steps.
-
-    Returns:
-        The PNG file.
-    """
+    """Draw validation accuracy of center and workers, and the elastic distance, over the steps; return the PNG file."""
     figure, (accuracy, distance) = blank_figure((5, 4), 2)
     _draw_accuracy(accuracy, run)
     _draw_distance(distance, run)

@@ -82,11 +82,7 @@ def train(config: DictConfig) -> float | None:
 
 
 def build_model(config: DictConfig) -> L.LightningModule:
-    """Build the model with the optimizer and scheduler of their own groups.
-
-    Args:
-        config: A configuration with `model`, and `optimizer` and `scheduler` where it is to be trained.
-    """
+    """Build the model with the optimizer and scheduler of their own groups."""
     scheduler = instantiate(config.scheduler) if config.get("scheduler") else None
     model: L.LightningModule = instantiate(config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler)
     return model

@@ -46,9 +46,7 @@ def _hydra_main(config: DictConfig) -> None:
 def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
     """List the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
 
-    Args:
-        config: The composed configuration `compare`.
-        overrides: What was written on the command line; what is not the comparison's own goes to every run.
+    Of the command line's overrides those that are not the comparison's own go to every run.
 
     Raises:
         UsageError: If an override sets what the grid sets.
@@ -68,11 +66,7 @@ def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
 
 
 def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
-    """Run those cells that have not been run, then writes tables and figures of all.
-
-    Returns:
-        What went wrong, by name of the run that failed.
-    """
+    """Run the cells that have not been run, write tables and figures of all, and return what went wrong by run."""
     with demo_extra():  # before anything runs; not at the top, as pandas takes half a second
         from lightning_easgd.lab.compare.compare_figures import draw  # noqa: PLC0415
         from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415

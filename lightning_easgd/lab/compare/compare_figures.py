@@ -30,14 +30,7 @@ _INCHES = (4.6, 3.6)
 
 
 def draw(directory: Path) -> list[Path]:
-    """Draw test error against time, epochs and bytes, the time to each target error, and local energies.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        MissingExtraError: If matplotlib is missing.
-    """
+    """Draw test error against its costs, the time to each target error, and local energies; return the PNG files."""
     curves = mean_curves(directory)
     if not curves:
         return []

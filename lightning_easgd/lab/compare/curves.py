@@ -97,12 +97,7 @@ class Panel:
         return ", ".join(f"{name} = {value}" for name, value in (("τ", self.tau), ("p", self.workers)) if value)
 
     def holds(self, panel_tau: str, panel_workers: str) -> bool:
-        """Say whether a curve belongs into it.
-
-        Args:
-            panel_tau: The curve's period in the grid, "" for all.
-            panel_workers: The same for the number of workers.
-        """
+        """Say whether a curve with these values of the grid, "" for all, belongs into it."""
         return panel_tau in ("", self.tau) and panel_workers in ("", self.workers)
 
 

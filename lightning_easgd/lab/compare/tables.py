@@ -28,8 +28,7 @@ _SENT = "MB sent by a worker"
 def write_tables(directory: Path) -> str:
     """Write `tables.md`: final errors, costs to target errors, time split, local energies, learning rates, failures.
 
-    Returns:
-        What has been written.
+    What has been written is returned, too.
     """
     selection, cells, times, failures = (read_table(directory / name) for name in (SELECTION, CELLS, TIMES, FAILURES))
     lines: list[str] = []

@@ -140,7 +140,6 @@ class CIFAR10DataModule(_CIFARDataModule):
     """CIFAR-10: 50 000 training and 10 000 test images of 32x32 pixels, 10 classes.
 
     Mean and standard deviation are those of the training set's pixels.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 
@@ -173,7 +172,6 @@ class CIFAR100DataModule(_CIFARDataModule):
     """CIFAR-100: 50 000 training and 10 000 test images of 32x32 pixels, 100 ("fine") classes.
 
     Mean and standard deviation are those of the training set's pixels, as usually published.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 

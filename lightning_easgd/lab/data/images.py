@@ -86,11 +86,7 @@ class SplitDataModule(L.LightningDataModule):
         self.seed = seed
 
     def check_expected(self, num_classes: int | None, image_shape: Sequence[int] | None) -> None:
-        """Compare what the configuration tells the model about the data with the data themselves.
-
-        Args:
-            num_classes: Number of classes of the model; None compares nothing.
-            image_shape: Shape (C, H, W) of the model's input; None compares nothing.
+        """Compare what the configuration tells the model about the data with the data; None compares nothing.
 
         Raises:
             ValueError: If they differ.

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeAlias, Unpack, final
 
@@ -40,6 +41,7 @@ class Source(Protocol):
 
 
 @final
+@dataclass(eq=False)
 class ImageBatches(Dataset[Any]):
     """Images in memory, indexed once per batch by keys (see :class:`EpochKeys`); plain rows are those of epoch 0.
 
@@ -52,21 +54,12 @@ class ImageBatches(Dataset[Any]):
         stream: Number of the stream of random words that `crop` gets.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        labels: Labels,
-        rows: NDArray[np.int64],
-        crop: BatchCrop,
-        normalise: Normalise,
-        stream: int = 0,
-    ) -> None:
-        self.images = images
-        self.labels = torch.from_numpy(labels)
-        self.rows = rows
-        self.crop = crop
-        self.normalise = normalise
-        self.stream = stream
+    images: Images
+    labels: Labels
+    rows: Rows
+    crop: BatchCrop
+    normalise: Normalise
+    stream: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,7 +73,7 @@ class ImageBatches(Dataset[Any]):
         numbers = np.asarray(keys, np.int64)
         rows = self.rows[numbers % len(self)]
         crops = self.crop(self.images, rows, random_words(self.stream, numbers, WORDS))
-        return self.normalise(crops), self.labels[torch.from_numpy(rows)]
+        return self.normalise(crops), torch.from_numpy(self.labels[rows])
 
 
 class InMemoryDataModule(ImageDataModule):

@@ -34,11 +34,7 @@ class OfficialFile:
 
 
 def check_sums(files: Sequence[OfficialFile], *, verify: bool) -> None:
-    """Compare files with their checksums.
-
-    Args:
-        files: The files, which exist.
-        verify: With False a warning that names the files takes the place of the comparison.
+    """Compare files with their checksums, or with `verify=False` warn, and name the files that are not compared.
 
     Raises:
         DataError: If a sum differs.

@@ -51,10 +51,6 @@ def read_pickle(content: bytes, source: str) -> Any:
 
     Text that Python 2 wrote is returned as `bytes`.
 
-    Args:
-        content: The pickle.
-        source: Where it comes from, for the message.
-
     Raises:
         DataError: If it is torn, or holds anything else.
     """

@@ -33,12 +33,7 @@ def random_words(stream: int, keys: NDArray[np.int64], count: int) -> NDArray[np
 
 
 def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
-    """Turn random words into whole numbers from 0 to `bound` - 1; `bound` is far below 2^32.
-
-    Args:
-        words: From :func:`random_words`.
-        bound: How many numbers there are to choose from.
-    """
+    """Turn random words into whole numbers from 0 to `bound` - 1; `bound` is far below 2^32."""
     return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
 
 

@@ -67,12 +67,7 @@ class ConvNet7(ConvNet):
     """The paper's 7-layer network for CIFAR (section 5): 351 946 parameters for 3x28x28 images and 10 classes.
 
     Convolution 5x5 (64), max pooling 2, convolution 5x5 (128), max pooling 2, convolution 3x3 (64), linear 256 with
-    dropout, linear. No padding; ReLU; all biases start at 0, weights as PyTorch initialises them.
-
-    Args:
-        image_shape: Shape (C, H, W) of an image.
-        num_classes: Number of classes.
-        dropout: Probability of dropout at the input of the last layer.
+    `dropout` of that probability, linear. No padding; ReLU; all biases start at 0.
     """
 
     def __init__(self, image_shape: Sequence[int] = (3, 28, 28), num_classes: int = 10, dropout: float = 0.5) -> None:
@@ -88,13 +83,8 @@ class ConvNet11(ConvNet):
     """The paper's 11-layer network for ImageNet (section 5): 61 128 808 parameters for 3x221x221 and 1000 classes.
 
     Convolution 7x7 with stride 2 (96), max pooling 3, convolution 5x5 (256), max pooling 2, convolutions 3x3 (384), 2x2
-    (384), 2x2 (256), max pooling 2, two linear layers of 4096 with dropout, linear. No padding; ReLU; all biases start
-    at 0.1, weights as PyTorch initialises them.
-
-    Args:
-        image_shape: Shape (C, H, W) of an image.
-        num_classes: Number of classes.
-        dropout: Probability of dropout after the two layers of 4096 units.
+    (384), 2x2 (256), max pooling 2, two linear layers of 4096 with `dropout` of that probability, linear. No padding;
+    ReLU; all biases start at 0.1.
     """
 
     def __init__(

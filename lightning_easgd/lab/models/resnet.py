@@ -112,14 +112,14 @@ class ResNet(nn.Module):
     Args:
         block: `BasicBlock` or `Bottleneck`.
         depths: Blocks of each stage.
-        stem: Maps images to 64 channels: `ImageNetStem` or `SmallImageStem`.
+        stem: Maps images to 64 channels: `ImageNetStem`, which None means, or `SmallImageStem`.
         num_classes: Number of classes.
     """
 
-    def __init__(self, block: type[Block], depths: Sequence[int], stem: nn.Module, num_classes: int) -> None:
+    def __init__(self, block: type[Block], depths: Sequence[int], stem: nn.Module | None, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.stem = stem
+        self.stem = stem or ImageNetStem()
         stages: list[nn.Module] = []
         channels = STEM_WIDTH
         for stage, depth in enumerate(depths):
@@ -143,28 +143,18 @@ class ResNet(nn.Module):
 
 @final
 class ResNet18(ResNet):
-    """18 layers: 11 689 512 parameters with the ImageNet stem and 1000 classes.
-
-    Args:
-        stem: Maps images to 64 channels; None: `ImageNetStem`.
-        num_classes: Number of classes.
-    """
+    """18 layers: 11 689 512 parameters with the ImageNet stem and 1000 classes."""
 
     def __init__(self, stem: nn.Module | None = None, num_classes: int = 1000) -> None:
-        super().__init__(BasicBlock, (2, 2, 2, 2), stem or ImageNetStem(), num_classes)
+        super().__init__(BasicBlock, (2, 2, 2, 2), stem, num_classes)
 
 
 @final
 class ResNet50(ResNet):
-    """50 layers: 25 557 032 parameters with the ImageNet stem and 1000 classes.
-
-    Args:
-        stem: Maps images to 64 channels; None: `ImageNetStem`.
-        num_classes: Number of classes.
-    """
+    """50 layers: 25 557 032 parameters with the ImageNet stem and 1000 classes."""
 
     def __init__(self, stem: nn.Module | None = None, num_classes: int = 1000) -> None:
-        super().__init__(Bottleneck, (3, 4, 6, 3), stem or ImageNetStem(), num_classes)
+        super().__init__(Bottleneck, (3, 4, 6, 3), stem, num_classes)
 
 
 def _convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> tuple[nn.Module, nn.Module]:

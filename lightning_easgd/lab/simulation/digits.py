@@ -22,12 +22,7 @@ def digits_problem(network: nn.Module, *, batch_size: int = 32, seed: int = 0) -
     """The digits as ``DigitsDataModule(sampling="full")`` splits them and hands them out to real workers.
 
     A simulated worker and the real worker of the same rank and seed see the same batches. The error is that of the
-    test set.
-
-    Args:
-        network: Maps images of shape (N, 1, 8, 8) to 10 logits.
-        batch_size: Images in a worker's batch.
-        seed: Of the order in which images are drawn.
+    test set. The network maps images of shape (N, 1, 8, 8) to 10 logits; the seed is that of the order of the images.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is missing.

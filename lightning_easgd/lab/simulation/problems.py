@@ -48,13 +48,7 @@ class Problem(ABC):
 
 
 def spectrum(dimension: int, largest: float = 1.0, condition: float = 100.0) -> Tensor:
-    """Curvatures in geometric progression from ``largest`` / ``condition`` to ``largest``, shape (dimension,), float64.
-
-    Args:
-        dimension: How many.
-        largest: The largest.
-        condition: The largest divided by the smallest, ≥ 1.
-    """
+    """Curvatures in geometric progression from ``largest`` / ``condition`` to ``largest``, shape (dimension,), float64."""
     return largest * condition ** -torch.linspace(1, 0, dimension, dtype=torch.float64)
 
 

@@ -33,13 +33,9 @@ class Schedule(ABC):
 
     @abstractmethod
     def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
-        """The events of a run in order of their times.
+        """The events of a run of so many steps of each worker, in order of their times.
 
         As in training, the exchange at clock 0 is left out, and no exchange is begun after the last step.
-
-        Args:
-            cluster: What it runs on.
-            steps: Steps of each worker.
         """
 
     def centers(self, workers: int) -> int:  # noqa: ARG002 - most schedules have one

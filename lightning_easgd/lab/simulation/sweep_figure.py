@@ -40,18 +40,7 @@ def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[floa
 
 
 def draw(file: Path, x: str) -> Path:
-    """Draw the figure of a sweep beside its CSV file.
-
-    Args:
-        file: The CSV file.
-        x: The field on the abscissa, a number.
-
-    Returns:
-        The PNG file.
-
-    Raises:
-        MissingExtraError: If matplotlib is missing.
-    """
+    """Draw the figure of a sweep over a field x, which is a number, beside its CSV file; return the PNG file."""
     rows = read_rows(file)
     figure, (axes,) = blank_figure((5.6, 4.0))
     for label, line in best_times(rows, x).items():

@@ -18,18 +18,7 @@ _INCHES = (4.4, 3.8)
 
 
 def draw(directory: Path, points: int = 120) -> list[Path]:
-    """Draw all figures.
-
-    Args:
-        directory: Where the PNG files go; made if missing.
-        points: Points along each side of a map.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        MissingExtraError: If matplotlib is missing.
-    """
+    """Draw all figures as PNG files, with so many points along each side of a map; return the files."""
     figures = {
         "admm.png": _admm(points),
         "regions.png": _regions(points),
