@@ -19,13 +19,14 @@ from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
 from lightning_easgd.callbacks import LocalEnergyMonitor
-from lightning_easgd.lab.command_errors import UsageError
+from lightning_easgd.lab.command_errors import UsageError, explain
 from lightning_easgd.lab.compare import plot_command, runs
 from lightning_easgd.lab.compare.compare_command import compare, planned
 from lightning_easgd.lab.compare.curves import Panel, energy_curves, mean_curves, panels
 from lightning_easgd.lab.compare.grid import cells
-from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
+from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect, read_table
 from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
 from lightning_easgd.lab.train import build_model, build_trainer
 
@@ -435,6 +436,30 @@ def test_a_directory_without_a_comparison_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["easgd-plot", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"there is no cells\.csv"):
         plot_command.main()
+
+
+def test_missing_pandas_is_one_clear_sentence_before_anything_runs(tmp_path, monkeypatch, fake):
+    config = grid(tmp_path, {"sgd": {"lr": [0.1]}})
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for name in ("compare_figures", "curves", "records", "tables"):
+        monkeypatch.delitem(sys.modules, f"lightning_easgd.lab.compare.{name}", raising=False)
+    sentence = r"pandas is not installed; run pip install 'lightning_easgd\[demo\]'"
+    with pytest.raises(MissingExtraError, match=sentence) as raised:
+        compare(config, planned(config, []))
+    assert explain("easgd-compare", raised.value).startswith("easgd-compare: pandas is not installed")
+    assert fake.ran == []
+    monkeypatch.setattr(sys, "argv", ["easgd-plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"easgd-plot: {sentence}"):
+        plot_command.main()
+
+
+def test_tables_are_read_as_they_were_written(tmp_path):
+    """Settings stay text, whatever they look like, and what is missing is none of pandas' many words for it."""
+    (tmp_path / "a.csv").write_text("label,tau,workers,seconds\nnull,,2,\n007,4,2,1.5\n")
+    table = read_table(tmp_path / "a.csv")
+    assert table[["label", "tau", "workers"]].to_numpy().tolist() == [["null", "", "2"], ["007", "4", "2"]]
+    assert np.isnan(table["seconds"][0])
+    assert len(read_table(tmp_path / "missing.csv")) == 0
 
 
 # The learning curve

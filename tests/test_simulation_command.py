@@ -84,6 +84,7 @@ def test_digits():
         (["run", "tau"], "'tau' cannot be read; write key=value"),
         (["sweep", "lr=0.1,0.2"], "x=workers: the figure's abscissa needs values; give workers=...,..."),
         (["plot"], "give file=..."),
+        (["plot", "file=nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["run", "tau=0"], "SynchronousSchedule(tau=0)"),
     ],
 )

@@ -48,7 +48,7 @@ class Problem(ABC):
 
 
 def spectrum(dimension: int, largest: float = 1.0, condition: float = 100.0) -> Tensor:
-    """Curvatures in geometric progression from ``largest`` / ``condition`` to ``largest``, shape (dimension,), float64."""
+    """Curvatures in geometric progression from ``largest / condition`` to ``largest``, shape (dimension,), float64."""
     return largest * condition ** -torch.linspace(1, 0, dimension, dtype=torch.float64)
 
 
