@@ -19,14 +19,14 @@ from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
 from lightning_easgd.callbacks import LocalEnergyMonitor
-from lightning_easgd.lab.command_errors import UsageError
+from lightning_easgd.lab.command_errors import UsageError, explain
 from lightning_easgd.lab.compare import plot_command, runs
-from lightning_easgd.lab.compare.command import compare, planned
-from lightning_easgd.lab.compare.curves import Panel, mean_curves, panels
-from lightning_easgd.lab.compare.energies import energy_curves
+from lightning_easgd.lab.compare.compare_command import compare, planned
+from lightning_easgd.lab.compare.curves import Panel, energy_curves, mean_curves, panels
 from lightning_easgd.lab.compare.grid import cells
-from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect
+from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIMES, collect, read_table
 from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
 from lightning_easgd.lab.train import build_model, build_trainer
 
@@ -438,6 +438,30 @@ def test_a_directory_without_a_comparison_is_refused(tmp_path, monkeypatch):
         plot_command.main()
 
 
+def test_missing_pandas_is_one_clear_sentence_before_anything_runs(tmp_path, monkeypatch, fake):
+    config = grid(tmp_path, {"sgd": {"lr": [0.1]}})
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for name in ("compare_figures", "curves", "records", "tables"):
+        monkeypatch.delitem(sys.modules, f"lightning_easgd.lab.compare.{name}", raising=False)
+    sentence = r"pandas is not installed; run pip install 'lightning_easgd\[demo\]'"
+    with pytest.raises(MissingExtraError, match=sentence) as raised:
+        compare(config, planned(config, []))
+    assert explain("easgd-compare", raised.value).startswith("easgd-compare: pandas is not installed")
+    assert fake.ran == []
+    monkeypatch.setattr(sys, "argv", ["easgd-plot", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"easgd-plot: {sentence}"):
+        plot_command.main()
+
+
+def test_tables_are_read_as_they_were_written(tmp_path):
+    """Settings stay text, whatever they look like, and what is missing is none of pandas' many words for it."""
+    (tmp_path / "a.csv").write_text("label,tau,workers,seconds\nnull,,2,\n007,4,2,1.5\n")
+    table = read_table(tmp_path / "a.csv")
+    assert table[["label", "tau", "workers"]].to_numpy().tolist() == [["null", "", "2"], ["007", "4", "2"]]
+    assert np.isnan(table["seconds"][0])
+    assert len(read_table(tmp_path / "missing.csv")) == 0
+
+
 # The learning curve
 
 
@@ -490,7 +514,7 @@ def test_a_budget_is_positive(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_quick_experiment(tmp_path):
-    done = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
+    done = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "quick"
     table = {row["cell"]: row for row in rows(directory / CELLS)}
@@ -506,14 +530,14 @@ def test_the_quick_experiment(tmp_path):
     assert files >= {"config.yaml", "versions.txt", "metrics.csv", "curve.csv", "time.csv", "communication.csv"}
     assert str(tmp_path) not in (run / "config.yaml").read_text()
     assert "cores" in (directory / "machine.txt").read_text()
-    again = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
+    again = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
     assert "6 of 6 runs are finished and skipped" in again.stdout
 
 
 @pytest.mark.slow
 def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
     done = command(
-        "compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
+        "compare.compare_command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
         "+grid.methods.bad={method:sgd,lr:[0.1],overrides:['data.sampling=half']}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
@@ -524,7 +548,7 @@ def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
 
 def test_sigterm_ends_the_run_under_way(tmp_path):
     waiting = (
-        "import sys, pathlib, time; from lightning_easgd.lab.compare import command, runs;"
+        "import sys, pathlib, time; from lightning_easgd.lab.compare import compare_command as command, runs;"
         "tree = pathlib.Path(sys.argv.pop(1)).read_text();"
         "supervise = runs._supervise;"
         "runs._supervise = lambda c, *rest: supervise([sys.executable, '-c', tree, 'pid', '60'], *rest);"

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.lab.command_errors import explain
 from lightning_easgd.lab.data import DataError
+from lightning_easgd.lab.data.images import ImageArguments, ImageDataModule
 from lightning_easgd.lab.evaluate import evaluate
 from lightning_easgd.lab.train import build_model, build_strategy, build_trainer, train
 from lightning_easgd.strategies.ddp_arguments import known_ddp_arguments
@@ -141,9 +142,14 @@ def nodes(config: DictConfig) -> list[DictConfig]:
 def test_data_and_model_yaml_have_every_argument(tmp_path, group, option):
     elsewhere = {"optimizer", "scheduler"}
     for node in nodes(composed(tmp_path, f"{group}={option}")[group]):
-        assert set(node) - {"_target_"} - elsewhere == (
-            keyword_arguments(get_class(node._target_).__init__) - elsewhere
-        ), node._target_
+        initializer = get_class(node._target_).__init__
+        handed_on = keyword_arguments(ImageDataModule.__init__) if "images" in initializer.__annotations__ else set()
+        arguments = keyword_arguments(initializer) | handed_on
+        assert set(node) - {"_target_"} - elsewhere == arguments - elsewhere, node._target_
+
+
+def test_the_arguments_that_data_modules_hand_on_are_those_of_their_base():
+    assert set(ImageArguments.__annotations__) == keyword_arguments(ImageDataModule.__init__)
 
 
 @pytest.mark.parametrize(

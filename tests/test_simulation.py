@@ -385,7 +385,7 @@ def test_errors_name_the_argument(make, message):
 
 def test_lightning_is_not_imported():
     code = (
-        "import sys, lightning_easgd.lab.simulation, lightning_easgd.lab.simulation.command\n"
+        "import sys, lightning_easgd.lab.simulation, lightning_easgd.lab.simulation.simulate_command\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('lightning', 'pytorch_lightning')])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=150, check=True)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from lightning_easgd.lab.simulation.command import run
-from lightning_easgd.lab.simulation.figures import best_times
 from lightning_easgd.lab.simulation.scenario import Scenario
+from lightning_easgd.lab.simulation.simulate_command import run
 from lightning_easgd.lab.simulation.sweep import ALONE, read_rows
+from lightning_easgd.lab.simulation.sweep_figure import best_times
 
 SMALL = ["dimension=10", "condition=4", "steps=200", "noise=0.02"]
 
@@ -74,13 +74,17 @@ def test_digits():
     ("words", "message"),
     [
         (["run", "worker=4"], "did you mean workers?"),
+        (["run", "workers=4", "colour=red"], "there is no key 'colour'; choose one of: problem, schedule, workers"),
+        (["run", "alpha=fast"], "alpha=fast: this is no number"),
+        (["plot", "tau=3"], "there is no key 'tau'; choose one of: file, x"),
         (["run", "workers=4.5"], "workers=4.5: this is no whole number"),
-        (["run", "workers=1,2"], "workers=1,2: one value; several are for `sweep`"),
+        (["run", "workers=1,2"], "workers=1,2: one value; only a sweep takes several"),
         (["run", "schedule=ring"], "schedule=ring: unknown; choose one of sync, async, round_robin, tree"),
         (["run", "failures=4"], "failures=4: one of the 4 workers at least has to live"),
         (["run", "tau"], "'tau' cannot be read; write key=value"),
         (["sweep", "lr=0.1,0.2"], "x=workers: the figure's abscissa needs values; give workers=...,..."),
-        (["plot"], "plot needs file=..."),
+        (["plot"], "give file=..."),
+        (["plot", "file=nowhere.csv"], "No such file or directory: 'nowhere.csv'"),
         (["run", "tau=0"], "SynchronousSchedule(tau=0)"),
     ],
 )
@@ -88,9 +92,28 @@ def test_wrong_words(words, message):
     assert message in run(words)
 
 
-def test_usage(capsys):
-    assert run(["help"]) == 0
-    assert capsys.readouterr().out.startswith("usage: easgd-simulate run")
-    assert run([]).startswith("usage:")
-    for field in Scenario.__dataclass_fields__:
-        assert field in run([])
+def test_help_explains_every_key(capsys):
+    assert run(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: easgd-simulate {run,sweep,plot}")
+    for name, field in Scenario.__dataclass_fields__.items():
+        assert f"  {name} " in shown
+        assert field.default is None or str(field.default) in shown
+    assert "How many times slower the last worker is. (float, 1.0)" in shown
+    assert "Size of a vector on the wire, 10⁶ bytes; None: as the problem's. (float, may be left out)" in " ".join(
+        shown.split()
+    )
+
+
+def test_help_on_one_action(capsys):
+    assert run(["plot", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "The CSV file of a sweep. (Path, required)" in shown
+    assert "straggler" not in shown
+
+
+@pytest.mark.parametrize("words", [[], ["walk"], ["walk", "workers=4"]])
+def test_usage(words):
+    assert (
+        run(words) == "usage: easgd-simulate {run,sweep,plot} [key=value ...]; easgd-simulate --help explains the keys"
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from application import ROOT
 
-from lightning_easgd.lab.stability.command import run
+from lightning_easgd.lab.stability.stability_command import run
 from lightning_easgd.method import rates
 from lightning_easgd.stability import (
     admm,
@@ -503,6 +503,18 @@ def test_command_names_what_is_wrong(words, message):
     assert message in answer
 
 
+def test_help_explains_every_key(capsys):
+    assert run(["check", "--help"]) == 0
+    shown = capsys.readouterr().out
+    for name in Setting.__dataclass_fields__:
+        assert f"  {name} " in shown
+    assert "p ≥ 1. (int, required)" in shown
+    assert "Communication period τ ≥ 1. (int, 10)" in shown
+    assert "points" not in shown
+    assert run(["help"]) == 0
+    assert "Points along each side of a map. (int, 120)" in capsys.readouterr().out
+
+
 def test_results_show_the_commands_and_their_output(capsys):
     folder = ROOT / "examples" / "results" / "stability"
     text = (folder / "README.md").read_text(encoding="utf-8")
@@ -522,7 +534,7 @@ def test_command_draws_all_figures(tmp_path, capsys):
 
 def test_the_analysis_needs_neither_torch_nor_matplotlib():
     code = (
-        "import sys; from lightning_easgd.lab.stability.command import run;"
+        "import sys; from lightning_easgd.lab.stability.stability_command import run;"
         " run('check lr=0.1 curvature=1 workers=4'.split());"
         " sys.exit(', '.join({'torch', 'scipy', 'matplotlib', 'lightning'} & set(sys.modules)) or 0)"
     )

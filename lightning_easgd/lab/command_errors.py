@@ -1,10 +1,9 @@
 """One clear sentence for what a user of a command got wrong, instead of a traceback."""
 
 import contextlib
-import difflib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -17,6 +16,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from lightning_easgd.lab.data.errors import DataError
+from lightning_easgd.lab.demo_extra import MissingExtraError
+from lightning_easgd.lab.key_values import did_you_mean
 
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
 _BAD_ARGUMENT = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
@@ -27,12 +28,7 @@ class UsageError(ValueError):
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Runs a Hydra command; ends the process with one sentence where the user's input is at fault.
-
-    Args:
-        name: The command, for the message.
-        command: A function decorated with `hydra.main`.
-    """
+    """Run a Hydra command; end the process with one sentence where the user's input is at fault."""
     # Hydra would print the error itself and exit; with this it lets the exception through.
     setting = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -64,14 +60,9 @@ def usage_errors() -> Iterator[None]:
 
 
 def explain(name: str, error: Exception) -> str | None:
-    """Returns one sentence for an error of the user's, None for any other error.
-
-    Args:
-        name: The command, for the message.
-        error: What the command raised.
-    """
-    if isinstance(error, UsageError | DataError):
-        return str(error)
+    """Return one sentence for an error of the user's, None for any other error."""
+    if isinstance(error, UsageError | DataError | MissingExtraError):
+        return f"{name}: {error}" if isinstance(error, MissingExtraError) else str(error)
     if isinstance(error, MissingConfigException):
         return _unknown_option(name, error)
     if isinstance(error, ConfigCompositionException):
@@ -93,7 +84,7 @@ def _unknown_key(name: str, error: ConfigCompositionException) -> str | None:
     known = [str(k) for k in node] if isinstance(node, DictConfig) else []
     prefix = f"{parent}." if parent else ""
     # Hydra's own settings are no settings of this command.
-    hint = _did_you_mean(key, [k for k in known if k != "hydra" and not k.startswith("_")], prefix)
+    hint = did_you_mean(key, sorted(k for k in known if k != "hydra" and not k.startswith("_")), prefix)
     return f"{name}({cause.full_key}=...): there is no key {key!r}{where}; {hint}"
 
 
@@ -101,13 +92,5 @@ def _unknown_option(name: str, error: MissingConfigException) -> str | None:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return f"{name}: {error}"
-    hint = _did_you_mean(option, error.options, f"{group}=")
+    hint = did_you_mean(option, sorted(error.options), f"{group}=")
     return f"{name}({group}={option}): there is no such {group}; {hint}"
-
-
-def _did_you_mean(word: str, known: Iterable[str], prefix: str) -> str:
-    choices = sorted(known)
-    close = difflib.get_close_matches(word, choices, n=1)
-    if close:
-        return f"did you mean {prefix}{close[0]}?"
-    return f"choose one of: {', '.join(choices)}" if choices else "it has no keys"

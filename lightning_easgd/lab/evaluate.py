@@ -16,7 +16,7 @@ _COMMAND = "easgd-evaluate"
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     run_command(_COMMAND, _hydra_main)
 
 
@@ -31,15 +31,7 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, float]:
-    """Tests a checkpoint.
-
-    Args:
-        config: The composed configuration `evaluate`.
-        keep: Which of `data` and `model` to take from `config` although the run has saved its own.
-
-    Returns:
-        The test metrics by name.
-    """
+    """Return the test metrics of a checkpoint, with the data and model of its run but for what of the two to `keep`."""
     checkpoint = _checkpoint(config)
     saved = saved_config(checkpoint)
     for name in ("data", "model"):
@@ -64,11 +56,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
 
 
 def saved_config(checkpoint: Path) -> DictConfig | None:
-    """Finds the configuration of the run that wrote a checkpoint: in its folder or the one above.
-
-    Args:
-        checkpoint: The checkpoint file.
-    """
+    """Find the configuration of the run that wrote a checkpoint: in its folder or the one above."""
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / CONFIG_FILE).exists():
             config = OmegaConf.load(folder / CONFIG_FILE)

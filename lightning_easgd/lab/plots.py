@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning_easgd.callbacks import ELASTIC_DIRECTORY
-from lightning_easgd.lab.report import CENTER, is_elastic, read_accuracy, read_rows
+from lightning_easgd.callbacks import ACCURACY_FILE, ELASTIC_DIRECTORY
+from lightning_easgd.lab.demo_extra import blank_figure
+from lightning_easgd.lab.report import CENTER, is_elastic, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,24 +15,8 @@ FIGURE_FILE = "figure.png"
 
 
 def draw(run: Path) -> Path:
-    """Draws validation accuracy of center and workers, and the elastic distance, over the steps.
-
-    Args:
-        run: Directory of the run.
-
-    Returns:
-        The PNG file.
-    """
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plots.draw(): matplotlib is not installed; run pip install 'lightning_easgd[demo]', then "
-            f"python -m lightning_easgd.plots {run}"
-        ) from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    accuracy, distance = figure.subplots(1, 2)
+    """Draw validation accuracy of center and workers, and the elastic distance, over the steps; return the PNG file."""
+    figure, (accuracy, distance) = blank_figure((5, 4), 2)
     _draw_accuracy(accuracy, run)
     _draw_distance(distance, run)
     path = run / FIGURE_FILE
@@ -40,36 +25,32 @@ def draw(run: Path) -> Path:
 
 
 def _draw_accuracy(axes: "Axes", run: Path) -> None:
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for row in read_accuracy(run):
-        if row.stage == "val":
-            curves.setdefault(row.weights, []).append((row.step, row.accuracy))
-    for weights, points in curves.items():
+    rows = [row for row in read_rows(run / ACCURACY_FILE) if row["stage"] == "val"]
+    for weights in dict.fromkeys(row["weights"] for row in rows):
         if weights == CENTER:
-            label = "center" if is_elastic(run) else "model"
-            axes.plot(*zip(*points, strict=True), label=label, color="black", linewidth=2, zorder=3)
+            style = {"label": "center" if is_elastic(run) else "model", "color": "black", "linewidth": 2, "zorder": 3}
         else:
-            axes.plot(*zip(*points, strict=True), label=weights.replace("_", " "), linewidth=1)
+            style = {"label": weights.replace("_", " "), "linewidth": 1}
+        _plot(axes, [row for row in rows if row["weights"] == weights], "accuracy", style)
     axes.set(xlabel="steps of a worker", ylabel="validation accuracy")
-    if curves:
+    if rows:
         axes.legend()
 
 
 def _draw_distance(axes: "Axes", run: Path) -> None:
     files = sorted((run / ELASTIC_DIRECTORY).glob("rank_*.csv"), key=lambda path: int(path.stem[5:]))
     for path in files:
-        rows = [row for row in read_rows(path) if row["distance"]]
-        axes.plot(
-            [int(row["step"]) for row in rows],
-            [float(row["distance"]) for row in rows],
-            label=f"worker {path.stem[5:]}",
-            linewidth=1,
-        )
+        style = {"label": f"worker {path.stem[5:]}", "linewidth": 1}
+        _plot(axes, [row for row in read_rows(path) if row["distance"]], "distance", style)
     axes.set(xlabel="steps of a worker", ylabel="elastic distance")
     if files:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "no elastic averaging in this run", ha="center", transform=axes.transAxes)
+
+
+def _plot(axes: "Axes", rows: list[dict[str, str]], column: str, style: dict[str, Any]) -> None:
+    axes.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], **style)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """The table that ends a run, made from the CSV files and the configuration in its directory."""
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -21,23 +20,6 @@ _IN_A_BATCH = {
 }
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """One row of `accuracy.csv`: how well some weights did on a set.
-
-    Attributes:
-        stage: "val" or "test".
-        step: Optimizer steps of a worker until then.
-        weights: "center" or "worker_<rank>".
-        accuracy: Share of right answers.
-    """
-
-    stage: str
-    step: int
-    weights: str
-    accuracy: float
-
-
 class _Line(NamedTuple):
     label: str
     value: str
@@ -45,45 +27,20 @@ class _Line(NamedTuple):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads a CSV file with a header; a file that was not written has no rows.
-
-    Args:
-        path: The file.
-    """
+    """Read a CSV file with a header; a file that was not written has no rows."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def read_accuracy(run: Path) -> list[Accuracy]:
-    """Reads what `WorkerEvaluation` has written.
-
-    Args:
-        run: Directory of the run.
-    """
-    return [
-        Accuracy(row["stage"], int(row["step"]), row["weights"], float(row["accuracy"]))
-        for row in read_rows(run / ACCURACY_FILE)
-    ]
-
-
 def last_accuracy(run: Path, stage: str) -> dict[str, float]:
-    """Returns the last accuracy of each weights, the center's first.
-
-    Args:
-        run: Directory of the run.
-        stage: "val" or "test".
-    """
-    return {row.weights: row.accuracy for row in read_accuracy(run) if row.stage == stage}
+    """Return the last accuracy of each weights on the set "val" or "test", the center's first."""
+    return {row["weights"]: float(row["accuracy"]) for row in read_rows(run / ACCURACY_FILE) if row["stage"] == stage}
 
 
 def render(run: Path) -> str:
-    """Formats accuracy, time and traffic of a finished run.
-
-    Args:
-        run: Directory of the run.
-    """
+    """Format accuracy, time and traffic of a finished run."""
     lines = [*_accuracy_lines(run), *_time_lines(run), *_traffic_lines(run)]
     if not lines:
         return f"  nothing to report: callbacks=default writes the CSV files that {run} lacks"
@@ -92,11 +49,7 @@ def render(run: Path) -> str:
 
 
 def is_elastic(run: Path) -> bool:
-    """Says whether the run had a center; without one, rank 0's model takes its place in `accuracy.csv`.
-
-    Args:
-        run: Directory of the run.
-    """
+    """Say whether the run had a center; without one, rank 0's model takes its place in `accuracy.csv`."""
     return (run / COMMUNICATION_FILE).exists()
 
 
@@ -120,10 +73,9 @@ def _accuracy_lines(run: Path) -> list[_Line]:
 
 
 def _time_lines(run: Path) -> list[_Line]:
-    rows = read_rows(run / TIME_FILE)
-    if not rows:
+    mean = _means(run / TIME_FILE)
+    if not mean:
         return []
-    mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
     total = mean.pop("total")
     labels = {"rest": "validation, checkpoints"}
     if not is_elastic(run):
@@ -137,13 +89,18 @@ def _time_lines(run: Path) -> list[_Line]:
 
 
 def _traffic_lines(run: Path) -> list[_Line]:
-    rows = read_rows(run / COMMUNICATION_FILE)
-    if not rows:
+    mean = _means(run / COMMUNICATION_FILE)
+    if not mean:
         return []
-    mean = {name: fmean(float(row[name]) for row in rows) for name in rows[0] if name != "rank"}
     sent, ddp = mean["bytes_sent"], mean["ddp_bytes"]
     share = f", {sent / ddp:.1%} of it" if ddp else ""
     return [
         _Line("exchanges", f"{mean['exchanges']:.0f}", f"in {mean['steps']:.0f} steps of each worker"),
         _Line("bytes sent by each worker", f"{sent / 1e6:.2f} MB", f"DDP: {ddp / 1e6:.2f} MB{share}"),
     ]
+
+
+def _means(path: Path) -> dict[str, float]:
+    """The mean over the ranks of each column."""
+    rows = read_rows(path)
+    return {name: fmean(float(row[name]) for row in rows) for name in (rows[0] if rows else ()) if name != "rank"}

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_easgd.lab import plots, report
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.models import Classifier
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
@@ -31,12 +32,12 @@ _PACKAGES = ("lightning_easgd", "lightning", "torch", "torchmetrics", "hydra-cor
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     run_command(_COMMAND, _hydra_main)
 
 
 def launch_name() -> str:
-    """Names a launch of a command, so that two of them in the same second have different run directories.
+    """Name a launch of a command, so that two of them in the same second have different run directories.
 
     Ranks that torchrun or SLURM has started compose their configurations each on their own; what they have in common
     is the process that started them.
@@ -56,10 +57,7 @@ def _hydra_main(config: DictConfig) -> float | None:
 
 
 def train(config: DictConfig) -> float | None:
-    """Trains as the configuration says.
-
-    Args:
-        config: The composed configuration `train`.
+    """Train as the configuration says.
 
     Returns:
         The last validation accuracy at the center, for Hydra's sweepers; None on other ranks than 0 and when
@@ -84,22 +82,14 @@ def train(config: DictConfig) -> float | None:
 
 
 def build_model(config: DictConfig) -> L.LightningModule:
-    """Builds the model with the optimizer and scheduler of their own groups.
-
-    Args:
-        config: A configuration with `model`, and `optimizer` and `scheduler` where it is to be trained.
-    """
+    """Build the model with the optimizer and scheduler of their own groups."""
     scheduler = instantiate(config.scheduler) if config.get("scheduler") else None
     model: L.LightningModule = instantiate(config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler)
     return model
 
 
 def build_trainer(config: DictConfig) -> L.Trainer:
-    """Builds the trainer with strategy, callbacks and loggers.
-
-    Args:
-        config: The composed configuration `train`.
-    """
+    """Build the trainer with strategy, callbacks and loggers."""
     loggers = [_build_logger(config.logger, name) for name in config.logger]
     trainer: L.Trainer = instantiate(
         config.trainer,
@@ -111,13 +101,10 @@ def build_trainer(config: DictConfig) -> L.Trainer:
 
 
 def build_strategy(config: DictConfig) -> Any:
-    """Builds the strategy.
+    """Build the strategy.
 
     `tau` is left out where it means nothing, so that a sweep may set it for all. A `timeout` that is a number, as it
     is written on a command line, means seconds.
-
-    Args:
-        config: The group `strategy`.
     """
     initializer = inspect.getattr_static(get_class(config._target_), "__init__")
     left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
@@ -181,7 +168,7 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def _check_optimizer(config: DictConfig, strategy: object) -> None:
-    """Builds the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
+    """Build the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
     try:
         optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
         if isinstance(strategy, TrainerStrategy) and strategy.has_center:
@@ -191,7 +178,7 @@ def _check_optimizer(config: DictConfig, strategy: object) -> None:
 
 
 def _check_data(model: L.LightningModule, datamodule: object) -> None:
-    """Compares the model with the data before any process starts."""
+    """Compare the model with the data before any process starts."""
     if isinstance(model, Classifier):
         try:
             model.check_data(datamodule)
@@ -200,7 +187,7 @@ def _check_data(model: L.LightningModule, datamodule: object) -> None:
 
 
 def _record(config: DictConfig, run: Path) -> None:
-    """Writes what the run was made from: the resolved configuration and the versions."""
+    """Write what the run was made from: the resolved configuration and the versions."""
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(_portable(config), resolve=True), encoding="utf-8")
     lines = machine()
@@ -226,7 +213,7 @@ def _portable(config: DictConfig) -> DictConfig:
 
 
 def machine() -> list[str]:
-    """Says what this machine is, one fact a line: Python, system, processor, usable cores, GPUs."""
+    """Say what this machine is, one fact a line: Python, system, processor, usable cores, GPUs."""
     information = Path("/proc/cpuinfo")
     text = information.read_text(encoding="utf-8") if information.exists() else ""
     models = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -240,19 +227,19 @@ def machine() -> list[str]:
 
 
 def _conclude(config: DictConfig, run: Path) -> None:
-    """Prints the table and draws the figure; neither can spoil a run that is done."""
+    """Print the table and draws the figure; neither can spoil a run that is done."""
     if config.report:
         print(report.render(run))
     if config.plot:
         try:
             print(f"  figure: {plots.draw(run)}")
-        except ModuleNotFoundError as error:
+        except MissingExtraError as error:
             print(f"  no figure: {error}")
     print(f"  run directory: {run}")
 
 
 def quiet() -> None:
-    """Silences what Lightning says about every run of this command and no user can act upon."""
+    """Silence what Lightning says about every run of this command and no user can act upon."""
     # Filters are compared when they are added: calling this again adds nothing.
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     for message in (

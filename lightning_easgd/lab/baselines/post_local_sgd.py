@@ -244,10 +244,12 @@ class PostLocalSGDStrategy(DDPStrategy):
 class _MeanFirst(Callback):
     """Calls the strategy before all other callbacks, which then see the mean; Lightning calls strategies last."""
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.on_validation_start()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.on_train_end()
 
 

@@ -52,7 +52,7 @@ class Cell:
 
 
 def cells(grid: DictConfig, common: Sequence[str] = ()) -> list[Cell]:
-    """Lists the runs of a grid, seed by seed, so that an interrupted comparison has whole seeds.
+    """List the runs of a grid, seed by seed, so that an interrupted comparison has whole seeds.
 
     A method follows the grid's `tau` and `workers` unless it has its own; sequential methods have one worker, methods
     without a period none, MDOWNPOUR the period 1.
@@ -82,11 +82,7 @@ def cells(grid: DictConfig, common: Sequence[str] = ()) -> list[Cell]:
 
 
 def first_of_each(every: Sequence[Cell]) -> list[Cell]:
-    """Returns the first cell of each label, to try whether everything runs.
-
-    Args:
-        every: The cells of a grid.
-    """
+    """Return the first cell of each label, to try whether everything runs."""
     return list({cell.label: cell for cell in reversed(every)}.values())[::-1]
 
 

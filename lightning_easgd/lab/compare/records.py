@@ -11,27 +11,43 @@
 """
 
 import json
-import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, pstdev
-from typing import Any
 
-from lightning_easgd.callbacks import LOCAL_ENERGY_FILE, TIME_FILE, write_csv
+import numpy as np
+import pandas as pd
+
+from lightning_easgd.callbacks import LOCAL_ENERGY_FILE, TIME_FILE
 from lightning_easgd.lab.compare.runs import CELL_FILE, RUNS
 from lightning_easgd.lab.recorders import CURVE_FILE
-from lightning_easgd.lab.report import read_rows
 
-__all__ = ["CELLS", "CURVES", "ENERGIES", "FAILURES", "SELECTION", "TIMES", "collect"]
+__all__ = [
+    "CELLS", "COSTS", "CURVES", "ENERGIES", "FAILURES", "SELECTION", "SETTING", "TIMES", "chosen_runs", "collect",
+    "read_table",
+]  # fmt: skip
 
 CELLS, CURVES, SELECTION, TIMES, ENERGIES, FAILURES = (
     f"{name}.csv" for name in ("cells", "curves", "selection", "times", "local_energy", "failures")
 )
-_SPLIT = ("compute", "data", "communication", "rest")
-_SETTING = ("label", "tau", "workers", "panel_tau", "panel_workers")
+SETTING = ["label", "tau", "workers", "panel_tau", "panel_workers"]
+COSTS = ["seconds", "epochs", "bytes_sent"]
+_ENDS = ["step", "epochs", "seconds", "bytes_sent", "val_error", "test_error"]
+_SPLIT = ["compute", "data", "communication", "rest"]
 
-Row = dict[str, Any]
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV file; settings are text, "" for none. A file that is missing or empty has no rows."""
+    try:
+        # Of pandas' many words for a missing value only those that are written here: a method may be called "null".
+        table = pd.read_csv(path, dtype=dict.fromkeys(SETTING, str), keep_default_na=False, na_values=["", "nan"])
+        return table.fillna(dict.fromkeys(SETTING, ""))
+    except (FileNotFoundError, pd.errors.EmptyDataError):
+        return pd.DataFrame()
+
+
+def chosen_runs(selection: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of ``cells.csv`` with a chosen learning rate, in the order of the selection."""
+    return selection.loc[selection["chosen"] == "yes", [*SETTING, "lr"]].merge(cells, on=[*SETTING, "lr"])
 
 
 def collect(
@@ -41,7 +57,7 @@ def collect(
     baseline: str | None,
     failures: Mapping[str, str],
 ) -> None:
-    """Writes the tables of a comparison.
+    """Write the tables of a comparison.
 
     The learning rate of each method (and period, and number of workers) is the one with the lowest mean over the seeds
     of the last validation error within the budget, where a run that has diverged counts as an error of 1; of equal
@@ -54,114 +70,70 @@ def collect(
         baseline: Label of the method that speed-ups are relative to.
         failures: Names of failed cells, and what went wrong.
     """
+    tables = {FAILURES: pd.DataFrame(failures.items(), columns=["cell", "failure"])}
     runs = sorted(path.parent for path in (directory / RUNS).glob(f"*/{CELL_FILE}"))
-    curves = {run.name: read_rows(run / CURVE_FILE) for run in runs}
+    if runs:
+        curves = _gathered(runs, CURVE_FILE)
+        cells = _cells(runs, curves, labels)
+        selection = _select(cells)
+        times = _times(chosen_runs(selection, cells), curves, targets, baseline)
+        tables |= {CELLS: cells, CURVES: curves, SELECTION: selection, TIMES: times}
+        energies = _gathered(runs, LOCAL_ENERGY_FILE)
+        if len(energies):
+            tables[ENERGIES] = energies
+    for name in {CELLS, CURVES, SELECTION, TIMES, *tables}:
+        # Of a curve "nan" is a value: the run has diverged.
+        text = "nan" if name == CURVES else ""
+        table = tables.get(name, pd.DataFrame())
+        table.to_csv(directory / name, index=False, na_rep=text, lineterminator="\r\n")
+
+
+def _gathered(runs: Sequence[Path], name: str) -> pd.DataFrame:
+    """A file of each run, one below the other, with the run's name in the first column."""
+    found = {run.name: read_table(run / name) for run in runs}
+    return pd.concat(found, names=["cell"]).reset_index("cell")
+
+
+def _cells(runs: Sequence[Path], curves: pd.DataFrame, labels: Sequence[str]) -> pd.DataFrame:
+    settings = [{"cell": run.name} | json.loads((run / CELL_FILE).read_text(encoding="utf-8")) for run in runs]
     place = {label: number for number, label in enumerate(labels)}
-    cells = sorted(
-        (_cell(run, curves[run.name]) for run in runs),
-        key=lambda cell: (place.get(cell["label"], len(place)), cell["tau"] or 0, cell["workers"], -cell["lr"]),
+    settings.sort(key=lambda one: (place.get(one["label"], len(place)), one["tau"] or 0, one["workers"], -one["lr"]))
+    cells = pd.DataFrame(settings, columns=["cell", *SETTING, "lr", "seed", "method"])
+    cells[SETTING] = [["" if one[name] is None else str(one[name]) for name in SETTING] for one in settings]
+    ends = curves.drop_duplicates("cell", keep="last").set_index("cell")
+    state = pd.Series(np.where(np.isfinite(ends["val_loss"]), "finished", "diverged"), ends.index, name="state")
+    split = _gathered(runs, TIME_FILE).reindex(columns=["cell", *_SPLIT]).groupby("cell").mean()
+    cells = cells.join(pd.concat([state, ends[_ENDS], split], axis=1), on="cell")
+    # Nobody can tell from outside how long DDP waits inside a batch.
+    cells.loc[cells["method"] == "ddp", "communication"] = np.nan
+    return cells.drop(columns="method")
+
+
+def _select(cells: pd.DataFrame) -> pd.DataFrame:
+    diverged = cells["state"] == "diverged"
+    scored = cells.assign(diverged=diverged, val_error=cells["val_error"].mask(diverged, 1.0))
+    rates = scored.groupby([*SETTING, "lr"], sort=False, as_index=False).agg(
+        seeds=("seed", "size"),
+        diverged=("diverged", "sum"),
+        val_error=("val_error", "mean"),
+        test_error=("test_error", "mean"),
+        test_error_deviation=("test_error", lambda errors: errors.std(ddof=0)),
     )
-    selection = _select(cells)
-    _write(directory / CELLS, cells)
-    _write(directory / CURVES, [{"cell": name, **row} for name, rows in curves.items() for row in rows])
-    _write(directory / SELECTION, selection)
-    _write(directory / TIMES, _times(_chosen(cells, selection), curves, targets, baseline))
-    energies = [{"cell": run.name, **row} for run in runs for row in read_rows(run / LOCAL_ENERGY_FILE)]
-    if energies:
-        _write(directory / ENERGIES, energies)
-    write_csv(directory / FAILURES, ["cell", "failure"], list(failures.items()))
+    # Where a seed is missing, as its run failed, the others are no fair sample.
+    whole = rates[rates["seeds"] == rates.groupby(SETTING)["seeds"].transform("max")]
+    best = whole.sort_values(["val_error", "lr"], ascending=[True, False]).drop_duplicates(SETTING)
+    return rates.assign(chosen=np.where(rates.index.isin(best.index), "yes", "no"))
 
 
-def _cell(run: Path, curve: Sequence[Mapping[str, str]]) -> Row:
-    cell = json.loads((run / CELL_FILE).read_text(encoding="utf-8"))
-    last = curve[-1]
-    diverged = not math.isfinite(float(last["val_loss"]))
-    ranks = read_rows(run / TIME_FILE)
-    split = {name: fmean(float(row[name]) for row in ranks) if ranks else "" for name in _SPLIT}
-    if cell["method"] == "ddp":  # nobody can tell from outside how long DDP waits inside a batch
-        split["communication"] = ""
-    return {
-        "cell": run.name,
-        **{name: "" if cell[name] is None else cell[name] for name in _SETTING},
-        "lr": cell["lr"],
-        "seed": cell["seed"],
-        "state": "diverged" if diverged else "finished",
-        **{name: last[name] for name in ("step", "epochs", "seconds", "bytes_sent", "val_error", "test_error")},
-        **split,
-    }
-
-
-def _select(cells: Sequence[Row]) -> list[Row]:
-    by_setting: dict[tuple[Any, ...], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for cell in cells:
-        by_setting[tuple(cell[name] for name in _SETTING)][cell["lr"]].append(cell)
-    rows = []
-    for setting, rates in by_setting.items():
-        scores = {rate: fmean(_criterion(cell) for cell in runs) for rate, runs in rates.items()}
-        # Where a seed is missing, as its run failed, the others are no fair sample.
-        most = max(len(runs) for runs in rates.values())
-        chosen = min((rate for rate in rates if len(rates[rate]) == most), key=lambda rate: (scores[rate], -rate))
-        for rate, runs in sorted(rates.items(), reverse=True):
-            errors = [float(cell["test_error"]) for cell in runs]
-            rows.append(
-                {
-                    **dict(zip(_SETTING, setting, strict=True)),
-                    "lr": rate,
-                    "seeds": len(runs),
-                    "diverged": sum(cell["state"] == "diverged" for cell in runs),
-                    "val_error": scores[rate],
-                    "test_error": fmean(errors),
-                    "test_error_deviation": pstdev(errors),
-                    "chosen": "yes" if rate == chosen else "no",
-                }
-            )
-    return rows
-
-
-def _criterion(cell: Row) -> float:
-    return 1.0 if cell["state"] == "diverged" else float(cell["val_error"])
-
-
-def _chosen(cells: Sequence[Row], selection: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The runs with the chosen rate, by setting."""
-    return {
-        tuple(row[name] for name in _SETTING): [
-            cell for cell in cells if all(cell[name] == row[name] for name in (*_SETTING, "lr"))
-        ]
-        for row in selection
-        if row["chosen"] == "yes"
-    }
-
-
-def _times(
-    chosen: Mapping[tuple[Any, ...], Sequence[Row]],
-    curves: Mapping[str, Sequence[Mapping[str, str]]],
-    targets: Sequence[float],
-    baseline: str | None,
-) -> list[Row]:
-    rows = []
+def _times(runs: pd.DataFrame, curves: pd.DataFrame, targets: Sequence[float], baseline: str | None) -> pd.DataFrame:
+    """Means over the seeds of what it took to reach a test error; none if a seed has not reached it."""
+    settings = runs[SETTING].drop_duplicates()
+    tables = [settings.reindex(columns=[*SETTING, "target_error", *COSTS, "speedup"])[:0]]
     for target in targets:
-        reached = {setting: _first([curves[cell["cell"]] for cell in runs], target) for setting, runs in chosen.items()}
-        reference = [first for setting, first in reached.items() if setting[0] == baseline and first]
+        firsts = curves[curves["test_error"] <= target].drop_duplicates("cell").set_index("cell")[COSTS]
+        by_setting = runs[[*SETTING, "cell"]].join(firsts, on="cell").groupby(SETTING, sort=False, as_index=False)
+        times = by_setting[COSTS].agg(lambda costs: costs.mean(skipna=False))
+        times.insert(len(SETTING), "target_error", target)
         # Of a baseline with several settings the fastest is what a user would take.
-        seconds = min((first["seconds"] for first in reference), default=None)
-        for setting, first in reached.items():
-            row = dict(zip(_SETTING, setting, strict=True)) | {"target_error": target}
-            costs = first or {"seconds": "", "epochs": "", "bytes_sent": ""}
-            speedup = seconds / first["seconds"] if first and seconds is not None else ""
-            rows.append({**row, **costs, "speedup": speedup})
-    return rows
-
-
-def _first(curves: Sequence[Sequence[Mapping[str, str]]], target: float) -> Row | None:
-    """Mean over the seeds of what it took to reach a test error; None if a seed has not reached it."""
-    firsts = [next((row for row in curve if float(row["test_error"]) <= target), None) for curve in curves]
-    if None in firsts:
-        return None
-    names = ("seconds", "epochs", "bytes_sent")
-    return {name: fmean(float(row[name]) for row in firsts if row is not None) for name in names}
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    header = list(rows[0]) if rows else []
-    write_csv(path, header, [list(row.values()) for row in rows])
+        tables.append(times.assign(speedup=times.loc[times["label"] == baseline, "seconds"].min() / times["seconds"]))
+    return pd.concat(tables[1:] or tables)

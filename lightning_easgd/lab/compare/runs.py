@@ -14,9 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from lightning_easgd.lab.command_errors import UsageError
 from lightning_easgd.lab.compare.grid import COMMAND, Cell
@@ -35,14 +35,8 @@ _RECORDING = ("callbacks=compare", "logger=csv", "report=false", "plot=false", "
 _SECONDS_TO_END = 5.0
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How a run ended.
-
-    Attributes:
-        failure: What went wrong, None if nothing did.
-        seconds: Wall-clock of the process tree, start-up included.
-    """
+class Ending(NamedTuple):
+    """What went wrong, None if nothing did, and the wall-clock seconds of the process tree, start-up included."""
 
     failure: str | None
     seconds: float
@@ -51,9 +45,6 @@ class Ending:
 @contextlib.contextmanager
 def only_one(directory: Path) -> Iterator[IO[str]]:
     """Context in which no other comparison, and no run that one has left behind, works in a directory.
-
-    Args:
-        directory: The comparison's directory.
 
     Yields:
         The locked file. A run inherits it, so that the lock lasts as long as the run.
@@ -74,11 +65,7 @@ def only_one(directory: Path) -> Iterator[IO[str]]:
 
 
 def is_finished(directory: Path, cell: Cell) -> bool:
-    """Says whether a cell has been run.
-
-    Args:
-        directory: The comparison's directory.
-        cell: The cell.
+    """Say whether a cell has been run.
 
     Raises:
         UsageError: If it has been run with other settings.
@@ -97,14 +84,7 @@ def is_finished(directory: Path, cell: Cell) -> bool:
 
 
 def run(directory: Path, cell: Cell, timeout: float, lock: IO[str]) -> Ending:
-    """Runs a cell; afterwards none of its processes is left.
-
-    Args:
-        directory: The comparison's directory.
-        cell: The cell.
-        timeout: Hard limit in seconds.
-        lock: The file of :func:`only_one`.
-    """
+    """Run a cell for `timeout` seconds at the most; afterwards none of its processes is left."""
     work = directory / _UNFINISHED / cell.name
     for old in (work, directory / FAILED / cell.name):
         shutil.rmtree(old, ignore_errors=True)
@@ -147,7 +127,7 @@ def _supervise(command: list[str], output: Path, timeout: float, lock: IO[str]) 
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ends the whole process group: first with a request, where something is left after it by force."""
+    """End the whole process group: first with a request, where something is left after it by force."""
     if process.poll() is None:
         _signal(process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

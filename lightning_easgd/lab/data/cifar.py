@@ -8,15 +8,15 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar, final
+from typing import final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_easgd.lab.data.crops import BatchCrop, CenterCrop, Images, RandomCropFlip
+from lightning_easgd.lab.data.crops import Images, RandomCropFlip
 from lightning_easgd.lab.data.errors import DataError
-from lightning_easgd.lab.data.images import ImageFacts
-from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source, Split
+from lightning_easgd.lab.data.images import ImageFacts, Split
+from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source
 from lightning_easgd.lab.data.official_files import OfficialFile, check_sums, fetch
 from lightning_easgd.lab.data.pickles import read_pickle
 
@@ -132,7 +132,7 @@ def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
 
 class _CIFARDataModule(InMemoryDataModule):
     original_shape = _SHAPE
-    default_transforms: ClassVar[tuple[BatchCrop, BatchCrop]] = (RandomCropFlip(28), CenterCrop(28))
+    default_transform = RandomCropFlip(28)
 
 
 @final
@@ -140,7 +140,6 @@ class CIFAR10DataModule(_CIFARDataModule):
     """CIFAR-10: 50 000 training and 10 000 test images of 32x32 pixels, 10 classes.
 
     Mean and standard deviation are those of the training set's pixels.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 
@@ -173,7 +172,6 @@ class CIFAR100DataModule(_CIFARDataModule):
     """CIFAR-100: 50 000 training and 10 000 test images of 32x32 pixels, 100 ("fine") classes.
 
     Mean and standard deviation are those of the training set's pixels, as usually published.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 

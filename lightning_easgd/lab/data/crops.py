@@ -23,7 +23,7 @@ class BatchCrop(Protocol):
         """Height and width of the crops, pixels."""
 
     def __call__(self, images: Images, rows: Rows, words: Words) -> Images:
-        """Returns the crops.
+        """Return the crops.
 
         Args:
             images: The whole data set, uint8 of shape (N, C, H, W).
@@ -47,7 +47,7 @@ class CenterCrop:
     size: int
 
     def __call__(self, images: Images, rows: Rows, words: Words) -> Images:  # noqa: ARG002
-        """Returns the crops: see :class:`BatchCrop`."""
+        """Return the crops: see :class:`BatchCrop`."""
         top, left = ((extent - self.size) // 2 for extent in images.shape[2:])
         return images[rows, :, top : top + self.size, left : left + self.size]
 
@@ -64,7 +64,7 @@ class RandomCropFlip:
     size: int
 
     def __call__(self, images: Images, rows: Rows, words: Words) -> Images:
-        """Returns the crops: see :class:`BatchCrop`."""
+        """Return the crops: see :class:`BatchCrop`."""
         return _flipped(_random_windows(images, rows, self.size, words), words)
 
 
@@ -85,7 +85,7 @@ class PadCropFlip:
     padding: int = 4
 
     def __call__(self, images: Images, rows: Rows, words: Words) -> Images:
-        """Returns the crops: see :class:`BatchCrop`."""
+        """Return the crops: see :class:`BatchCrop`."""
         height, width = images.shape[2:]
         frame = self.padding
         framed = np.zeros((len(rows), images.shape[1], height + 2 * frame, width + 2 * frame), np.uint8)

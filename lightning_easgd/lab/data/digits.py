@@ -4,36 +4,30 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
-from lightning_easgd.lab.data.expected import check_expected
-from lightning_easgd.lab.data.sampling import (
-    BatchedTensors,
-    check_sampling,
-    evaluation_loader,
-    training_loader,
-)
+from lightning_easgd.lab.data.images import SplitDataModule
+from lightning_easgd.lab.data.sampling import BatchedTensors, evaluation_loader, training_loader
 from lightning_easgd.lab.data.splits import stratified_split
 
 _VAL_FRACTION = 0.1
 _TEST_FRACTION = 0.2
 
 
-class DigitsDataModule(L.LightningDataModule):
+class DigitsDataModule(SplitDataModule):
     """The 1797 images of 8x8 pixels of scikit-learn's digits, in [0, 1], float32 of shape (N, 1, 8, 8).
 
     The split (70 % training, 10 % validation, 20 % test, each class alike) is the same in every process and
     for every seed, so that accuracies of different runs are comparable.
 
     Args:
-        batch_size: Samples in a batch of one worker.
-        sampling: "full": every worker draws its own shuffle of the whole training set; "sharded": each worker
-            has its own part of it; "dynamic": workers draw from a common pool (:class:`DynamicShare`).
-        num_workers: Processes that load data in each worker; the images are in memory, so 0 is fastest.
+        batch_size: As for :class:`SplitDataModule`, like the three that follow.
+        sampling: "full", "sharded" or "dynamic".
+        num_workers: Processes that load data in each worker.
         seed: Seed of the order in which training images are drawn.
         num_classes: What a model is built for; 10, or an error.
         image_shape: What a model is built for; (1, 8, 8), or an error.
@@ -52,24 +46,19 @@ class DigitsDataModule(L.LightningDataModule):
         num_classes: int | None = None,
         image_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, sampling, num_workers, seed)
         self.num_classes, self.image_shape = 10, (1, 8, 8)
-        check_expected(self, num_classes, image_shape)
-        if batch_size < 1:
-            raise ValueError(f"DigitsDataModule(batch_size={batch_size}): a batch needs an image; give 1 or more.")
+        self.check_expected(num_classes, image_shape)
         if importlib.util.find_spec("sklearn") is None:  # here, where no process has started yet
             raise ModuleNotFoundError(
                 "DigitsDataModule(): scikit-learn, which ships the images, is not installed; run pip install "
                 "'lightning_easgd[demo]'."
             )
-        self.batch_size = batch_size
-        self.sampling = check_sampling("DigitsDataModule", sampling)
-        self.num_workers = num_workers
-        self.seed = seed
         self._splits: dict[str, BatchedTensors] = {}
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Reads the images and splits them; the stage does not matter, as all of them are one small array."""
+    @override
+    def setup(self, stage: str) -> None:
+        """Read the images and splits them; the stage does not matter, as all of them are one small array."""
         if self._splits:
             return
         images, labels = _load_images()
@@ -80,34 +69,20 @@ class DigitsDataModule(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Returns this worker's training batches."""
+        """Return this worker's training batches."""
         return training_loader(
             self._splits["train"],
             batch_size=self.batch_size,
             sampling=self.sampling,
-            # Known only now: in __init__ there is no trainer, and in a spawn parent every rank would be 0.
-            rank=self.trainer.global_rank if self.trainer else 0,
+            rank=self.rank,
             seed=self.seed,
             num_workers=self.num_workers,
         )
 
-    def train_evaluation_dataloader(self) -> DataLoader[Any]:
-        """Returns the training set in its own order."""
-        return self._evaluation("train")
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Returns the validation set."""
-        return self._evaluation("val")
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Returns the test set."""
-        return self._evaluation("test")
-
-    def _evaluation(self, split: str) -> DataLoader[Any]:
+    @override
+    def evaluation_loader(self, part: str) -> DataLoader[Any]:
         # No gradients are kept in evaluation: larger batches cost no accuracy and less overhead.
-        return evaluation_loader(
-            self._splits[split], batch_size=max(self.batch_size, 256), num_workers=self.num_workers
-        )
+        return evaluation_loader(self._splits[part], batch_size=max(self.batch_size, 256), num_workers=self.num_workers)
 
 
 def _load_images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:

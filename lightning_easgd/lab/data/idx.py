@@ -16,17 +16,10 @@ _AGAIN = "download the file again"
 
 
 def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
-    """Reads a file of unsigned bytes, as it is or compressed by gzip (`.gz`).
+    """Read a file of unsigned bytes of so many dimensions, as it is or compressed by gzip (`.gz`), in its own shape.
 
     A file begins with two zero bytes, the code of the type, the number of dimensions, and each size as a big-endian
     32-bit integer. (Format: http://yann.lecun.com/exdb/mnist)
-
-    Args:
-        path: The file.
-        dimensions: How many dimensions it must have.
-
-    Returns:
-        The values, uint8, of the shape that the file states.
 
     Raises:
         DataError: If the file is torn, or of another type or number of dimensions.

@@ -5,8 +5,9 @@ import random
 import struct
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import numpy as np
 import torch
@@ -26,10 +27,7 @@ _SUFFIXES = (".jpeg", ".jpg")
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Returns the names of the folders in a folder, sorted.
-
-    Args:
-        folder: Where to look.
+    """Return the names of the folders in a folder, sorted.
 
     Raises:
         DataError: If it does not exist.
@@ -44,17 +42,13 @@ def class_folders(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Returns the names of the JPEG files in a folder, sorted.
-
-    Args:
-        folder: Where to look.
-    """
+    """Return the names of the JPEG files in a folder, sorted."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.name.lower().endswith(_SUFFIXES))
 
 
 def list_images(folder: Path, classes: Sequence[str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Lists the images of some classes.
+    """List the images of some classes.
 
     Args:
         folder: Holds one folder for each class.
@@ -136,26 +130,16 @@ class ImageFiles(Dataset[Sample | None]):
         return np.asarray(pixels), int(self.labels[row])
 
     def collate(self, normalise: Normalise) -> Callable[[list[Sample | None]], tuple[Tensor, Tensor]]:
-        """Returns what makes a batch of samples: images float32 (N, 3, size, size), labels int64 (N,).
-
-        Args:
-            normalise: Maps bytes to float32.
-        """
-        return _Collate(normalise)
+        """Return what makes a batch of samples: images float32 (N, 3, size, size), labels int64 (N,)."""
+        return partial(_batch, normalise)  # not a closure, as it travels to the loader processes
 
 
-@final
-class _Collate:
-    """A batch without the samples that were skipped; an object, as it travels to the loader processes."""
-
-    def __init__(self, normalise: Normalise) -> None:
-        self.normalise = normalise
-
-    def __call__(self, samples: list[Any]) -> tuple[Tensor, Tensor]:
-        whole = [sample for sample in samples if sample is not None]
-        if not whole:
-            raise DataError(
-                f"none of the {len(samples)} images of a batch can be decoded: the data set is damaged; unpack it again"
-            )
-        images, labels = zip(*whole, strict=True)
-        return self.normalise(np.stack([image.transpose(2, 0, 1) for image in images])), torch.tensor(labels)
+def _batch(normalise: Normalise, samples: list[Sample | None]) -> tuple[Tensor, Tensor]:
+    """A batch without the samples that were skipped."""
+    whole = [sample for sample in samples if sample is not None]
+    if not whole:
+        raise DataError(
+            f"none of the {len(samples)} images of a batch can be decoded: the data set is damaged; unpack it again"
+        )
+    images, labels = zip(*whole, strict=True)
+    return normalise(np.stack([image.transpose(2, 0, 1) for image in images])), torch.tensor(labels)

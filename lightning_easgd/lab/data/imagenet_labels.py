@@ -16,7 +16,7 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def flat_labels(root: Path, names: Sequence[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    """Returns the labels of validation images, from whichever of two files lies in `root`.
+    """Return the labels of validation images, from whichever of two files lies in `root`.
 
     `LOC_val_solution.csv` (of the Kaggle release) has a line for each image: its name, then the class and boxes. The
     development kit's `ILSVRC2012_validation_ground_truth.txt` has on line n the number of the class of image n, and its

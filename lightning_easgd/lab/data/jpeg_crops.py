@@ -2,8 +2,11 @@
 
 import math
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, final
+
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,7 +24,7 @@ class ImageCrop(Protocol):
         """Height and width of the result, pixels."""
 
     def __call__(self, image: "Image", chance: random.Random) -> "Image":
-        """Returns an image of `size` x `size` pixels.
+        """Return an image of `size` x `size` pixels.
 
         Args:
             image: An RGB image.
@@ -29,10 +32,9 @@ class ImageCrop(Protocol):
         """
 
 
-@final
 @dataclass(frozen=True)
-class ShortSideCenterCrop:
-    """The center of the image that is scaled to a given short side.
+class _ShortSideCrop(ABC):
+    """A crop of the image that is scaled to a given short side.
 
     Args:
         size: Height and width of the crop, pixels.
@@ -43,35 +45,34 @@ class ShortSideCenterCrop:
     short_side: int = 256
 
     def __post_init__(self) -> None:
-        _check_short_side(self)
+        if not 0 < self.size <= self.short_side:
+            raise ValueError(
+                f"{type(self).__name__}(size={self.size}, short_side={self.short_side}): the crop does not fit into the"
+                " scaled image; give a size from 1 to short_side."
+            )
 
-    def __call__(self, image: "Image", chance: random.Random) -> "Image":  # noqa: ARG002
-        """Returns the crop: see :class:`ImageCrop`."""
+    @abstractmethod
+    def __call__(self, image: "Image", chance: random.Random) -> "Image":
+        """Return the crop: see :class:`ImageCrop`."""
+
+
+@final
+class ShortSideCenterCrop(_ShortSideCrop):
+    """The center of the image."""
+
+    @override
+    def __call__(self, image: "Image", chance: random.Random) -> "Image":
         width, height = _scaled(image, self.short_side)
         left, top = (width - self.size) // 2, (height - self.size) // 2
         return _scaled_crop(image, (width, height), left, top, self.size)
 
 
 @final
-@dataclass(frozen=True)
-class ShortSideRandomCropFlip:
-    """A random crop of the image scaled to a given short side, mirrored with probability 1/2.
+class ShortSideRandomCropFlip(_ShortSideCrop):
+    """A random crop, mirrored with probability 1/2: from 256 to 221 pixels the augmentation of the EASGD paper."""
 
-    With 221 pixels from a short side of 256 it is the augmentation of the EASGD paper.
-
-    Args:
-        size: Height and width of the crop, pixels.
-        short_side: Smaller of height and width that the image is scaled to.
-    """
-
-    size: int
-    short_side: int = 256
-
-    def __post_init__(self) -> None:
-        _check_short_side(self)
-
+    @override
     def __call__(self, image: "Image", chance: random.Random) -> "Image":
-        """Returns the crop: see :class:`ImageCrop`."""
         width, height = _scaled(image, self.short_side)
         left, top = chance.randint(0, width - self.size), chance.randint(0, height - self.size)
         return _maybe_mirrored(_scaled_crop(image, (width, height), left, top, self.size), chance)
@@ -97,7 +98,7 @@ class RandomResizedCropFlip:
     max_ratio: float = 4 / 3
 
     def __call__(self, image: "Image", chance: random.Random) -> "Image":
-        """Returns the crop: see :class:`ImageCrop`."""
+        """Return the crop: see :class:`ImageCrop`."""
         return _maybe_mirrored(_resized(image, self.size, self._part(image, chance)), chance)
 
     def _part(self, image: "Image", chance: random.Random) -> Box:
@@ -114,14 +115,6 @@ class RandomResizedCropFlip:
         part_height = min(height, round(width * self.max_ratio))
         left, top = (width - part_width) // 2, (height - part_height) // 2
         return left, top, left + part_width, top + part_height
-
-
-def _check_short_side(crop: ShortSideCenterCrop | ShortSideRandomCropFlip) -> None:
-    if not 0 < crop.size <= crop.short_side:
-        raise ValueError(
-            f"{type(crop).__name__}(size={crop.size}, short_side={crop.short_side}): the crop does not fit into the "
-            "scaled image; give a size from 1 to short_side."
-        )
 
 
 def _scaled(image: "Image", short_side: int) -> tuple[int, int]:

@@ -5,23 +5,25 @@ Y. LeCun, C. Cortes, C. Burges, *The MNIST database of handwritten digits*; H. X
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import final
 
 import numpy as np
 from typing_extensions import override
 
-from lightning_easgd.lab.data.crops import BatchCrop, CenterCrop, Images
+from lightning_easgd.lab.data.crops import CenterCrop, Images
 from lightning_easgd.lab.data.errors import DataError
 from lightning_easgd.lab.data.idx import read_idx
-from lightning_easgd.lab.data.images import ImageFacts
-from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source, Split
+from lightning_easgd.lab.data.images import ImageFacts, Split
+from lightning_easgd.lab.data.in_memory import InMemoryDataModule, Labels, Source
 from lightning_easgd.lab.data.official_files import OfficialFile, check_sums, fetch
 
 _PREFIX: Mapping[Split, str] = {"train": "train", "test": "t10k"}
 
 
 @final
+@dataclass(frozen=True)
 class IdxFiles:
     """Four idx files, each either as it is or compressed (`.gz`), as it is downloaded.
 
@@ -31,10 +33,9 @@ class IdxFiles:
         sums: MD5 sums by file name, of compressed files and, where known, of others.
     """
 
-    def __init__(self, folder: Path, url: str, sums: Mapping[str, str]) -> None:
-        self.folder = folder
-        self.url = url.rstrip("/")
-        self.sums = sums
+    folder: Path
+    url: str
+    sums: Mapping[str, str]
 
     def prepare(self, *, download: bool, verify: bool) -> None:
         """See :class:`Source`."""
@@ -42,7 +43,7 @@ class IdxFiles:
         for name in names:
             if download and not (self.folder / name).exists():
                 compressed = f"{name}.gz"
-                fetch(f"{self.url}/{compressed}", self._file(self.folder / compressed), verify=verify)
+                fetch(f"{self.url.rstrip('/')}/{compressed}", self._file(self.folder / compressed), verify=verify)
         check_sums([self._file(self._find(name)) for name in names], verify=verify)
 
     def read(self, split: Split) -> tuple[Images, Labels]:
@@ -69,7 +70,7 @@ class IdxFiles:
 class _MNISTDataModule(InMemoryDataModule):
     original_shape = (1, 28, 28)
     classes = 10
-    default_transforms: ClassVar[tuple[BatchCrop, BatchCrop]] = (CenterCrop(28), CenterCrop(28))
+    default_transform = CenterCrop(28)
 
 
 @final
@@ -77,7 +78,6 @@ class FashionMNISTDataModule(_MNISTDataModule):
     """Fashion-MNIST: 60 000 training and 10 000 test images of 28x28 pixels, 10 classes.
 
     Mean and standard deviation are those of the training set's pixels.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 
@@ -107,7 +107,6 @@ class MNISTDataModule(_MNISTDataModule):
 
     Mean and standard deviation are those of the training set's pixels, as usually published. Only the compressed files
     have published checksums.
-
     Arguments and errors are those of :class:`InMemoryDataModule`.
     """
 

@@ -34,11 +34,7 @@ class OfficialFile:
 
 
 def check_sums(files: Sequence[OfficialFile], *, verify: bool) -> None:
-    """Compares files with their checksums.
-
-    Args:
-        files: The files, which exist.
-        verify: With False a warning that names the files takes the place of the comparison.
+    """Compare files with their checksums, or with `verify=False` warn, and name the files that are not compared.
 
     Raises:
         DataError: If a sum differs.
@@ -54,15 +50,10 @@ def check_sums(files: Sequence[OfficialFile], *, verify: bool) -> None:
 
 
 def fetch(url: str, file: OfficialFile, *, verify: bool) -> None:
-    """Fetches a file that is not there yet.
+    """Fetch a file that is not there yet.
 
     It is written under a temporary name beside its place and gets its own name when it is whole and its checksum is
     right, so that a file under that name is never a part of one. A file that exists is left as it is.
-
-    Args:
-        url: Where to fetch it from.
-        file: Where to put it, and its checksum.
-        verify: Whether the checksum is compared.
 
     Raises:
         DataError: If the transfer fails, stops early, or brings another file.
@@ -78,7 +69,7 @@ def fetch(url: str, file: OfficialFile, *, verify: bool) -> None:
 
 
 def _transfer(url: str, part: Path) -> str:
-    """Writes what a URL holds into a file and returns its MD5 sum."""
+    """Write what a URL holds into a file and returns its MD5 sum."""
     digest = hashlib.md5(usedforsecurity=False)
     received = 0
     try:
@@ -99,7 +90,7 @@ def _transfer(url: str, part: Path) -> str:
 
 
 def _publish(part: Path, path: Path) -> None:
-    """Gives a whole file its name, unless a file has it already."""
+    """Give a whole file its name, unless a file has it already."""
     try:
         os.link(part, path)  # unlike a rename it never replaces a file
     except FileExistsError:

@@ -47,13 +47,9 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(content: bytes, source: str) -> Any:
-    """Reads a pickle of NumPy arrays and Python primitives; nothing else in it is run.
+    """Read a pickle of NumPy arrays and Python primitives; nothing else in it is run.
 
     Text that Python 2 wrote is returned as `bytes`.
-
-    Args:
-        content: The pickle.
-        source: Where it comes from, for the message.
 
     Raises:
         DataError: If it is torn, or holds anything else.

@@ -13,7 +13,7 @@ _WORD = 1 << 64
 
 
 def random_words(stream: int, keys: NDArray[np.int64], count: int) -> NDArray[np.uint64]:
-    """Returns random bits that depend on nothing but the arguments.
+    """Return random bits that depend on nothing but the arguments.
 
     Each word is an output of SplitMix64 (Steele, Lea & Flood, *Fast splittable pseudorandom number generators*, 2014)
     whose state is a hash of the stream and the key. No generator is carried along: it does not matter in which
@@ -33,12 +33,7 @@ def random_words(stream: int, keys: NDArray[np.int64], count: int) -> NDArray[np
 
 
 def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
-    """Turns random words into whole numbers from 0 to `bound` - 1; `bound` is far below 2^32.
-
-    Args:
-        words: From :func:`random_words`.
-        bound: How many numbers there are to choose from.
-    """
+    """Turn random words into whole numbers from 0 to `bound` - 1; `bound` is far below 2^32."""
     return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
 
 
@@ -85,6 +80,6 @@ class EpochKeys(DistributedSampler[Any]):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Gives the inner sampler its state back."""
+        """Give the inner sampler its state back."""
         if hasattr(self.sampler, "load_state_dict"):
             self.sampler.load_state_dict(state)

@@ -35,7 +35,7 @@ class BatchedTensors(TensorDataset):
     """A `TensorDataset` that is indexed once per batch, not once per sample."""
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, ...]:
-        """Returns the samples of one batch, already collated; `DataLoader` prefers this method."""
+        """Return the samples of one batch, already collated; `DataLoader` prefers this method."""
         picked = list(indices)
         return tuple(tensor[picked] for tensor in self.tensors)
 
@@ -46,12 +46,7 @@ def keep_batch(batch: Iterable[Tensor]) -> list[Tensor]:
 
 
 def check_sampling(owner: str, sampling: str) -> Sampling:
-    """Returns `sampling` when it is a known one, and raises otherwise.
-
-    Args:
-        owner: Name of the class that was given the argument, for the message.
-        sampling: The value to check.
-    """
+    """Return `sampling` when it is a known one, and raise otherwise."""
     for known in get_args(Sampling):
         if sampling == known:
             return known  # type: ignore[no-any-return]  # get_args is untyped
@@ -64,31 +59,15 @@ def check_sampling(owner: str, sampling: str) -> Sampling:
 def training_loader(
     dataset: BatchedTensors, *, batch_size: int, sampling: Sampling, rank: int, seed: int, num_workers: int
 ) -> DataLoader[Any]:
-    """Builds the shuffled loader of one worker.
+    """Build the shuffled loader of one worker.
 
     With `sampling="sharded"` the loader has an ordinary random sampler, which Lightning replaces by its
     `DistributedSampler` when the strategy is distributed.
-
-    Args:
-        dataset: The training set.
-        batch_size: Samples in a batch of one worker.
-        sampling: "full", "sharded" or "dynamic"; the last deals out chunks of 4 batches.
-        rank: The worker's global rank.
-        seed: The run's seed.
-        num_workers: Processes that load data.
     """
-    sampler: DistributedSampler[Any] | None = None
-    if sampling != "sharded":
-        sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        shuffle=sampler is None,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        collate_fn=keep_batch,
-    )
+    if sampling == "sharded":
+        return _loader(dataset, num_workers, batch_size=batch_size, shuffle=True, collate_fn=keep_batch)
+    sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
+    return _loader(dataset, num_workers, batch_size=batch_size, sampler=sampler, collate_fn=keep_batch)
 
 
 def augmenting_loader(
@@ -102,48 +81,26 @@ def augmenting_loader(
     num_workers: int,
     collate_fn: Callable[[Any], Any],
 ) -> DataLoader[Any]:
-    """Builds the shuffled loader of one worker for a data set that is indexed by :class:`EpochKeys`.
-
-    Args:
-        dataset: The training set; its samples depend on the epoch.
-        batch_size: Samples in a batch of one worker.
-        sampling: "full", "sharded" or "dynamic"; the last deals out chunks of 4 batches.
-        rank: The worker's global rank.
-        world_size: Number of workers.
-        seed: The run's seed.
-        num_workers: Processes that load data.
-        collate_fn: Makes a batch of samples.
-    """
+    """Build the shuffled loader of one worker for a data set that is indexed by :class:`EpochKeys`."""
     sampler: DistributedSampler[Any]
     if sampling == "sharded":
         # Lightning's own would not say in which epoch a sample is drawn.
         sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
     else:
         sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=EpochKeys(sampler, len(dataset)),  # type: ignore[arg-type]  # a Dataset may have no length; these have
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        collate_fn=collate_fn,
-    )
+    keys = EpochKeys(sampler, len(dataset))  # type: ignore[arg-type]  # a Dataset may have no length; these have
+    return _loader(dataset, num_workers, batch_size=batch_size, sampler=keys, collate_fn=collate_fn)
 
 
 def worker_stream(rank: int, seed: int) -> int:
-    """Number of a worker's stream of random words.
-
-    Args:
-        rank: The worker's global rank.
-        seed: The run's seed.
-    """
+    """Number of a worker's stream of random words."""
     return seed + _RANK_STRIDE * rank
 
 
 def _worker_sampler(
     dataset: Dataset[Any], batch_size: int, sampling: Sampling, rank: int, seed: int
 ) -> DistributedSampler[Any]:
-    if sampling == "dynamic":
+    if sampling == "dynamic":  # chunks of 4 batches
         return DynamicShare(dataset, chunk=4 * batch_size, seed=seed)
     return WorkerSampler(dataset, rank, seed)
 
@@ -151,18 +108,9 @@ def _worker_sampler(
 def evaluation_loader(
     dataset: Dataset[Any], *, batch_size: int, num_workers: int, collate_fn: Callable[[Any], Any] = keep_batch
 ) -> DataLoader[Any]:
-    """Builds the loader of a whole validation or test set, in its own order.
+    """Build the loader of a whole validation or test set, in its own order."""
+    return _loader(dataset, num_workers, batch_size=batch_size, collate_fn=collate_fn)
 
-    Args:
-        dataset: The data to evaluate on.
-        batch_size: Samples in a batch.
-        num_workers: Processes that load data.
-        collate_fn: Makes a batch of samples.
-    """
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        collate_fn=collate_fn,
-    )
+
+def _loader(dataset: Dataset[Any], num_workers: int, **settings: Any) -> DataLoader[Any]:
+    return DataLoader(dataset, num_workers=num_workers, persistent_workers=num_workers > 0, **settings)

@@ -7,7 +7,7 @@ _SPLIT_SEED = 2015
 
 
 def stratified_split(labels: NDArray[np.int64], fractions: dict[str, float], rest: str) -> dict[str, NDArray[np.int64]]:
-    """Splits the row numbers of `labels` so that each part has the same share of every class.
+    """Split the row numbers of `labels` so that each part has the same share of every class.
 
     Args:
         labels: The class of each row.

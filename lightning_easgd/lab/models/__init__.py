@@ -1,8 +1,7 @@
 """Networks, and the module that trains them."""
 
 from lightning_easgd.lab.models.classifier import Classifier
-from lightning_easgd.lab.models.convnets import ConvNet7, ConvNet11, StridedNet
-from lightning_easgd.lab.models.digits_net import DigitsNet
+from lightning_easgd.lab.models.convnets import ConvNet7, ConvNet11, DigitsNet, StridedNet
 from lightning_easgd.lab.models.resnet import ImageNetStem, ResNet18, ResNet50, SmallImageStem
 
 __all__ = [

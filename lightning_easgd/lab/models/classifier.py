@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from typing_extensions import override
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler]
@@ -57,12 +58,9 @@ class Classifier(L.LightningModule):
         self.test_metrics = _evaluation_metrics(num_classes)
 
     def check_data(self, data: object) -> None:
-        """Compares what the network is built for with what a data module offers.
+        """Compare what the network is built for with what a data module offers.
 
         Networks and data modules that do not tell their `num_classes` or `image_shape` are not compared.
-
-        Args:
-            data: The data module, or None.
 
         Raises:
             ValueError: If the number of classes or the shape of the images differs.
@@ -75,17 +73,19 @@ class Classifier(L.LightningModule):
                     f"the data's unless it is set: leave model.{name} and model.network.{name} as they are."
                 )
 
-    def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Compares the network with the trainer's data module, before anything trains."""
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare the network with the trainer's data module, before anything trains."""
         self.check_data(getattr(self.trainer, "datamodule", None))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Returns the logits of `inputs`."""
+        """Return the logits of `inputs`."""
         logits: Tensor = self.network(inputs)
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Returns the loss of one batch."""
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
         inputs, targets = batch
         logits = self(inputs)
         loss = F.cross_entropy(logits, targets)
@@ -94,16 +94,18 @@ class Classifier(L.LightningModule):
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Updates the validation metrics with one batch."""
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the validation metrics with one batch."""
         self._evaluate("val", self.val_metrics, batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        """Updates the test metrics with one batch."""
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Update the test metrics with one batch."""
         self._evaluate("test", self.test_metrics, batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Builds the optimizer, and the scheduler where there is one."""
+        """Build the optimizer, and the scheduler where there is one."""
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer

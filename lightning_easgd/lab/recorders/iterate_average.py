@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.method.downpour import polyak_rate, running_average_
 from lightning_easgd.strategies.trainer.lightning_private import saves_in_epoch
@@ -48,8 +49,9 @@ class IterateAverage(Callback):
         self._iterates: dict[str, Tensor] = {}  # while the module holds z, and from loading until training starts
         self._shown = False
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Refuses several processes, and checkpoints that would silently hold x.
+    @override
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse several processes, and checkpoints that would silently hold x.
 
         Raises:
             TypeError: If the trainer has several processes, or saves weights alone between two validations.
@@ -68,7 +70,7 @@ class IterateAverage(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts the average at the current weights, or, in a resumed run, where the checkpoint has left it."""
+        """Start the average at the current weights, or, in a resumed run, where the checkpoint has left it."""
         self._step = trainer.global_step
         self._averages = {
             name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
@@ -82,28 +84,21 @@ class IterateAverage(Callback):
         self._shown = False
 
     @torch.no_grad()
+    @override
     def on_train_batch_start(
-        self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Goes back to the iterate after a validation."""
+        """Go back to the iterate after a validation."""
         if self._shown:
             self._load(pl_module, self._iterates)
             self._iterates, self._shown = {}, False
 
     @torch.no_grad()
+    @override
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ARG002
-        batch: Any,  # noqa: ARG002
-        batch_idx: int,  # noqa: ARG002
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the average if the batch made an optimizer step."""
+        """Move the average if the batch made an optimizer step."""
         if trainer.global_step == self._step:  # gradients are accumulated
             return
         self._step = trainer.global_step
@@ -113,38 +108,33 @@ class IterateAverage(Callback):
         iterates = [parameters[name].detach().to(average.dtype) for name, average in self._averages.items()]
         running_average_(list(self._averages.values()), iterates, rate)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Shows z."""
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show z."""
         self._show(pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Leaves z in the module."""
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave z in the module."""
         self._show(pl_module)
 
-    def on_exception(
-        self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,
-        exception: BaseException,  # noqa: ARG002
-    ) -> None:
-        """Leaves z in the module."""
+    @override
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Leave z in the module."""
         self._show(pl_module)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Lets go of both."""
+    @override
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Let go of both."""
         self._averages, self._iterates, self._shown = {}, {}, False
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns how often z has moved."""
+        """Return how often z has moved."""
         return {"updates": self._updates}
 
-    def on_save_checkpoint(
-        self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,
-        checkpoint: dict[str, Any],
-    ) -> None:
-        """Puts z into the checkpoint's weights, and x beside them."""
+    @override
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put z into the checkpoint's weights, and x beside them."""
         if not self._averages:
             return
         parameters = self._parameters(pl_module)
@@ -155,7 +145,7 @@ class IterateAverage(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over where the checkpoint has left the average."""
+        """Take over where the checkpoint has left the average."""
         self._updates = state_dict["updates"]
         self._iterates = dict(state_dict.get("iterates", {}))
 

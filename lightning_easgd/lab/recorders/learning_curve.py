@@ -12,6 +12,7 @@ import torch.nn.functional as F  # the name everyone knows it by
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from typing_extensions import override
 
 from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
@@ -62,29 +63,27 @@ class LearningCurve(Callback):
         self._seconds = self._started = 0.0
         self._samples = self._first_step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Starts the clock."""
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
         self.rows = []
         self._seconds, self._samples, self._first_step = 0.0, 0, trainer.global_step
         self._started = time.perf_counter()
 
+    @override
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,  # noqa: ARG002
-        pl_module: L.LightningModule,  # noqa: ARG002
-        outputs: Any,  # noqa: ARG002
-        batch: Any,
-        batch_idx: int,  # noqa: ARG002
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the samples."""
+        """Count the samples."""
         self._samples += len(batch[0])
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Stops the clock."""
+    @override
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
         self._seconds += time.perf_counter() - self._started
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds a row, and ends a training that has used up its budget or has diverged."""
+        """Add a row, and end a training that has used up its budget or has diverged."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._record(trainer, pl_module)
             row = dict(zip(_COLUMNS, self.rows[-1], strict=True))
@@ -94,7 +93,7 @@ class LearningCurve(Callback):
         self._started = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the last row."""
+        """Add the last row."""
         last = self.rows[-1][0] if self.rows else None
         # Rank 0's step counts: all have to agree on whether they score once more.
         if trainer.strategy.broadcast(last != trainer.global_step):

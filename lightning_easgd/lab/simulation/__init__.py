@@ -5,7 +5,7 @@ discrete-event simulation of steps, links, all-reduces and served centers (:mod:
 :mod:`.served`) that knows nothing of vectors. A :class:`Learner` applies the events to all workers' vectors at once
 (:mod:`.workers`, :mod:`.learning`) with the equations of :mod:`lightning_easgd.method.elastic`, and knows nothing of
 seconds. :func:`simulate` puts the two together: the error of the center against time, on a :class:`Problem`.
-:mod:`.command` is ``easgd-simulate``.
+:mod:`.simulate_command` is ``easgd-simulate``.
 """
 
 from lightning_easgd.lab.simulation.cluster import Cluster, Link, Stall

@@ -37,15 +37,11 @@ class Link:
         return size / self.bandwidth
 
     def ring_all_reduce(self, size: float, workers: int) -> float:
-        r"""Seconds of a ring all-reduce of ``size`` bytes over p workers.
+        r"""Seconds of a ring all-reduce of ``size`` bytes S over ``workers`` p.
 
         .. math:: 2 (p - 1) \left(L + \frac{S}{p B}\right)
 
         2 (p - 1) messages one after the other, each of a p-th of the buffer: latency L, size S, bandwidth B.
-
-        Args:
-            size: S, bytes.
-            workers: p.
         """
         return 2 * (workers - 1) * (self.latency + self.occupied(size / workers))
 

@@ -12,12 +12,7 @@ __all__ = ["digits_network", "digits_problem"]
 
 
 def digits_network(seed: int = 0, hidden: int = 32) -> nn.Sequential:
-    """A perceptron for 8x8 images with one hidden layer; 2410 parameters for 32 hidden units.
-
-    Args:
-        seed: Of the parameters.
-        hidden: Hidden units.
-    """
+    """A perceptron for 8x8 images with one hidden layer; 2410 parameters for 32 hidden units."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))
@@ -27,12 +22,7 @@ def digits_problem(network: nn.Module, *, batch_size: int = 32, seed: int = 0) -
     """The digits as ``DigitsDataModule(sampling="full")`` splits them and hands them out to real workers.
 
     A simulated worker and the real worker of the same rank and seed see the same batches. The error is that of the
-    test set.
-
-    Args:
-        network: Maps images of shape (N, 1, 8, 8) to 10 logits.
-        batch_size: Images in a worker's batch.
-        seed: Of the order in which images are drawn.
+    test set. The network maps images of shape (N, 1, 8, 8) to 10 logits; the seed is that of the order of the images.
 
     Raises:
         ModuleNotFoundError: If scikit-learn is missing.

@@ -11,34 +11,41 @@ from typing import TypeAlias, final
 __all__ = ["Event", "Exchange", "Failure", "Finish", "Forward", "Hop", "Reduction", "Return"]
 
 
-@final
 @dataclass(frozen=True)
-class Reduction:
-    """The sum over all workers arrives, and the center moves.
+class _At:
+    """Something that happens.
 
     Args:
         time: Simulated seconds.
-        clock: The steps that each worker had made when its vector was taken.
     """
 
     time: float
+
+
+@final
+@dataclass(frozen=True)
+class Reduction(_At):
+    """The sum over all workers arrives, and the center moves.
+
+    Args:
+        clock: The steps that each worker had made when its vector was taken.
+    """
+
     clock: int
 
 
 @final
 @dataclass(frozen=True)
-class Exchange:
+class Exchange(_At):
     """A center takes a worker's vector and moves; the worker moves when it has made the step that is under way.
 
     Args:
-        time: Simulated seconds.
         worker: Which worker.
         clock: The steps that the worker had made when its vector was taken.
         center: Number of the center; 0 is the one that is evaluated.
         sharing: The workers p that share this center and live; α = β / p unless α is given.
     """
 
-    time: float
     worker: int
     clock: int
     center: int
@@ -47,31 +54,27 @@ class Exchange:
 
 @final
 @dataclass(frozen=True)
-class Forward:
+class Forward(_At):
     """A center of a tree sends its vector to the center above it.
 
     Args:
-        time: Simulated seconds.
         center: The sender.
     """
 
-    time: float
     center: int
 
 
 @final
 @dataclass(frozen=True)
-class Hop:
+class Hop(_At):
     """A center of a tree moves towards the vector that one below it has sent.
 
     Args:
-        time: Simulated seconds.
         child: The sender.
         center: The center that moves.
         sharing: The centers below it.
     """
 
-    time: float
     child: int
     center: int
     sharing: int
@@ -79,46 +82,40 @@ class Hop:
 
 @final
 @dataclass(frozen=True)
-class Return:
+class Return(_At):
     """The answer to a :class:`Forward` arrives, and its sender moves.
 
     Args:
-        time: Simulated seconds.
         center: The sender.
     """
 
-    time: float
     center: int
 
 
 @final
 @dataclass(frozen=True)
-class Failure:
+class Failure(_At):
     """A worker dies; its vector drops out. What it has sent before counts.
 
     Args:
-        time: Simulated seconds.
         worker: Which worker.
         ends_run: Whether the others end with it, as they do where each exchange needs all of them.
     """
 
-    time: float
     worker: int
     ends_run: bool
 
 
 @final
 @dataclass(frozen=True)
-class Finish:
+class Finish(_At):
     """A worker has made all its steps and its last exchange.
 
     Args:
-        time: Simulated seconds.
         worker: Which worker.
         waited: Seconds in which it stood still for an exchange.
     """
 
-    time: float
     worker: int
     waited: float
 

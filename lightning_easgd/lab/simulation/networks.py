@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_easgd.lab.simulation.problems import Problem
 
@@ -95,13 +96,16 @@ class ClassificationProblem(Problem):
         self._gradients = vmap(grad(self._loss))
 
     @property
-    def message_bytes(self) -> int:  # noqa: D102
+    @override
+    def message_bytes(self) -> int:
         return self._call.start.nbytes
 
-    def start(self) -> Tensor:  # noqa: D102
+    @override
+    def start(self) -> Tensor:
         return self._call.start.clone()
 
-    def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:  # noqa: D102
+    @override
+    def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:
         batches = [self._rows(worker, clock) for worker, clock in zip(workers, clocks, strict=True)]
         rows = nn.utils.rnn.pad_sequence(batches, batch_first=True)
         lengths = torch.tensor([len(batch) for batch in batches])
@@ -110,7 +114,8 @@ class ClassificationProblem(Problem):
         return gradients
 
     @torch.no_grad()
-    def error(self, point: Tensor) -> float:  # noqa: D102
+    @override
+    def error(self, point: Tensor) -> float:
         inputs, labels = self._held_out
         logits = self._call(point, inputs)
         if not logits.isfinite().all():

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_easgd.lab.simulation.noise import WorkerNoise
 
@@ -47,13 +48,7 @@ class Problem(ABC):
 
 
 def spectrum(dimension: int, largest: float = 1.0, condition: float = 100.0) -> Tensor:
-    """Curvatures in geometric progression from ``largest`` / ``condition`` to ``largest``, shape (dimension,), float64.
-
-    Args:
-        dimension: How many.
-        largest: The largest.
-        condition: The largest divided by the smallest, ≥ 1.
-    """
+    """Curvatures in geometric progression from ``largest / condition`` to ``largest``, shape (dimension,), float64."""
     return largest * condition ** -torch.linspace(1, 0, dimension, dtype=torch.float64)
 
 
@@ -87,16 +82,20 @@ class Quadratic(Problem):
         self._noise = WorkerNoise(start, noise, seed) if noise > 0 else None
 
     @property
-    def message_bytes(self) -> int:  # noqa: D102
+    @override
+    def message_bytes(self) -> int:
         return self._start.nbytes
 
-    def start(self) -> Tensor:  # noqa: D102
+    @override
+    def start(self) -> Tensor:
         return self._start.clone()
 
-    def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:  # noqa: D102
+    @override
+    def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:
         minima = self._minima if self._minima.ndim == 1 else self._minima[list(workers)]
         gradients = (points - minima).mul_(self._curvatures)
         return gradients if self._noise is None else self._noise.subtract_from_(gradients, workers, clocks)
 
-    def error(self, point: Tensor) -> float:  # noqa: D102
+    @override
+    def error(self, point: Tensor) -> float:
         return float(0.5 * (self._curvatures * (point - self._best).square()).sum())

@@ -159,11 +159,7 @@ class Scenario:
                 return TreeSchedule(self.tau, max(self.tau, self.upper_tau), groups)
 
     def make_cluster(self, message_bytes: float) -> Cluster:
-        """What it runs on.
-
-        Args:
-            message_bytes: Size of a vector on the wire, if ``megabytes`` does not say otherwise.
-        """
+        """What it runs on; this is the size of a vector on the wire, if ``megabytes`` does not say otherwise."""
         speeds = None if self.straggler == 1 else [*[1.0] * (self.workers - 1), 1 / self.straggler]
         bandwidth = 1e6 * self.bandwidth
         return Cluster(

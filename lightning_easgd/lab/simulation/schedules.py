@@ -6,39 +6,41 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+from typing_extensions import override
+
 from lightning_easgd.lab.simulation.cluster import Cluster
 from lightning_easgd.lab.simulation.events import Event, Failure, Finish, Reduction
 
 __all__ = ["Schedule", "SynchronousSchedule"]
 
 
+@dataclass(frozen=True)
 class Schedule(ABC):
     """The order of a run's exchanges in simulated time. It knows nothing of the numbers that are exchanged.
 
-    Attributes:
+    Args:
         tau: τ, the communication period of the workers, in their own steps.
+
+    Raises:
+        ValueError: If it is below 1.
     """
 
-    tau: int
+    tau: int = 10
+
+    def __post_init__(self) -> None:
+        if self.tau < 1:
+            raise ValueError(f"{type(self).__name__}(tau={self.tau}): the period is a number of steps, 1 or more.")
 
     @abstractmethod
     def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
-        """The events of a run in order of their times.
+        """The events of a run of so many steps of each worker, in order of their times.
 
         As in training, the exchange at clock 0 is left out, and no exchange is begun after the last step.
-
-        Args:
-            cluster: What it runs on.
-            steps: Steps of each worker.
         """
 
     def centers(self, workers: int) -> int:  # noqa: ARG002 - most schedules have one
         """How many centers this many workers have."""
         return 1
-
-    def _check_tau(self) -> None:
-        if self.tau < 1:
-            raise ValueError(f"{type(self).__name__}(tau={self.tau}): the period is a number of steps, 1 or more.")
 
 
 @final
@@ -48,17 +50,10 @@ class SynchronousSchedule(Schedule):
 
     The reduction starts when the last worker has come. A worker's own pull needs only the old center, so it waits for
     nothing but, at its next exchange, the end of the last one. If a worker dies, the run ends, as a real one does.
-
-    Args:
-        tau: τ.
     """
 
-    tau: int = 10
-
-    def __post_init__(self) -> None:
-        self._check_tau()
-
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         times = [cluster.step_times(worker) for worker in range(cluster.workers)]
         reduce_seconds = cluster.all_reduce_seconds()
         died = min(cluster.failures.values(), default=math.inf)

@@ -8,6 +8,8 @@ from functools import partial
 from itertools import count
 from typing import final
 
+from typing_extensions import override
+
 from lightning_easgd.lab.simulation.cluster import Cluster, Link
 from lightning_easgd.lab.simulation.events import Event, Exchange, Failure, Finish, Forward, Hop, Return
 from lightning_easgd.lab.simulation.schedules import Schedule
@@ -23,17 +25,10 @@ class AsynchronousSchedule(Schedule):
 
     A worker sends its vector before a step and has the answer when the step is done, or waits for it. The center
     takes the exchanges one after the other, in the order in which they come.
-
-    Args:
-        tau: τ.
     """
 
-    tau: int = 10
-
-    def __post_init__(self) -> None:
-        self._check_tau()
-
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         star = [0] * cluster.workers
         return _ServedRun(cluster, steps, self.tau, parents=star, turns=FreeOrder()).events()
 
@@ -50,13 +45,10 @@ class RoundRobinSchedule(Schedule):
         handover_seconds: Until a worker notices that its turn has come.
     """
 
-    tau: int = 10
     handover_seconds: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._check_tau()
-
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         return _ServedRun(
             cluster,
             steps,
@@ -84,12 +76,11 @@ class TreeSchedule(Schedule):
             :class:`AsynchronousSchedule`.
     """
 
-    tau: int = 10
     upper_tau: int = 100
     groups: int = 2
 
     def __post_init__(self) -> None:
-        self._check_tau()
+        super().__post_init__()
         if self.upper_tau < self.tau:
             raise ValueError(
                 f"TreeSchedule(tau={self.tau}, upper_tau={self.upper_tau}): centers do not exchange more often than"
@@ -98,10 +89,12 @@ class TreeSchedule(Schedule):
         if self.groups < 0:
             raise ValueError(f"TreeSchedule(groups={self.groups}): a number of centers, 0 for a star.")
 
-    def centers(self, workers: int) -> int:  # noqa: D102
+    @override
+    def centers(self, workers: int) -> int:
         return 1 + min(self.groups, workers)
 
-    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:  # noqa: D102
+    @override
+    def timeline(self, cluster: Cluster, steps: int) -> Iterator[Event]:
         groups = min(self.groups, cluster.workers)
         parents = [1 + worker * groups // cluster.workers if groups else 0 for worker in range(cluster.workers)]
         return _ServedRun(
@@ -109,46 +102,39 @@ class TreeSchedule(Schedule):
         ).events()
 
 
+@dataclass(eq=False)
 class _SerialLink:
     """A center's link and its processor, which take one vector at a time."""
 
-    def __init__(self, cluster: Cluster, shards: int) -> None:
-        self._cluster = cluster
-        self._shards = shards
-        self._free = 0.0
+    cluster: Cluster
+    shards: int
+    free: float = 0.0  # when they have taken the last one
 
     def take(self, now: float, link: Link) -> float:
         """When the vector whose first byte arrives now has been taken in and answered."""
-        size = self._cluster.message_bytes
+        size = self.cluster.message_bytes
         last_byte = now + link.occupied(size)
-        self._free = max(self._free, now) + link.occupied(size / self._shards) + self._cluster.handling_seconds
-        return max(self._free, last_byte)
+        self.free = max(self.free, now) + link.occupied(size / self.shards) + self.cluster.handling_seconds
+        return max(self.free, last_byte)
 
 
 _Action = Callable[[float], Iterable[Event]]
 
 
+@dataclass(eq=False)
 class _ServedRun:
     """A discrete-event simulation: a heap of actions in the order of their times."""
 
-    def __init__(
-        self,
-        cluster: Cluster,
-        steps: int,
-        tau: int,
-        *,
-        parents: list[int],
-        turns: Turns,
-        handover_seconds: float = 0.0,
-        forward_after: float = math.inf,
-    ) -> None:
-        self._cluster = cluster
-        self._steps = steps
-        self._tau = tau
-        self._parents = parents
-        self._turns = turns
-        self._handover = handover_seconds
-        self._forward_after = forward_after
+    cluster: Cluster
+    steps: int
+    tau: int
+    parents: list[int]
+    turns: Turns
+    handover_seconds: float = 0.0
+    forward_after: float = math.inf
+
+    def __post_init__(self) -> None:
+        cluster, parents = self.cluster, self.parents
         self._times = [cluster.step_times(worker) for worker in range(cluster.workers)]
         centers = max(parents) + 1
         # The root is spread over all nodes, the center of a group over the group's.
@@ -164,10 +150,10 @@ class _ServedRun:
         self._numbers = count()  # of two actions at one time the first to be planned comes first
 
     def events(self) -> Iterator[Event]:
-        for worker, seconds in self._cluster.failures.items():
+        for worker, seconds in self.cluster.failures.items():
             self._at(seconds, partial(self._fail, worker))
         for worker, times in enumerate(self._times):
-            self._after_steps(worker, 0, times.take(min(self._tau, self._steps)))
+            self._after_steps(worker, 0, times.take(min(self.tau, self.steps)))
         while self._heap:
             now, _, action = heapq.heappop(self._heap)
             yield from action(now)
@@ -177,60 +163,60 @@ class _ServedRun:
 
     def _after_steps(self, worker: int, clock: int, time: float) -> None:
         """Plan what comes when the steps after this clock's exchange have been made."""
-        if clock + self._tau < self._steps:
-            self._at(time, partial(self._begin, worker, clock + self._tau))
+        if clock + self.tau < self.steps:
+            self._at(time, partial(self._begin, worker, clock + self.tau))
         else:
             self._at(time, partial(self._finish, worker))
 
     def _begin(self, worker: int, clock: int, now: float) -> Iterable[Event]:
         if self._alive[worker]:
             self._begun[worker] = clock, now + self._times[worker].take(1)
-            self._start(self._turns.request(worker), now)
+            self._start(self.turns.request(worker), now)
         return ()
 
     def _start(self, workers: list[int], now: float) -> None:
         for worker in workers:
-            self._at(now + self._handover + self._cluster.link.latency, partial(self._arrive, worker))
+            self._at(now + self.handover_seconds + self.cluster.link.latency, partial(self._arrive, worker))
 
     def _arrive(self, worker: int, now: float) -> Iterable[Event]:
-        done = self._links[self._parents[worker]].take(now, self._cluster.link)
+        done = self._links[self.parents[worker]].take(now, self.cluster.link)
         self._at(done, partial(self._serve, worker))
         return ()
 
     def _serve(self, worker: int, now: float) -> Iterable[Event]:
-        center = self._parents[worker]
+        center = self.parents[worker]
         yield Exchange(now, worker, self._begun[worker][0], center, max(1, self._sharing[center]))
-        self._at(now + self._answer_seconds(self._cluster.link), partial(self._answer, worker))
+        self._at(now + self._answer_seconds(self.cluster.link), partial(self._answer, worker))
         self._served[center] += 1
         yield from self._forward_if_due(center, now)
 
     def _answer(self, worker: int, now: float) -> Iterable[Event]:
         if not self._alive[worker]:
             return ()
-        self._start(self._turns.release(worker), now)
+        self._start(self.turns.release(worker), now)
         clock, computed = self._begun[worker]
         self._waited[worker] += max(0.0, now - computed)
-        rest = min(self._tau, self._steps - clock) - 1
+        rest = min(self.tau, self.steps - clock) - 1
         self._after_steps(worker, clock, max(now, computed) + self._times[worker].take(rest))
         return ()
 
     def _finish(self, worker: int, now: float) -> Iterable[Event]:
         if self._alive[worker]:
-            self._start(self._turns.leave(worker), now)
+            self._start(self.turns.leave(worker), now)
             yield Finish(now, worker, self._waited[worker])
             self._alive[worker] = False  # what befalls it from here on does not matter
 
     def _fail(self, worker: int, now: float) -> Iterable[Event]:
         if self._alive[worker]:
             self._alive[worker] = False
-            self._sharing[self._parents[worker]] -= 1
-            self._start(self._turns.leave(worker), now)
+            self._sharing[self.parents[worker]] -= 1
+            self._start(self.turns.leave(worker), now)
             yield Failure(now, worker, ends_run=False)
 
     def _forward_if_due(self, center: int, now: float) -> Iterable[Event]:
         if center == 0 or self._forwarding[center]:
             return
-        if self._served[center] >= self._forward_after * max(1, self._sharing[center]):
+        if self._served[center] >= self.forward_after * max(1, self._sharing[center]):
             self._served[center] = 0
             self._forwarding[center] = True
             yield Forward(now, center)
@@ -251,8 +237,8 @@ class _ServedRun:
 
     @property
     def _upper(self) -> Link:
-        return self._cluster.link if self._cluster.upper_link is None else self._cluster.upper_link
+        return self.cluster.link if self.cluster.upper_link is None else self.cluster.upper_link
 
     def _answer_seconds(self, link: Link) -> float:
         # The pieces before the last have been answered while the later ones came.
-        return link.latency + link.occupied(min(self._cluster.message_bytes, self._cluster.chunk_bytes))
+        return link.latency + link.occupied(min(self.cluster.message_bytes, self.cluster.chunk_bytes))

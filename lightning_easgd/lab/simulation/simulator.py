@@ -56,13 +56,7 @@ class SimulatedRun:
 
 
 def time_run(schedule: Schedule, cluster: Cluster, steps: int) -> Timing:
-    """Simulate only the time of a run.
-
-    Args:
-        schedule: Who exchanges with whom and when.
-        cluster: What it runs on.
-        steps: Steps of each worker.
-    """
+    """Simulate only the time of a run."""
     seconds = waited = spent = 0.0
     exchanges, completed = 0, True
     for event in schedule.timeline(cluster, steps):
@@ -111,7 +105,7 @@ def simulate(
         centers=schedule.centers(cluster.workers),
     )
     every = steps * cluster.step_seconds / _READINGS if every is None else every
-    readings = _Readings(problem, learner, target)
+    readings = _Readings(problem, learner, -math.inf if target is None else target)
     now = 0.0
     for event in schedule.timeline(cluster, steps):
         now = event.time
@@ -125,27 +119,29 @@ def simulate(
     return readings.run()
 
 
+@dataclass(eq=False)
 class _Readings:
     """Reads the center's error, and again only when the center may have moved."""
 
-    def __init__(self, problem: Problem, learner: Learner, target: float | None) -> None:
-        self._problem = problem
-        self._learner = learner
-        self._target = -math.inf if target is None else target
+    problem: Problem
+    learner: Learner
+    target: float
+    number: int = 0
+
+    def __post_init__(self) -> None:
         self._times: list[float] = []
         self._errors: list[float] = []
         self._exchanges = -1
-        self.number = 0
 
     def take(self, time: float) -> bool:
         """Write the error at this time down, and say whether that is the last one."""
-        if self._learner.exchanges != self._exchanges:
-            self._exchanges = self._learner.exchanges
-            self._error = self._problem.error(self._learner.center)
+        if self.learner.exchanges != self._exchanges:
+            self._exchanges = self.learner.exchanges
+            self._error = self.problem.error(self.learner.center)
         self._times.append(time)
         self._errors.append(self._error)
         self.number += 1
-        return self._error <= self._target or not math.isfinite(self._error)
+        return self._error <= self.target or not math.isfinite(self._error)
 
     def run(self) -> SimulatedRun:
-        return SimulatedRun(self._times, self._errors, self._learner)
+        return SimulatedRun(self._times, self._errors, self.learner)

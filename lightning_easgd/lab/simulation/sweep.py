@@ -48,7 +48,7 @@ def sweep(
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Writes rows of equal keys as CSV."""
+    """Write rows of equal keys as CSV."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
@@ -57,7 +57,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """Reads what :func:`write_rows` has written; what looks like a number becomes one."""
+    """Read what :func:`write_rows` has written; what looks like a number becomes one."""
     with file.open(newline="") as stream:
         return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(stream)]
 

@@ -3,6 +3,8 @@
 from abc import ABC, abstractmethod
 from typing import final
 
+from typing_extensions import override
+
 __all__ = ["FreeOrder", "RoundRobinOrder", "Turns"]
 
 
@@ -26,7 +28,8 @@ class Turns(ABC):
 class FreeOrder(Turns):
     """Every worker on its own clock."""
 
-    def request(self, worker: int) -> list[int]:  # noqa: D102
+    @override
+    def request(self, worker: int) -> list[int]:
         return [worker]
 
 
@@ -44,7 +47,8 @@ class RoundRobinOrder(Turns):
         self._holder: int | None = None
         self._next = 0
 
-    def request(self, worker: int) -> list[int]:  # noqa: D102
+    @override
+    def request(self, worker: int) -> list[int]:
         self._waiting.add(worker)
         return self._grant()
 

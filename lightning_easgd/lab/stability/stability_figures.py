@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_easgd.lab.demo_extra import blank_figure
 from lightning_easgd.stability import admm, center_error, round_robin, synchronous
 
 if TYPE_CHECKING:
@@ -13,20 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+_INCHES = (4.4, 3.8)
+
 
 def draw(directory: Path, points: int = 120) -> list[Path]:
-    """Draws all figures.
-
-    Args:
-        directory: Where the PNG files go; made if missing.
-        points: Points along each side of a map.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is missing.
-    """
+    """Draw all figures as PNG files, with so many points along each side of a map; return the files."""
     figures = {
         "admm.png": _admm(points),
         "regions.png": _regions(points),
@@ -38,21 +30,9 @@ def draw(directory: Path, points: int = 120) -> list[Path]:
     return [directory / name for name in figures]
 
 
-def _figure(columns: int) -> tuple["Figure", list["Axes"]]:
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "easgd-stability: matplotlib is not installed; run pip install 'lightning_easgd[demo]'"
-        ) from error
-    figure = Figure(figsize=(4.4 * columns, 3.8), layout="constrained")
-    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
-
-
 def _admm(points: int) -> "Figure":
     """The paper's figure 1, and a trajectory that seems to converge."""
-    figure, (three, eight, trajectory) = _figure(3)
+    figure, (three, eight, trajectory) = blank_figure(_INCHES, 3)
     lr, rho = np.linspace(0, 0.01, points + 1)[1:], np.linspace(0, 10, points + 1)[1:]
     for axes, workers in ((three, 3), (eight, 8)):
         radii = admm.radius(workers, lr[None, :], rho[:, None])
@@ -74,7 +54,7 @@ def _admm(points: int) -> "Figure":
 
 
 def _regions(points: int) -> "Figure":
-    figure, (plain, momentum, period) = _figure(3)
+    figure, (plain, momentum, period) = blank_figure(_INCHES, 3)
     scaled_lr = np.linspace(0, 2, points)
     for workers in (1, 4, 16):
         plain.plot(scaled_lr, synchronous.largest_moving_rate(workers, scaled_lr), label=f"synchronous, p = {workers}")
@@ -104,7 +84,7 @@ def _boundary(axes: "Axes", points: int, color: str, label: str, *, momentum: fl
 
 
 def _center_variance() -> "Figure":
-    figure, (against_workers, against_steps) = _figure(2)
+    figure, (against_workers, against_steps) = blank_figure(_INCHES, 2)
     workers = np.unique(np.geomspace(1, 1024, 60).round())
     lr = 0.1
     for beta in (0.1, 0.5, 0.9, 1.5):

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_easgd.lab.compare.curves import MeanCurve, Panel, mean_curves, panels
-from lightning_easgd.lab.compare.energies import EnergyCurve, energy_curves
+from lightning_easgd.lab.compare.curves import EnergyCurve, MeanCurve, Panel, energy_curves, mean_curves, panels
 from lightning_easgd.lab.compare.records import TIMES
+from lightning_easgd.lab.demo_extra import blank_figure
 from lightning_easgd.lab.report import read_rows
 
 if TYPE_CHECKING:
@@ -27,21 +27,10 @@ _MANY_COLORS = (
     "tab:olive", "tab:cyan", "navy", "gold", "lime", "darkred", "indigo", "sienna", "hotpink", "teal", "silver",
 )  # fmt: skip
 _INCHES = (4.6, 3.6)
-_IN_A_ROW = 4
 
 
 def draw(directory: Path) -> list[Path]:
-    """Draws test error against time, epochs and bytes, the time to each target error, and local energies.
-
-    Args:
-        directory: The comparison's directory.
-
-    Returns:
-        The PNG files.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is missing.
-    """
+    """Draw test error against its costs, the time to each target error, and local energies; return the PNG files."""
     curves = mean_curves(directory)
     if not curves:
         return []
@@ -58,8 +47,8 @@ def draw(directory: Path) -> list[Path]:
 
 def _draw_errors(directory: Path, curves: Sequence[MeanCurve], cost: str, colors: dict[str, str]) -> Path:
     name, xlabel = _AXES[cost]
-    every = list(panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves]))
-    figure, systems = _figure(len(every))
+    every = panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves])
+    figure, systems = blank_figure(_INCHES, len(every))
     for axes, panel in zip(systems, every, strict=True):
         for curve in curves:
             if panel.holds(curve.panel_tau, curve.panel_workers):
@@ -85,8 +74,8 @@ def _draw_curve(axes: "Axes", curve: MeanCurve, cost: str, colors: dict[str, str
 def _draw_times(directory: Path, times: Sequence[dict[str, str]], colors: dict[str, str]) -> Path:
     """Seconds to a target error, one system of axes per target, over the grid's periods or numbers of workers."""
     targets = sorted({row["target_error"] for row in times}, key=float, reverse=True)
-    every = list(panels([row["panel_tau"] for row in times], [row["panel_workers"] for row in times]))
-    figure, systems = _figure(len(targets))
+    every = panels([row["panel_tau"] for row in times], [row["panel_workers"] for row in times])
+    figure, systems = blank_figure(_INCHES, len(targets))
     for axes, target in zip(systems, targets, strict=True):
         for label in dict.fromkeys(row["label"] for row in times):
             rows = [row for row in times if (row["label"], row["target_error"]) == (label, target) and row["seconds"]]
@@ -104,8 +93,8 @@ def _draw_times(directory: Path, times: Sequence[dict[str, str]], colors: dict[s
 
 def _draw_energies(directory: Path, curves: Sequence[EnergyCurve], colors: dict[str, str]) -> Path:
     """Increase of the training error over the noise, from none at σ = 0: mean of the seeds, and smallest to largest."""
-    every = list(panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves]))
-    figure, systems = _figure(len(every))
+    every = panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves])
+    figure, systems = blank_figure(_INCHES, len(every))
     for axes, panel in zip(systems, every, strict=True):
         for curve in curves:
             if not panel.holds(curve.panel_tau, curve.panel_workers):
@@ -134,21 +123,6 @@ def _colors(labels: Sequence[str]) -> dict[str, str]:
     if len(names) <= 10:
         return {label: f"C{index}" for index, label in enumerate(names)}
     return {label: _MANY_COLORS[index % len(_MANY_COLORS)] for index, label in enumerate(names)}
-
-
-def _figure(count: int) -> tuple["Figure", list["Axes"]]:
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "easgd-plot: matplotlib is not installed; run pip install 'lightning_easgd[demo]'"
-        ) from error
-    columns = min(count, _IN_A_ROW)
-    rows = -(-count // columns)
-    figure = Figure(figsize=(_INCHES[0] * columns, _INCHES[1] * rows), layout="constrained")
-    systems = [figure.add_subplot(rows, columns, index + 1) for index in range(count)]
-    return figure, systems
 
 
 def _save(figure: "Figure", path: Path) -> Path:

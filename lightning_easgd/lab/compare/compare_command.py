@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
-from lightning_easgd.lab.compare.figures import draw
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
-from lightning_easgd.lab.compare.records import collect
-from lightning_easgd.lab.compare.tables import write_tables
+from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
 from lightning_easgd.lab.train import machine
 
 __all__ = ["main", "planned"]
@@ -29,7 +28,7 @@ _TRIAL_DIRECTORY = "fast_dev_run"
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     run_command(COMMAND, _hydra_main)
 
 
@@ -45,11 +44,9 @@ def _hydra_main(config: DictConfig) -> None:
 
 
 def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
-    """Lists the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
+    """List the runs of a comparison; with `fast_dev_run` one of each method, with at most two workers.
 
-    Args:
-        config: The composed configuration `compare`.
-        overrides: What was written on the command line; what is not the comparison's own goes to every run.
+    Of the command line's overrides those that are not the comparison's own go to every run.
 
     Raises:
         UsageError: If an override sets what the grid sets.
@@ -69,15 +66,11 @@ def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
 
 
 def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
-    """Runs those cells that have not been run, then writes tables and figures of all.
-
-    Args:
-        config: The composed configuration `compare`.
-        every: The cells.
-
-    Returns:
-        What went wrong, by name of the run that failed.
-    """
+    """Run the cells that have not been run, write tables and figures of all, and return what went wrong by run."""
+    with demo_extra():  # before anything runs; not at the top, as pandas takes half a second
+        from lightning_easgd.lab.compare.compare_figures import draw  # noqa: PLC0415
+        from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415
+        from lightning_easgd.lab.compare.tables import write_tables  # noqa: PLC0415
     directory = _directory(config)
     with runs.only_one(directory) as lock:
         left = [cell for cell in every if not runs.is_finished(directory, cell)]
@@ -96,7 +89,7 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
         print(write_tables(directory))
         try:
             files: list[Any] = draw(directory)
-        except ModuleNotFoundError as error:
+        except MissingExtraError as error:
             files = [f"no figures: {error}"]
         for path in files:
             print(f"  {path}")
@@ -123,21 +116,16 @@ class _Progress:
             print(f"{finished} of {total} runs are finished and skipped")
 
     def begin(self, name: str) -> None:
-        """Announces a run."""
+        """Announce a run."""
         print(f"[{self._finished + self._run + 1}/{self._total}] {name} ...", end=" ", flush=True)
 
     def end(self, result: str) -> None:
-        """Says how it ended."""
+        """Say how it ended."""
         self._run += 1
         elapsed = time.monotonic() - self._started
         rest = (self._total - self._finished - self._run) * elapsed / self._run
-        print(f"{result}; {_clock(elapsed)} elapsed, about {_clock(rest)} left", flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
+        so_far, to_come = (timedelta(seconds=round(seconds)) for seconds in (elapsed, rest))
+        print(f"{result}; {so_far} elapsed, about {to_come} left", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_easgd.lab.demo_extra import blank_figure
 from lightning_easgd.lab.simulation.sweep import ALONE, RESULTS, read_rows
 
 __all__ = ["best_times", "draw"]
@@ -20,10 +21,6 @@ _AXES = {
 
 def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[float, float]]:
     """The time to error with the best learning rate, for each line of the figure and each x.
-
-    Args:
-        rows: Of :func:`~lightning_easgd.lab.simulation.sweep.sweep`.
-        x: The field on the abscissa.
 
     Returns:
         For the label of each line, and each of its x, the shortest time; infinite if no learning rate gets there.
@@ -43,26 +40,9 @@ def best_times(rows: Sequence[Mapping[str, Any]], x: str) -> dict[str, dict[floa
 
 
 def draw(file: Path, x: str) -> Path:
-    """Draws the figure of a sweep beside its CSV file.
-
-    Args:
-        file: The CSV file.
-        x: The field on the abscissa, a number.
-
-    Returns:
-        The PNG file.
-
-    Raises:
-        ModuleNotFoundError: If matplotlib is missing.
-    """
-    try:
-        # An extra. The object interface needs no display and leaves no global state.
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("matplotlib is not installed; run pip install 'lightning_easgd[demo]'") from error
+    """Draw the figure of a sweep over a field x, which is a number, beside its CSV file; return the PNG file."""
     rows = read_rows(file)
-    figure = Figure(figsize=(5.6, 4.0), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = blank_figure((5.6, 4.0))
     for label, line in best_times(rows, x).items():
         reached = {value: seconds for value, seconds in sorted(line.items()) if math.isfinite(seconds)}
         axes.plot(list(reached), list(reached.values()), marker="o", markersize=3, label=label or None)
