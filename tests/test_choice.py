@@ -1,4 +1,4 @@
-"""Over which channel and by which sum synchronous workers exchange: a table, and an averaging on a channel of one's own."""
+"""Over which channel and by which sum workers exchange: a table, and an averaging on a channel of one's own."""
 
 import pytest
 import torch
