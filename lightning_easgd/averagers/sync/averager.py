@@ -23,7 +23,7 @@ from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
-from lightning_easgd.transport.channel import Channel, ExchangeError
+from lightning_easgd.transport.channel import Channel
 from lightning_easgd.transport.staging import brought_near
 
 __all__ = ["SynchronousAverager", "SynchronousAveraging"]
@@ -304,10 +304,7 @@ class SynchronousAverager(Averager):
         before = self.parameters
         self._averaged.take_in()
         origins = self._lay_out(before)
-        try:
-            self._sum = self._sum.renewed(self.center, origins)
-        except ExchangeError as error:
-            raise ExchangeError(f"{self._line.strategy}{error}") from error
+        self._sum = self._sum.renewed(self.center, origins)
 
     @torch.no_grad()
     def _lay_out(self, known: Sequence[Tensor]) -> list[int | None]:
