@@ -150,7 +150,8 @@ class ServedAveraging(Averaging):
         timeout = self._timeout
         keys = self._keys.under(f"start/{self._starts}")
         self._starts += 1
-        rendezvous = Rendezvous(keys, self._presence, self.control.rank, self.control.size, timeout)
+        rank, size = self.control.rank, self.control.size
+        rendezvous = Rendezvous(keys, self._presence, rank, size, timeout, user=self.strategy)
         groups = [segment for every in parameters for segment in every.described]
         if len(set(rendezvous.gather("layout", zlib.crc32(repr(groups).encode())))) > 1:
             check_in_common(rendezvous.gather("layouts", groups), self.control.rank, self.strategy)
