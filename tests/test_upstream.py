@@ -21,6 +21,7 @@ class Foreign(CPUAccelerator):
         return ["foo"] * devices
 
 
+@pytest.mark.processes
 def test_devices_of_a_foreign_accelerator_are_no_business_of_the_strategy():
     trainer = quiet_trainer(strategy=EASGDStrategy(), accelerator=Foreign(), devices=2)
     assert trainer.strategy.parallel_devices == ["foo", "foo"]

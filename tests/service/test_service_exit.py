@@ -38,7 +38,6 @@ elif ending == "exchanging":  # daemon threads in the middle of exchanges, and n
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ending", "codes"),
     [("success", [0, 0]), ("unclosed", [0, 0]), ("exception", [1, 1]), ("kill", [0, -9]), ("exchanging", [0, 0])],

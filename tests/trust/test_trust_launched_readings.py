@@ -13,7 +13,7 @@ import lightning_easgd.fabric
 import lightning_easgd.pl
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.processes]
 
 
 class Failing(Quadratic):
