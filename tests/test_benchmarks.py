@@ -68,6 +68,7 @@ def test_step_cost(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.serial
 @pytest.mark.processes
 def test_straggler(tmp_path):
     run("straggler", tmp_path, "--ranks", "2", "--rounds", "1", "--steps", "2", "--tau", "2", "--parameters", "1000",
@@ -180,6 +181,7 @@ def test_time_to_accuracy_without_data_says_so(tmp_path, capsys):
     assert "skipped: " in capsys.readouterr().out
 
 
+@pytest.mark.serial
 @pytest.mark.processes
 def test_monitor_cost(tmp_path):
     run("monitor_cost", tmp_path, "--parameters", "20000", "--features", "32", "--batch-size", "8", "--rounds", "1",

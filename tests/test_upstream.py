@@ -22,9 +22,11 @@ class Foreign(CPUAccelerator):
 
 
 @pytest.mark.processes
-def test_devices_of_a_foreign_accelerator_are_no_business_of_the_strategy():
-    trainer = quiet_trainer(strategy=EASGDStrategy(), accelerator=Foreign(), devices=2)
-    assert trainer.strategy.parallel_devices == ["foo", "foo"]
+def test_devices_of_a_foreign_accelerator_are_refused():
+    with pytest.raises(
+        ValueError, match=r"EASGDStrategy\(parallel_devices=\[foo\]\): workers are CPUs or CUDA devices"
+    ):
+        quiet_trainer(strategy=EASGDStrategy(), accelerator=Foreign(), devices=2)
 
 
 def complaints(strategy, steps, **trainer):
