@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 # Workers are processes: more threads in each only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
-CORES := $(shell nproc 2>/dev/null || echo 2)
-JOBS ?= $(shell echo $$(($(CORES) * 3 / 2)))
+# nproc would tell the threads instead.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell echo $$(($(CORES) + 1)))
 FAST_JOBS ?= $(CORES)
 
 # The oldest Lightning that pyproject.toml admits; it needs older versions of some that constraints.txt pins.
