@@ -257,12 +257,13 @@ def gpu_check(output, parts, **environment):
     command = ["bash", FOLDER / "gpu_check.sh", "--device", "cpu", "--parts", parts]
     own = {"PYTHON": sys.executable, "OUT": str(output), "DATA": ""}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=165, check=False, env=os.environ | own | environment
+        command, capture_output=True, text=True, timeout=450, check=False, env=os.environ | own | environment
     )
     summary = json.loads((output / "summary.json").read_text()) if (output / "summary.json").exists() else {}
     return done.returncode, done.stdout + done.stderr, summary
 
 
+@pytest.mark.timeout(500)
 def test_gpu_check(tmp_path):
     status, said, summary = gpu_check(tmp_path, "tests benchmark two_gpus stacked", WORKERS="2")
     assert status == 0, said
