@@ -492,7 +492,7 @@ def test_a_budget_is_positive(tmp_path):
 
 @pytest.mark.timeout(400)
 def test_the_quick_experiment(tmp_path):
-    done = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
+    done = command("lab.compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "quick"
     table = {row["cell"]: row for row in rows(directory / CELLS)}
@@ -508,13 +508,13 @@ def test_the_quick_experiment(tmp_path):
     assert files >= {"config.yaml", "versions.txt", "metrics.csv", "curve.csv", "time.csv", "communication.csv"}
     assert str(tmp_path) not in (run / "config.yaml").read_text()
     assert "cores" in (directory / "machine.txt").read_text()
-    again = command("compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
+    again = command("lab.compare.command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
     assert "6 of 6 runs are finished and skipped" in again.stdout
 
 
 def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
     done = command(
-        "compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
+        "lab.compare.command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
         "+grid.methods.bad={method:sgd,lr:[0.1],overrides:['data.sampling=half']}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1
