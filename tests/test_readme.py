@@ -94,10 +94,10 @@ def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.Com
 # Languages
 
 
-def run_script(text: str, folder: Path) -> None:
+def run_script(text: str, folder: Path, interpreter: str | None = None) -> None:
     script = folder / "script.py"
     script.write_text(PREAMBLE + text + EPILOGUE)
-    assert "trained 24" in run([python(), str(script)], folder).stdout
+    assert "trained 24" in run([interpreter or python(), str(script)], folder).stdout
 
 
 def check_diff(text: str, folder: Path) -> None:
@@ -105,10 +105,11 @@ def check_diff(text: str, folder: Path) -> None:
     before = [line[1:] for line in lines if not line.startswith("+")]
     after = [line[1:] for line in lines if not line.startswith("-")]
     compile("\n".join(before), "before", "exec")
-    run_script("\n".join(after), folder)
+    # A new interpreter: in the other one the names are there without the import.
+    run_script("\n".join(after), folder, sys.executable)
     without_import = "\n".join(line for line in after if "import lightning_easgd" not in line)
     with pytest.raises(AssertionError, match="invalid strategy name"):
-        run_script(without_import, folder)
+        run_script(without_import, folder, sys.executable)
 
 
 def check_console(text: str, folder: Path) -> None:
