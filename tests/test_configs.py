@@ -295,6 +295,11 @@ def official(tmp_path_factory):
     return root
 
 
+def with_loaders(name, data):
+    """Images of ImageNet are loaded in processes."""
+    return pytest.param(name, marks=pytest.mark.processes) if data == "imagenet" else name
+
+
 def run_on(run, official, data, model, transform):
     """One epoch of two batches of two images."""
     overrides = [f"data={data}", f"model={model}", f"paths.data={official}", "data.batch_size=2", "optimizer.lr=0.001"]
@@ -311,14 +316,14 @@ def run_on(run, official, data, model, transform):
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
-@pytest.mark.parametrize("data", options("data"))
+@pytest.mark.parametrize("data", [with_loaders(name, name) for name in options("data")])
 def test_every_data_set_runs(tmp_path, official, data):
     run_on(tmp_path, official, data, MODEL_OF.get(data, "strided_net"), None)
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", [with_loaders(name, DATA_OF[name][0]) for name in options("model")])
 def test_every_model_runs(tmp_path, official, model):
     data, transform = DATA_OF[model]
     run_on(tmp_path, official, data, model, transform)
