@@ -6,6 +6,11 @@ STAMP := $(VENV)/.installed
 # Workers are processes: more threads in each only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
+# nproc would tell the threads instead.
+CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell echo $$(($(CORES) + 1)))
+FAST_JOBS ?= $(CORES)
+
 # The oldest Lightning that pyproject.toml admits; it needs older versions of some that constraints.txt pins.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
@@ -18,12 +23,13 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 # What a machine with a GPU may lack, and cannot fetch: pure Python, about 2 MB.
 GPU_WHEELS := .gpu-wheels
 
-.PHONY: help train test test-oldest test-clients test-gpu gpu-wheels lint clean
+.PHONY: help train test test-fast test-oldest test-clients test-gpu gpu-wheels lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
-	@echo 'make test    lint, types, all tests'
+	@echo 'make test    lint, types, all tests; on JOBS processes, $(JOBS) unless you say otherwise'
+	@echo 'make test-fast  the tests that start no processes; two minutes'
 	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
 	@echo 'make test-clients  real libraries with strategy="ddp" and "easgd", in a venv of their own'
 	@echo 'make test-gpu  tests and benchmarks on a GPU, without network, with the python3 that is there'
@@ -47,8 +53,13 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Many tests wait, for a timeout or a process: more of them at once than cores. Those that measure time run alone.
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]  # none is left of ARGS
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not processes' -n $(FAST_JOBS) --dist worksteal $(ARGS)
 
 $(OLDEST_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -58,7 +69,8 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP)
-	$(OLDEST)/bin/python -m pytest $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]  # none is left of ARGS
 
 $(CLIENTS_STAMP): pyproject.toml constraints.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)

@@ -4,7 +4,6 @@ import functools
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+from preloaded import python
 from torch import nn
 
 from lightning_easgd.lab.models import Classifier
@@ -53,11 +53,14 @@ def composed(run: Path, *overrides: str, name: str = "train") -> DictConfig:
     return config
 
 
-def command(module: str, *arguments: str, cwd: Path, timeout: float = 150) -> subprocess.CompletedProcess[str]:
-    """Runs a command of the package as a user does, in its own process."""
+def command(
+    module: str, *arguments: str, cwd: Path, timeout: float = 150, interpreter: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the package as a user does, in its own process, with `python()` or the interpreter named."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    interpreter = interpreter or python()
     return run_process(
-        [sys.executable, "-m", f"lightning_easgd.{module}", *arguments], cwd=cwd, env=environment, timeout=timeout
+        [interpreter, "-m", f"lightning_easgd.{module}", *arguments], cwd=cwd, env=environment, timeout=timeout
     )
 
 

@@ -1,10 +1,26 @@
-"""One thread per process: the tests start several processes on few cores. And where the GPU tests run."""
+"""One thread per process: the tests start several processes on few cores. And where the GPU tests run.
+
+Tests that start processes are marked `processes` here, by what they call; the others are `make test-fast`.
+"""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ranks are forked: looking for a GPU must not initialise CUDA here.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+import pytest
+
+HERE = str(Path(__file__).parent)
+# What starts processes, and what code that does so itself calls it.
+STARTERS = {"run_ranks", "end_ranks", "subprocess", "multiprocessing", "fork", "python", "Process"}
+_started: list[str] | None = None  # by the test that runs; None if it may
 
 
 def pytest_addoption(parser):
@@ -18,3 +34,76 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     os.environ["EASGD_GPU_TESTS"] = config.getoption("--device")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    known: dict[Any, bool] = {}
+    for item in items:
+        fixtures = [definition.func for each in item._fixtureinfo.name2fixturedefs.values() for definition in each]
+        if any(_starts(function, known) for function in (item.obj, *fixtures)):
+            item.add_marker("processes")
+
+
+def _starts(value: Any, known: dict[Any, bool]) -> bool:
+    """Whether a function of the tests, or one that it uses, names one of the STARTERS."""
+    if isinstance(value, MethodType):
+        value = value.__func__
+    value = getattr(value, "__wrapped__", value)
+    if isinstance(value, type) and value.__module__ in sys.modules:
+        if not _is_ours(sys.modules[value.__module__]):
+            return False
+        methods = [each for each in vars(value).values() if isinstance(each, FunctionType)]
+        return any(_starts(method, known) for method in methods)
+    if not isinstance(value, FunctionType) or not value.__code__.co_filename.startswith(HERE):
+        return False
+    if value not in known:
+        known[value] = False  # while it is looked at
+        names = set(_names(value.__code__))
+        known[value] = not STARTERS.isdisjoint(names) or any(
+            _starts(value.__globals__[name], known) for name in names & value.__globals__.keys()
+        )
+    return known[value]
+
+
+def _is_ours(module: ModuleType) -> bool:
+    return (getattr(module, "__file__", None) or "").startswith(HERE)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if _started is not None and event in ("os.fork", "os.posix_spawn", "subprocess.Popen"):
+        _started.append(" ".join([event, *map(str, arguments[:1])]))
+
+
+sys.addaudithook(_watch)
+
+
+@contextmanager
+def _watched(item) -> Iterator[None]:
+    """A test that starts a process without the mark fails: it would be in `make test-fast`."""
+    global _started  # noqa: PLW0603
+    _started = None if item.get_closest_marker("processes") else []
+    try:
+        yield
+        assert not _started, f"mark this test `processes`: it starts some ({', '.join(_started)})"
+    finally:
+        _started = None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    with _watched(item):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    with _watched(item):
+        return (yield)

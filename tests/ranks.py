@@ -1,5 +1,6 @@
 """Run a function as the ranks of one job: forked processes, a hard timeout, and each rank's result."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -11,12 +12,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 _CONTEXT = multiprocessing.get_context("fork")
 _PORTS = random.SystemRandom()  # tests seed the other one
+_HELD: list[IO[str]] = []
 
 
 @dataclass
@@ -86,19 +88,25 @@ def _errors(folder: str) -> str:
 def free_port() -> int:
     """A port that is free, and stays so until a rank listens on it.
 
-    The kernel gives ports above 32768 to connections of whatever runs beside, and pytest-xdist's workers look at the
-    same time: each takes those below that have its own number modulo 64.
+    The kernel gives ports above 32768 to connections of whatever runs beside; other processes of tests, of this session
+    or another, look at the same time, so each holds the lock of a file for the ports that it was given last.
     """
-    digits = "".join(filter(str.isdigit, os.environ.get("PYTEST_XDIST_WORKER", "")))
-    worker = int(digits or os.getpid()) % 64
+    folder = Path(tempfile.gettempdir(), f"easgd-test-ports-{os.getuid()}")
+    folder.mkdir(exist_ok=True)
     for _ in range(1000):
-        port = 10048 + 64 * _PORTS.randrange(350) + worker
-        with socket.socket() as listener:
-            try:
+        port = _PORTS.randrange(10048, 32448)
+        lock = (folder / str(port)).open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with socket.socket() as listener:
                 listener.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+        except OSError:
+            lock.close()
+            continue
+        _HELD.append(lock)
+        if len(_HELD) > 16:
+            _HELD.pop(0).close()
+        return port
     raise OSError("no free port")
 
 

@@ -177,6 +177,7 @@ def seconds(pause, free=True):
     return slow.seconds
 
 
+@pytest.mark.serial
 def test_a_slow_rank_does_not_slow_the_other():
     together = run_ranks(seconds, 2, 0.003)[0]
     beside_slow = run_ranks(seconds, 2, 0.02)[0]

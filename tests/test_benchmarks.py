@@ -11,11 +11,13 @@ import subprocess
 import sys
 import time
 from functools import partial
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from application import ROOT
 from official_data import write_cifar10
+from preloaded import python
 
 FOLDER = ROOT / "examples" / "benchmarks"
 sys.path.insert(0, str(FOLDER))
@@ -29,7 +31,7 @@ from harness.ratios import ratios  # noqa: E402
 from harness.turns import Turn  # noqa: E402
 from on_gpu.stalls import calls_of_steps  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(170)]
+pytestmark = pytest.mark.timeout(170)
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -47,7 +49,7 @@ def rows(path):
 def test_step_cost(tmp_path):
     size = ["--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4", "--tau", "2"]
     chosen = ["--methods", "easgd", "post_local_sgd", "ddp", "easgd int8"]
-    command = [sys.executable, FOLDER / "run.py", "step_cost", *size, *chosen, "--output", tmp_path]
+    command = [python(), FOLDER / "run.py", "step_cost", *size, *chosen, "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
     assert done.returncode == 0, done.stderr
     said = done.stdout
@@ -66,6 +68,8 @@ def test_step_cost(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
+@pytest.mark.serial
+@pytest.mark.processes
 def test_straggler(tmp_path):
     run("straggler", tmp_path, "--ranks", "2", "--rounds", "1", "--steps", "2", "--tau", "2", "--parameters", "1000",
         "--sleep-ms", "30", "--methods", "easgd_async", "ddp")  # fmt: skip
@@ -75,6 +79,7 @@ def test_straggler(tmp_path):
     assert table["straggler", "ddp"] < 0.5
 
 
+@pytest.mark.processes
 def test_exchange(tmp_path):
     run("exchange", tmp_path, "--parameters", "300000", "--workers", "2", "--rounds", "2")
     table = {row["way"]: row for row in rows(tmp_path / "exchange.csv")}
@@ -92,6 +97,7 @@ def namespaces():
         pytest.skip(f"no network namespaces here: {error}")
 
 
+@pytest.mark.processes
 def test_slow_link_and_overview(tmp_path):
     namespaces()
     sizes = ["--parameters", "20000", "--rounds", "1", "--steps", "2", "--tau", "2", "--methods", "easgd", "ddp"]
@@ -175,6 +181,8 @@ def test_time_to_accuracy_without_data_says_so(tmp_path, capsys):
     assert "skipped: " in capsys.readouterr().out
 
 
+@pytest.mark.serial
+@pytest.mark.processes
 def test_monitor_cost(tmp_path):
     run("monitor_cost", tmp_path, "--parameters", "20000", "--features", "32", "--batch-size", "8", "--rounds", "1",
         "--steps", "1", "--tau", "2", "--every-n-steps", "4", "--batches", "2", "--draws", "1",
@@ -191,6 +199,7 @@ def test_monitor_cost(tmp_path):
     assert all(float(row["seconds"]) > 0 for row in readings.values())
 
 
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:verify=False")
 def test_batchnorm_statistics(tmp_path, monkeypatch):
     module = importlib.import_module("batchnorm_statistics")
@@ -235,6 +244,7 @@ def test_ratios_are_to_the_reference_asked_for():
     assert ratios({}, turns) == []
 
 
+@pytest.mark.processes
 def test_gpu_without_a_gpu_says_so(tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -247,20 +257,23 @@ def gpu_check(output, parts, **environment):
     command = ["bash", FOLDER / "gpu_check.sh", "--device", "cpu", "--parts", parts]
     own = {"PYTHON": sys.executable, "OUT": str(output), "DATA": ""}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=165, check=False, env=os.environ | own | environment
+        command, capture_output=True, text=True, timeout=450, check=False, env=os.environ | own | environment
     )
     summary = json.loads((output / "summary.json").read_text()) if (output / "summary.json").exists() else {}
     return done.returncode, done.stdout + done.stderr, summary
 
 
+@pytest.mark.timeout(500)
 def test_gpu_check(tmp_path):
-    status, said, summary = gpu_check(tmp_path, "benchmark two_gpus stacked")
+    status, said, summary = gpu_check(tmp_path, "tests benchmark two_gpus stacked", WORKERS="2")
     assert status == 0, said
     assert summary["device"] == "cpu"
     assert [(part["part"], part["status"]) for part in summary["parts"]] == [
-        ("benchmark", "0"), ("two_gpus", "skipped"), ("stacked", "skipped")
+        ("tests", "0"), ("benchmark", "0"), ("two_gpus", "skipped"), ("stacked", "skipped")
     ]  # fmt: skip
-    assert all(part["note"] for part in summary["parts"][1:])
+    assert all(part["note"] for part in summary["parts"][2:])
+    (suite,) = ElementTree.parse(tmp_path / "tests.xml").getroot()
+    assert int(suite.get("tests")) > int(suite.get("skipped"))
     assert "needs two GPUs" in (tmp_path / "summary.txt").read_text()
     results = tmp_path / "benchmark"
     setting = json.loads((results / "setting.json").read_text())
@@ -292,6 +305,7 @@ def test_gpu_check_refuses_what_it_does_not_know(tmp_path):
     assert "no part nothing" in said
 
 
+@pytest.mark.processes
 def test_gpu_leaves_out_rounds_that_do_not_fit(tmp_path):
     run("gpu", tmp_path, "--device", "cpu", "--parts", "step_cost", "--limit", "0", "--rounds", "3", "--tau", "2",
         "--steps", "2", "--batch-size", "2")  # fmt: skip

@@ -193,6 +193,7 @@ time.sleep(float(sys.argv[2]))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("seconds", ["60", "0"], ids=["killed", "ended"])
 def test_no_process_of_a_run_is_left(tmp_path, seconds):
     with runs.only_one(tmp_path) as lock:
@@ -201,6 +202,7 @@ def test_no_process_of_a_run_is_left(tmp_path, seconds):
     assert gone(int((tmp_path / "pid").read_text()))
 
 
+@pytest.mark.processes
 def test_a_failure_is_named_by_the_last_line(tmp_path):
     with runs.only_one(tmp_path) as lock:
         failure = runs._supervise(script("import sys; print('a'); sys.exit('no data\\n')"), tmp_path / "o", 20, lock)
@@ -247,6 +249,7 @@ def fake(monkeypatch):
     return fake
 
 
+@pytest.mark.processes
 def test_finished_runs_are_skipped_and_failed_or_torn_ones_repeated(tmp_path, fake, capsys):
     config = grid(tmp_path, {"sgd": {"lr": [0.1, 0.2, 0.3]}})
     every = planned(config, [])
@@ -511,10 +514,9 @@ def test_a_budget_is_positive(tmp_path):
 # As a user runs it
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_quick_experiment(tmp_path):
-    done = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
+    done = command("lab.compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     directory = tmp_path / "quick"
     table = {row["cell"]: row for row in rows(directory / CELLS)}
@@ -530,14 +532,13 @@ def test_the_quick_experiment(tmp_path):
     assert files >= {"config.yaml", "versions.txt", "metrics.csv", "curve.csv", "time.csv", "communication.csv"}
     assert str(tmp_path) not in (run / "config.yaml").read_text()
     assert "cores" in (directory / "machine.txt").read_text()
-    again = command("compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
+    again = command("lab.compare.compare_command", "experiment=quick", "directory=quick", cwd=tmp_path, timeout=60)
     assert "6 of 6 runs are finished and skipped" in again.stdout
 
 
-@pytest.mark.slow
 def test_a_trial_of_a_failing_grid_ends_with_the_failures(tmp_path):
     done = command(
-        "compare.compare_command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
+        "lab.compare.compare_command", "experiment=quick", "directory=d", "fast_dev_run=true", "grid.only=[msgd,bad]",
         "+grid.methods.bad={method:sgd,lr:[0.1],overrides:['data.sampling=half']}", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 1

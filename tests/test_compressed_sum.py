@@ -388,7 +388,6 @@ def digits_accuracy(seed, epochs=3, workers=2, tau=10, lr=0.05, **strategy):
     return trainer.validate(module, DigitsDataModule(seed=seed), verbose=False)[0]["val/accuracy"], center
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_digits_are_learned_as_well():
     def train():

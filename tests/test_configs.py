@@ -64,12 +64,30 @@ def keyword_arguments(function) -> set[str]:
     return {p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds} - {"self"}
 
 
-@pytest.mark.parametrize(
-    ("strategy", "optimizer", "scheduler"),
-    list(itertools.product(options("strategy"), options("optimizer"), options("scheduler"))),
-)
-@pytest.mark.parametrize("logger", options("logger"))
-def test_every_combination_instantiates(tmp_path, strategy, optimizer, scheduler, logger):
+def pairwise(*groups: list[str]) -> list[tuple[str, ...]]:
+    """Rows, an option of each group in each, in which every two options of two groups meet: greedy, always the same.
+
+    Each group is instantiated by itself; what two of them could spoil for each other shows in some row, and that a
+    third must be there as well has no cause.
+    """
+
+    def pairs(row: tuple[str, ...]) -> set[tuple[tuple[int, str], ...]]:
+        return set(itertools.combinations(enumerate(row), 2))
+
+    rows: list[tuple[str, ...]] = []
+    product = list(itertools.product(*groups))
+    left = set().union(*map(pairs, product))
+    while left:
+        rows.append(max(product, key=lambda row: len(pairs(row) & left)))
+        left -= pairs(rows[-1])
+    return rows
+
+
+COMBINED = ("strategy", "optimizer", "scheduler", "logger")
+
+
+@pytest.mark.parametrize(COMBINED, pairwise(*map(options, COMBINED)))
+def test_every_pair_of_options_instantiates(tmp_path, strategy, optimizer, scheduler, logger):
     config = composed(
         tmp_path, f"strategy={strategy}", f"optimizer={optimizer}", f"scheduler={scheduler}", f"logger={logger}"
     )
@@ -283,6 +301,11 @@ def official(tmp_path_factory):
     return root
 
 
+def with_loaders(name, data):
+    """Images of ImageNet are loaded in processes."""
+    return pytest.param(name, marks=pytest.mark.processes) if data == "imagenet" else name
+
+
 def run_on(run, official, data, model, transform):
     """One epoch of two batches of two images."""
     overrides = [f"data={data}", f"model={model}", f"paths.data={official}", "data.batch_size=2", "optimizer.lr=0.001"]
@@ -299,20 +322,19 @@ def run_on(run, official, data, model, transform):
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
-@pytest.mark.parametrize("data", options("data"))
+@pytest.mark.parametrize("data", [with_loaders(name, name) for name in options("data")])
 def test_every_data_set_runs(tmp_path, official, data):
     run_on(tmp_path, official, data, MODEL_OF.get(data, "strided_net"), None)
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists")
 @pytest.mark.filterwarnings("ignore:verify=False:UserWarning")
-@pytest.mark.parametrize("model", options("model"))
+@pytest.mark.parametrize("model", [with_loaders(name, DATA_OF[name][0]) for name in options("model")])
 def test_every_model_runs(tmp_path, official, model):
     data, transform = DATA_OF[model]
     run_on(tmp_path, official, data, model, transform)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", options("strategy"))
 def test_every_strategy_runs(tmp_path, strategy):
     devices = [] if strategy == "single" else ["trainer.devices=2"]
@@ -321,7 +343,6 @@ def test_every_strategy_runs(tmp_path, strategy):
     assert (only_run(tmp_path) / "accuracy.csv").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("experiment", SINGLE_RUNS)
 def test_every_experiment_runs(tmp_path, experiment):
     done = command("train", f"experiment={experiment}", "trainer.devices=2", *QUICK, cwd=tmp_path)

@@ -2,12 +2,12 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
+from preloaded import python
 from ranks import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.timeout(240)
 TRAIN = ["-m", "lightning_easgd.lab.train", "trainer.enable_progress_bar=false", "plot=false"]
 
 
@@ -18,7 +18,7 @@ def center_accuracy(output: str) -> float:
 @pytest.mark.parametrize("overrides", [["strategy=easgd_async"], ["strategy=downpour", "optimizer.lr=0.02"]])
 def test_one_node_of_four_ranks(overrides, tmp_path):
     run = subprocess.run(
-        [sys.executable, *TRAIN, *overrides], cwd=tmp_path, timeout=220, text=True, capture_output=True, check=False
+        [python(), *TRAIN, *overrides], cwd=tmp_path, timeout=220, text=True, capture_output=True, check=False
     )
     assert run.returncode == 0, run.stderr
     assert center_accuracy(run.stdout) >= 97
@@ -29,7 +29,7 @@ def test_two_nodes_of_two_ranks(tmp_path):
     nodes = [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
+                *(python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
                 *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", *TRAIN),
                 *("strategy=easgd_async", "trainer.devices=2", "trainer.num_nodes=2"),
                 *(f"hydra.run.dir={tmp_path / 'run'}", "hydra.output_subdir=null"),

@@ -2,17 +2,17 @@
 
 import os
 import re
-import sys
 
 import pytest
 from application import ROOT, run_process
+from preloaded import python
 
 pytestmark = pytest.mark.timeout(120)
 
 
 def output(script, *arguments):
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
-    command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+    command = [python(), str(ROOT / "examples" / script), *arguments]
     environment = clean | {"OMP_NUM_THREADS": "1"}
     done = run_process(command, env=environment, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr

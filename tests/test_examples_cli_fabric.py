@@ -3,18 +3,18 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from application import ROOT
+from preloaded import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def example(name: str, *arguments: str, cwd) -> str:
     clean = {key: value for key, value in os.environ.items() if key not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name, *arguments],
+        [python(), ROOT / "examples" / name, *arguments],
         cwd=cwd, env=clean | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=140, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

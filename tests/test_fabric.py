@@ -1,6 +1,7 @@
 """Fabric, whose training loop is the user's own: two processes against the paper's recursions."""
 
 import os
+import re
 import signal
 import time
 import warnings
@@ -312,7 +313,9 @@ def test_an_error_on_one_rank_ends_all(mode, rank, end):
     started = time.monotonic()
     outcomes = end_ranks(run, 2, timeout=60)
     assert all(outcome.exitcode != 0 for outcome in outcomes)
-    assert "Error" in outcomes[1 - rank].error
+    assert re.search(rf"(ranks|workers) \[{rank}\].* died or raised an error", outcomes[1 - rank].error)
+    assert outcomes[rank].exitcode == (-signal.SIGKILL if end == "kill" else 1)
+    assert end == "kill" or "the user's own error" in outcomes[rank].error
     assert time.monotonic() - started < TIMEOUT.total_seconds() + 30
 
 

@@ -1,4 +1,8 @@
-"""Every way to start the ranks, from a script as a user writes it."""
+"""Every way to start the ranks, from a script as a user writes it.
+
+Real interpreters with Lightning's Popen, with torchrun and at a prompt; else the script is forked, with everything
+imported.
+"""
 
 import contextlib
 import os
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from preloaded import python
 from ranks import free_port
 
 pytestmark = pytest.mark.timeout(150)
@@ -51,14 +56,14 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 def reference(tmp_path_factory):
     """The center that two ranks come to; the launcher cannot matter."""
     folder = tmp_path_factory.mktemp("fork")
-    launch([sys.executable, str(SCRIPT), "easgd_fork", str(folder)])
+    launch([python(), str(SCRIPT), "easgd_fork", str(folder)])
     (state,) = states(folder)
     return state
 
 
 @pytest.mark.parametrize("name", ["easgd_spawn", "easgd_notebook", "easgd_async_spawn"])
 def test_the_parent_of_spawned_ranks_holds_the_center(name, reference, tmp_path):
-    launch([sys.executable, str(SCRIPT), name, str(tmp_path)])
+    launch([python(), str(SCRIPT), name, str(tmp_path)])
     (state,) = states(tmp_path)
     assert same(state, reference) == ("async" not in name)
 
@@ -92,7 +97,7 @@ def test_slurm(name, reference, tmp_path):
         "MASTER_PORT": str(free_port()),
     }
     environments = [shared | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)} for task in range(2)]
-    launch_all([[sys.executable, str(SCRIPT), name, str(tmp_path)]] * 2, environments)
+    launch_all([[python(), str(SCRIPT), name, str(tmp_path)]] * 2, environments)
     first, second = states(tmp_path)
     assert same(first, second)
     assert same(first, reference) == (name == "easgd")
@@ -101,7 +106,7 @@ def test_slurm(name, reference, tmp_path):
 @pytest.mark.parametrize("name", ["easgd", "easgd_async"])
 def test_two_nodes(name, reference, tmp_path):
     """Two torchrun agents, which see each other over the loopback interface only."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = [python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     place = ["--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     script = [str(SCRIPT), name, str(tmp_path), "1", "2"]
     launch_all([[*torchrun, *place, f"--node-rank={node}", *script] for node in range(2)], [{}, {}])
@@ -112,7 +117,7 @@ def test_two_nodes(name, reference, tmp_path):
 
 @pytest.mark.parametrize("name", ["easgd", "easgd_async", "easgd_spawn", "downpour"])
 def test_one_device(name, tmp_path):
-    launch([sys.executable, str(SCRIPT), name, str(tmp_path), "1", "1"])
+    launch([python(), str(SCRIPT), name, str(tmp_path), "1", "1"])
     (state,) = states(tmp_path)
     assert all(torch.isfinite(value).all() for value in state.values())
 
@@ -139,7 +144,7 @@ exec(open({str(SCRIPT)!r}).read())
 
 @pytest.mark.parametrize("method", ["popen", "spawn"])
 def test_hydra(method, tmp_path):
-    command = [sys.executable, "-m", "lightning_easgd.lab.train", f"strategy.start_method={method}"]
+    command = [python(), "-m", "lightning_easgd.lab.train", f"strategy.start_method={method}"]
     quick = ["trainer.devices=2", "trainer.max_epochs=1", "trainer.limit_train_batches=12", "plot=false"]
     run = tmp_path / "run"
     launch([*command, *quick, f"hydra.run.dir={run}", "callbacks.progress_bar.refresh_rate=0"])

@@ -366,7 +366,6 @@ def easgd(tau):
     return EASGDStrategy(mode="async", order="round_robin", tau=tau)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_strategy", "tau", "lr", "stable"),
     [

@@ -77,7 +77,6 @@ def run(*arguments: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_wheel_works_outside_the_clone(tmp_path):
     (tmp_path / "sources").mkdir()

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from application import ROOT
+from preloaded import python
 from test_configs import FROM_TRAINER
 from test_packaging import PROJECT, sources
 
@@ -93,10 +94,10 @@ def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.Com
 # Languages
 
 
-def run_script(text: str, folder: Path) -> None:
+def run_script(text: str, folder: Path, interpreter: str | None = None) -> None:
     script = folder / "script.py"
     script.write_text(PREAMBLE + text + EPILOGUE)
-    assert "trained 24" in run([sys.executable, str(script)], folder).stdout
+    assert "trained 24" in run([interpreter or python(), str(script)], folder).stdout
 
 
 def check_diff(text: str, folder: Path) -> None:
@@ -104,10 +105,11 @@ def check_diff(text: str, folder: Path) -> None:
     before = [line[1:] for line in lines if not line.startswith("+")]
     after = [line[1:] for line in lines if not line.startswith("-")]
     compile("\n".join(before), "before", "exec")
-    run_script("\n".join(after), folder)
+    # A new interpreter: in the other one the names are there without the import.
+    run_script("\n".join(after), folder, sys.executable)
     without_import = "\n".join(line for line in after if "import lightning_easgd" not in line)
     with pytest.raises(AssertionError, match="invalid strategy name"):
-        run_script(without_import, folder)
+        run_script(without_import, folder, sys.executable)
 
 
 def check_console(text: str, folder: Path) -> None:
@@ -148,14 +150,14 @@ LANGUAGES = {
 def run_train(arguments: list[str], folder: Path) -> None:
     epochs = [] if "max_epochs" in "".join(arguments) else ["trainer.max_epochs=1"]
     before = set(folder.rglob("accuracy.csv"))
-    done = run([sys.executable, "-m", "lightning_easgd.lab.train", *arguments, *CHEAP, *epochs], folder)
+    done = run([python(), "-m", "lightning_easgd.lab.train", *arguments, *CHEAP, *epochs], folder)
     runs = set(folder.rglob("accuracy.csv")) - before
     jobs = len(re.findall(r"\[HYDRA\] \t#", done.stdout)) or 1
     assert len(runs) == jobs == done.stdout.count("run directory")
 
 
 def run_evaluate(arguments: list[str], folder: Path) -> None:
-    assert "test/accuracy" in run([sys.executable, "-m", "lightning_easgd.lab.evaluate", *arguments], folder).stdout
+    assert "test/accuracy" in run([python(), "-m", "lightning_easgd.lab.evaluate", *arguments], folder).stdout
 
 
 def run_make(arguments: list[str], folder: Path) -> None:
@@ -178,7 +180,7 @@ def run_python(arguments: list[str], folder: Path) -> None:
         return
     script, *options = arguments
     expected = SCRIPTS[script]
-    done = run([sys.executable, str(ROOT / script), *options, *expected.cheap], folder)
+    done = run([python(), str(ROOT / script), *options, *expected.cheap], folder)
     assert re.search(expected.output, done.stdout), done.stdout
 
 
@@ -221,7 +223,7 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("block", blocks(), ids=lambda block: f"line_{block.line}_{block.language}")
 def test_block(block, tmp_path):

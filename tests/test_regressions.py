@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from preloaded import python
 from ranks import end_ranks, run_ranks
 from test_faults import fail
 from torch.utils.data import DataLoader
@@ -88,8 +88,7 @@ def test_a_buffer_that_validation_replaces(size):
     def run():
         return fitted(Cached(torch.full((size,), 7.0), torch.arange(12.0)), easgd(), 2, val_check_interval=3).last
 
-    for last in run_ranks(run, 2):
-        assert last in ([7.0] * size, list(range(12)))
+    assert run_ranks(run, 2) == [[7.0] * size] * 2  # training goes on with its own, whatever its shape
 
 
 def test_large_integer_buffers_keep_their_bits():
@@ -241,5 +240,5 @@ if __name__ == "__main__":
 def test_sigterm_on_one_rank_ends_the_parent_too(method, clean, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), method=method))
-    run = subprocess.run([sys.executable, script], timeout=50, capture_output=True, check=False)
+    run = subprocess.run([python(), script], timeout=120, capture_output=True, check=False)
     assert (run.returncode == 0) == clean, run.stderr

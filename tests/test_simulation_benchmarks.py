@@ -4,16 +4,16 @@ import csv
 import os
 import statistics
 import subprocess
-import sys
 
 import pytest
 from application import ROOT
+from preloaded import python
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 
 def rows_of(script, table, *arguments, folder):
-    command = [sys.executable, ROOT / "examples" / "benchmarks" / script, *arguments, "--output", folder]
+    command = [python(), ROOT / "examples" / "benchmarks" / script, *arguments, "--output", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=140, check=False)
     assert done.returncode == 0, done.stderr
     with (folder / table).open(newline="") as file:

@@ -219,7 +219,6 @@ def test_the_best_rate_is_named_and_whether_it_ends_its_grid():
     assert (row["lr"], row["test_error"], row["at_end"]) == (0.2, 0.3, "no")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [[], ["--seeds", "2", "--methods", "easgd", "post_local_sgd"]])
 def test_dry_run(tmp_path, chosen):
     seeds = {"0"}

@@ -28,10 +28,11 @@ def refusal(monkeypatch, tmp_path, main, *arguments: str) -> str:
     return caught.value.code
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start_method", ["popen", "spawn", "fork"])
 def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
-    done = command("train", *SHORT, f"strategy.start_method={start_method}", cwd=tmp_path)
+    # Real interpreters where ranks are started by Popen.
+    interpreter = sys.executable if start_method == "popen" else None
+    done = command("train", *SHORT, f"strategy.start_method={start_method}", cwd=tmp_path, interpreter=interpreter)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
@@ -49,7 +50,6 @@ def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
     assert "torch 2." in (run / "versions.txt").read_text()
 
 
-@pytest.mark.slow
 def test_evaluation_of_the_checkpoint_is_that_of_the_center(tmp_path):
     done = command("train", *SHORT, "model.network.width=4", "plot=false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -62,7 +62,6 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_center(tmp_path):
     assert float(printed["test/accuracy"]) == pytest.approx(float(center[0]["accuracy"]), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
     quick = ("trainer.devices=2", "trainer.limit_train_batches=10", "strategy.tau=2", "plot=false")
     for number, more in enumerate(
@@ -75,7 +74,6 @@ def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
     assert {int(row["step"]) for row in rows(tmp_path / "2" / "accuracy.csv")} == {20, 30}
 
 
-@pytest.mark.slow
 def test_defaults_reach_97_percent_at_the_center(tmp_path):
     done = command("train", "callbacks.progress_bar.refresh_rate=0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -84,7 +82,6 @@ def test_defaults_reach_97_percent_at_the_center(tmp_path):
     assert last["center"] >= 0.97
 
 
-@pytest.mark.slow
 def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
     done = command(
         "train", "-m", *SHORT[:3], "strategy.tau=4,8", "strategy.start_method=spawn", "plot=false", cwd=tmp_path
@@ -163,7 +160,6 @@ def test_runs_of_the_same_second_have_directories_of_their_own(monkeypatch, tmp_
     assert len(directories) == 3
 
 
-@pytest.mark.slow
 def test_ranks_of_torchrun_write_one_directory(tmp_path):
     done = subprocess.run(
         [

@@ -206,6 +206,7 @@ def test_golden_traces_in_pytorch_lightning(strategy, rows):
     assert np.column_stack([*traces[:, :, 0], traces[0, :, 1]]) == pytest.approx(np.array(rows), abs=1e-6)
 
 
+@pytest.mark.processes
 def test_spawned_ranks_and_callbacks_in_pytorch_lightning(tmp_path):
     module = Quadratic(steps=12)
     callbacks = [ElasticMonitor(every_n_exchanges=1, directory=tmp_path), TimeSplit(tmp_path)]

@@ -26,7 +26,6 @@ PARAMETERS = FEATURES * FEATURES
 RANKS = 2
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(120),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's counters are read as Linux has them"),
 ]

@@ -241,7 +241,8 @@ class WorkerProcess(_Base):
     def _configure_launcher(self) -> None:
         check_tree(self)
         for device in self.parallel_devices or ():
-            if str(device).partition(":")[0] not in ("cpu", "cuda"):
+            # A third party's accelerator may have any objects for devices.
+            if isinstance(device, torch.device) and device.type not in ("cpu", "cuda"):
                 raise ValueError(
                     f"{type(self).__name__}(parallel_devices=[{device}]): workers are CPUs or CUDA devices (ROCm's"
                     " too); elsewhere the order of the copies beside the gradient has not been shown to hold. Use"

@@ -132,6 +132,7 @@ def batches_of(root, rank=0, epoch=0, **arguments):
     return list(loader)
 
 
+@pytest.mark.processes
 def test_augmentation_follows_seed_rank_and_epoch_and_not_the_processes(tmp_path):
     write_cifar10(tmp_path)
     reference = batches_of(tmp_path)
@@ -146,6 +147,7 @@ def test_augmentation_follows_seed_rank_and_epoch_and_not_the_processes(tmp_path
         assert len(shared) < 10, other  # 1 in 50 crops is the same by chance
 
 
+@pytest.mark.processes
 def test_a_second_epoch_in_living_loader_processes_is_augmented_anew(tmp_path):
     write_cifar10(tmp_path)
     module = CIFAR10DataModule(root=tmp_path, num_workers=1)

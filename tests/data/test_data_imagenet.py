@@ -157,7 +157,7 @@ def damage(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["truncated", "empty", "text", "head"])
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_a_corrupt_image_is_named(tmp_path, kind, num_workers):
     write_imagenet(tmp_path, size=(200, 150))
     path = tmp_path / "train" / WNIDS[1] / f"{WNIDS[1]}_2.JPEG"
@@ -192,6 +192,7 @@ def test_grey_images_become_rgb(tmp_path):
         assert images.shape[1:] == (3, 16, 16)
 
 
+@pytest.mark.processes
 def test_augmentation_follows_seed_rank_and_epoch_and_not_the_processes(tmp_path):
     write_imagenet(tmp_path)
     generator = np.random.default_rng(0)

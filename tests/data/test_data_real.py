@@ -74,7 +74,6 @@ def test_an_epoch_has_each_training_image_once(cls, folder, count):
     assert sorted(key % len(loader.dataset) for key in loader.sampler) == list(range(round(0.9 * count)))
 
 
-@pytest.mark.slow
 def test_the_strided_network_learns_cifar10():
     import functools
 

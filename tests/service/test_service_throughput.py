@@ -4,7 +4,6 @@ import socket
 import threading
 import time
 
-import pytest
 import torch
 
 from lightning_easgd.method.rules import SymmetricExchange
@@ -106,13 +105,11 @@ def echo_chunks(connection):
             connection.sendall(piece)
 
 
-@pytest.mark.slow
 def test_shared_memory_keeps_up_with_memcpy():
     torch.set_num_threads(1)
     assert max(memory_ratio() for _ in range(3)) > 0.6
 
 
-@pytest.mark.slow
 def test_sockets_keep_up_with_a_raw_socket():
     torch.set_num_threads(1)
     assert max(socket_ratio() for _ in range(3)) > 0.6

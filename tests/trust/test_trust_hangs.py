@@ -86,7 +86,7 @@ def test_a_rank_whose_main_thread_hangs_is_named(order):
         fitted(Quadratic(steps=20, record=False), strategy, 2, callbacks=[At(1, hang, 5)])
 
     (error,) = survivors(run, 2, victim=1)
-    assert "worker 1" in error or "workers [1]" in error
+    assert {"free": "workers [1] do not come", "round_robin": "worker 1 has not taken its turn"}[order] in error
     assert "main thread has not got on" in error
 
 

@@ -13,7 +13,7 @@ import lightning_easgd.fabric
 import lightning_easgd.pl
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.processes]
 
 
 class Failing(Quadratic):
@@ -25,17 +25,21 @@ def quadratic(cls=Quadratic, **arguments):
     return cls(record=False, **arguments)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+STRATEGIES = {
+    "sync": lambda **given: lightning_easgd.EASGDStrategy(tau=2, **given),
+    "async": lambda **given: lightning_easgd.EASGDStrategy(tau=2, mode="async", **given),
+    "downpour": lambda **given: lightning_easgd.DownpourStrategy(tau=2, **given),
+}
+
+
+# Every strategy, and every start method with a center among the ranks and with a served one; ranks that are spawned
+# import everything again.
 @pytest.mark.parametrize(
-    "strategy",
-    [
-        lambda **given: lightning_easgd.EASGDStrategy(tau=2, **given),
-        lambda **given: lightning_easgd.EASGDStrategy(tau=2, mode="async", **given),
-        lambda **given: lightning_easgd.DownpourStrategy(tau=2, **given),
-    ],
+    ("strategy", "method"),
+    [("sync", "fork"), ("async", "fork"), ("downpour", "fork"), ("sync", "spawn"), ("async", "spawn")],
 )
 def test_the_figures_of_rank_zero(strategy, method):
-    trainer = quiet_trainer(strategy=strategy(start_method=method), devices=2)
+    trainer = quiet_trainer(strategy=STRATEGIES[strategy](start_method=method), devices=2)
     with pytest.raises(RuntimeError, match=r"Strategy\.communication: .* only spawns or forks"):
         _ = trainer.strategy.communication
     trainer.fit(quadratic())

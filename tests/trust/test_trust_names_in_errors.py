@@ -138,7 +138,7 @@ class Finetuning(callbacks.BaseFinetuning):
         (Killed, {"timeout": timedelta(seconds=10)}, {}),
         (Quadratic, {}, {"callbacks": [Finetuning()]}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", ",".join(value) if isinstance(value, dict) else None),
 )
 def test_fits(module, arguments, trainer):
     def train():

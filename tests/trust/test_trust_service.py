@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import fcntl
+import multiprocessing
 import os
 import signal
 import socket
@@ -157,22 +158,28 @@ def is_closed(connection):
         return True
 
 
+FORK = multiprocessing.get_context("fork")
+
+
 @contextmanager
 def stopped_store():
     """A store whose server a signal stops."""
-    script = (
-        "import time; from torch.distributed import TCPStore;"
-        "print(TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False).port, flush=True); time.sleep(60)"
-    )
-    script = script.replace("print(TCPStore", "s = TCPStore").replace(").port, flush", "); print(s.port, flush")
-    server = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    port, sender = FORK.Pipe(duplex=False)
+    server = FORK.Process(target=serve, args=(sender,), daemon=True)
+    server.start()
     try:
-        store = TCPStore("127.0.0.1", int(server.stdout.readline()), is_master=False, wait_for_workers=False)
+        assert port.poll(20)
+        store = TCPStore("127.0.0.1", port.recv(), is_master=False, wait_for_workers=False)
         yield store, lambda: stop(server.pid)
     finally:
         server.kill()
-        server.wait()
-        server.stdout.close()
+        server.join()
+
+
+def serve(sender):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    sender.send(store.port)
+    time.sleep(60)
 
 
 def stop(pid):

@@ -1,0 +1,195 @@
+"""`python()`: stands for the interpreter, but has imported torch, Lightning and this package already.
+
+Each import of the training command takes some six seconds of processor time, and a launch of four ranks takes four of
+them. `python()` is a small program that hands its arguments, environment, folder and standard streams to a server. The
+server has imported the libraries, has done nothing else, and forks a process that goes on as ``python -m MODULE ...``
+or ``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes and tracebacks. There the interpreter
+is `python()` again, so that ranks which Lightning or torchrun start are forked too. It lives as long as that process,
+passes signals on, and ends as it ends; when it is killed the process is killed. Other command lines, such as
+``-c CODE``, and processes that are spawned get the real interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone.
+"""
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# The client, which imports little, and its request: one packet of JSON and the three streams.
+_CLIENT = """\
+#!{python} -ISs
+import json, os, signal, socket, sys
+arguments = sys.argv[1:]
+while arguments[:1] == ["-u"]:
+    del arguments[0]
+if not arguments or not (arguments[0] == "-m" or arguments[0].endswith(".py")) or "EASGD_REAL_PYTHON" in os.environ:
+    os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+def pass_on(number, frame):
+    if child is None:
+        raise SystemExit(128 + number)
+    try:
+        os.kill(child, number)
+    except ProcessLookupError:
+        pass
+child = None
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, pass_on)
+request = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+server.sendall(request)
+answers = server.makefile()
+child = int(answers.readline())
+code = int(answers.readline() or 1)
+if code < 0:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(-code, signal.SIG_DFL) if -code not in (signal.SIGKILL, signal.SIGSTOP) else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
+# The server. A forked child leaves the loop with what to run, and runs it at the top level of the interpreter.
+_SERVER = r"""
+import gc, importlib, json, os, random, selectors, signal, socket, sys
+
+MODULES = '''
+    lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
+    hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
+    hydra._internal.core_plugins.basic_launcher matplotlib.figure
+    matplotlib.backends.backend_agg sklearn.datasets torch.distributed.run torch.utils.data
+    torch.distributed.algorithms.model_averaging.averagers lightning_easgd lightning_easgd.strategies
+    lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
+    lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
+    lightning_easgd.lab.baselines
+    lightning_easgd.lab.command_errors lightning_easgd.lab.compare lightning_easgd.lab.simulation PIL.Image
+    torch.utils.tensorboard
+'''.split()
+
+def answer(listener):
+    selector = selectors.DefaultSelector()
+    selector.register(listener, selectors.EVENT_READ, "connection")
+    selector.register(0, selectors.EVENT_READ, "end")  # closes as the tests end, however they do
+    clients = {}  # process by connection
+    while True:
+        for key, _ in selector.select():
+            if key.data == "end":
+                for process in clients.values():
+                    os.kill(process, signal.SIGKILL)
+                os._exit(0)
+            if key.data == "connection":
+                connection, _ = listener.accept()
+                try:
+                    header, streams, _, _ = socket.recv_fds(connection, 4, 3)
+                    with connection.makefile("rb") as file:
+                        request = json.loads(file.read(int.from_bytes(header, "big")))
+                except (ValueError, OSError):  # it was killed already
+                    connection.close()
+                    continue
+                process = os.fork()
+                if process == 0:
+                    for number, stream in enumerate(streams):
+                        os.dup2(stream, number)
+                        os.close(stream)
+                    for other in [*clients, connection, listener]:
+                        other.close()
+                    for each in list(selector.get_map().values()):
+                        if isinstance(each.fileobj, int) and each.fileobj > 2:
+                            os.close(each.fileobj)
+                    selector.close()
+                    return request
+                for stream in streams:
+                    os.close(stream)
+                clients[connection] = process
+                ended = os.pidfd_open(process)
+                selector.register(connection, selectors.EVENT_READ, "client")
+                selector.register(ended, selectors.EVENT_READ, connection)
+                try:
+                    connection.sendall(b"%d\n" % process)
+                except OSError:
+                    pass
+            elif key.data == "client":  # it sends no more: it has been killed
+                selector.unregister(key.fileobj)
+                if key.fileobj in clients:
+                    os.kill(clients[key.fileobj], signal.SIGKILL)
+            else:
+                connection = key.data
+                _, status = os.waitpid(clients.pop(connection), 0)
+                selector.unregister(key.fileobj)
+                os.close(key.fileobj)
+                if connection.fileno() in selector.get_map():
+                    selector.unregister(connection)
+                try:
+                    connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+                except OSError:
+                    pass
+                connection.close()
+
+address, python = sys.argv[1:]
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(address + "-")
+listener.listen(64)
+os.rename(address + "-", address)
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own; a command that runs gets it too
+for name in MODULES:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass  # an older Lightning, an extra that is not installed
+del name
+gc.collect()
+gc.freeze()
+arguments, folder, environment = answer(listener)
+del listener, answer, MODULES
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.chdir(folder)
+os.environ.clear()
+os.environ.update(environment)
+sys.executable = python
+random.seed()
+if "numpy" in sys.modules:
+    sys.modules["numpy"].random.seed()
+if "torch" in sys.modules:
+    sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", "0")) or os.cpu_count())
+import runpy
+if arguments[0] == "-m":
+    sys.path[0] = folder
+    sys.argv = arguments[1:]
+    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+else:
+    sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+"""
+
+
+@functools.cache
+def python() -> str:
+    """Start the server, once; return the path of the program that stands for the interpreter."""
+    folder = tempfile.TemporaryDirectory(prefix="easgd-python-")
+    address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
+    server.write_text(_SERVER)
+    process = subprocess.Popen(
+        [sys.executable, server, address, client], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder.name
+    )
+    client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
+    client.chmod(0o755)
+
+    owner = os.getpid()
+
+    def end() -> None:
+        if os.getpid() == owner:
+            process.stdin.close()
+            process.wait(10)
+            folder.cleanup()
+
+    atexit.register(end)
+    while not address.exists():
+        time.sleep(0.01)
+        assert process.poll() is None, "the server of tests/preloaded.py has ended"
+    return str(client)
