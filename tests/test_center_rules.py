@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
-from reference import MINIMA
+from reference import MINIMA, synchronous_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
@@ -123,3 +123,42 @@ def test_workers_with_different_rules_are_told():
 
     with pytest.raises(AssertionError, match="began different exchanges"):
         run_ranks(run, 2)
+
+
+@pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"}])
+def test_what_a_synchronous_rule_shows_is_the_average(mode):
+    """z ← ¾z + ¼x̃ at every exchange, of which there are three."""
+
+    def run():
+        module = Quadratic(lr=0.1, steps=7)
+        strategy = EASGDStrategy(tau=2, beta=0.5, center_rule=AveragedRule(PlainRule(), ConstantRate(0.25)), **mode)
+        fitted(module, strategy, 2)
+        return module.trace, module.x.item()
+
+    expected = synchronous_trace(2, 7, tau=2, alpha=0.25, beta=0.5)
+    average = 1.0
+    shown = []
+    for step in range(7):
+        if step and step % 2 == 0:
+            average = 0.75 * average + 0.25 * expected[step, -1]
+        shown.append(average)
+    tolerance = 2e-2 if "wire_dtype" in mode else 1e-6
+    for trace, after in run_ranks(run, 2):
+        assert [center for _, center in trace] == pytest.approx(shown, abs=tolerance)
+        assert after == pytest.approx(shown[-1], abs=tolerance)
+        assert abs(shown[-1] - expected[-1, -1]) > 0.1
+
+
+def test_stores_of_one_name_are_refused():
+    nested = AveragedRule(AveragedRule(PlainRule(), ConstantRate(0.1)), ConstantRate(0.2))
+    with pytest.raises(ValueError, match=r"EASGDStrategy\(center_rule=.*two of its stores have one name"):
+        EASGDStrategy(center_rule=nested)
+
+
+def test_a_rule_that_shows_an_address_is_refused():
+    class Holds(Halving):
+        def __init__(self):
+            self.what = lambda: 1
+
+    with pytest.raises(ValueError, match="an address differs from rank to rank"):
+        EASGDStrategy(center_rule=Holds())

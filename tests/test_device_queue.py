@@ -10,7 +10,16 @@ from channels import LoneChannel, line_on
 from fake_device import FakeDevice, RaceError, Stream
 
 import lightning_easgd.transport.channel as channels
-from lightning_easgd.averagers import ExchangeError, SynchronousAverager, all_reduced_sums
+from lightning_easgd.averagers import (
+    ExchangeError,
+    FailIfAstray,
+    Meeting,
+    NonFiniteError,
+    ResetIfAstray,
+    SynchronousAverager,
+    SynchronousAveraging,
+    all_reduced_sums,
+)
 from lightning_easgd.averagers.served.averaging import exchange_thread
 from lightning_easgd.averagers.sync import averager as synchronous
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
@@ -255,6 +264,35 @@ def test_a_difference_that_is_not_finite_never_leaves_a_device(monkeypatch, valu
     assert averager.center.flat.tolist() == [1.0, 1.0, 1.0]
     assert parameter.tolist() == [1.0, 1.0, 1.0]
     assert heard == [4, "reset"]
+
+
+@pytest.mark.parametrize("policy", [FailIfAstray, ResetIfAstray])
+def test_a_last_difference_that_is_not_finite_is_heard_of_at_the_meeting(monkeypatch, policy):
+    """Kind: after the last exchange there is none to tell of it."""
+    monkeypatch.setattr(
+        synchronous, "make_finiteness", lambda wire: DeviceFiniteness(torch.empty((), dtype=torch.bool), HostQueue())
+    )
+    parameter, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    averaging = SynchronousAveraging(
+        LoneChannel([]), all_reduced_sums(lambda: LoneChannel([]), 2), tau=2, rates=MovingRates(), on_astray=policy()
+    )
+    optimizers = [torch.optim.SGD([parameter], lr=0.1), torch.optim.SGD([other], lr=0.1)]
+    averaging.start(optimizers)
+    for step in range(3):
+        if step == 2:
+            parameter.data[1] = torch.inf
+        for averager in averaging.averagers.values():
+            averager.begin()
+            averager.finish()
+    if policy is FailIfAstray:
+        with pytest.raises(NonFiniteError, match="rank 0"):
+            averaging.meet(Meeting.TRAINING_END)
+        return
+    with pytest.warns(RuntimeWarning, match="starts again") as warned:
+        averaging.meet(Meeting.TRAINING_END)
+    assert len(warned) == 1
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    averaging.meet(Meeting.TRAINING_END)  # it is told of once
 
 
 # A center in host memory

@@ -139,9 +139,9 @@ class Header:
         if exchanging * marks != mark**2:
             raise ExchangeError(
                 f"{self._strategy}: the workers began different exchanges. Their optimizers are not stepped in the same"
-                " order, or they do not have the same parameters, learning rates or moving rates; make what decides"
-                " on optimizer steps (also a gradient scaler of your own, which skips them) and learning rates the same"
-                " on every rank."
+                " order, or they do not have the same parameters, learning rates, moving rates or center_rule; make"
+                " what decides on optimizer steps (also a gradient scaler of your own, which skips them) and learning"
+                " rates the same on every rank."
             )
         waiting = self._workers - exchanging
         if exchanging == 0 and waiting * meetings != meeting**2:

@@ -37,6 +37,7 @@ __all__ = [
     "PushExchange",
     "ServedExchange",
     "SymmetricExchange",
+    "check_rule",
 ]
 
 
@@ -78,8 +79,34 @@ class CenterRule:
         return [center] + [torch.zeros_like(center) for _ in range(self.stores - 1)]
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
-        return f"{type(self).__module__}.{type(self).__qualname__}({values})"
+        return _shown(self)
+
+
+def check_rule(owner: str, rule: CenterRule) -> None:
+    """Refuse a rule that checkpoints or other ranks would take for another.
+
+    Args:
+        owner: The class of which it is an argument.
+        rule: The rule.
+
+    Raises:
+        ValueError: If two of its stores have one name, or its ``repr`` is not the same in every process.
+    """
+    if len(set(rule.names)) < len(rule.names):
+        raise ValueError(
+            f"{owner}(center_rule={rule!r}): two of its stores have one name ({', '.join(rule.names)}), and"
+            " checkpoints tell them apart by it; give each a name of its own."
+        )
+    if " at 0x" in repr(rule):
+        raise ValueError(
+            f"{owner}(center_rule={rule!r}): ranks compare rules by what they show, and an address differs from rank to"
+            " rank; give the rule numbers and not functions, or the class in question a __repr__."
+        )
+
+
+def _shown(value: object) -> str:
+    values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(value).items()))
+    return f"{type(value).__module__}.{type(value).__qualname__}({values})"
 
 
 @final
@@ -125,6 +152,9 @@ class AveragingRate(ABC):
     @abstractmethod
     def after(self, updates: int) -> float:
         """The rate to use after the center's change number ``updates``, counted from 1."""
+
+    def __repr__(self) -> str:
+        return _shown(self)
 
 
 @final

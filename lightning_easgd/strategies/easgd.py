@@ -15,7 +15,7 @@ from lightning_easgd.averagers.sync.choice import Setting, make_channel
 from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates, check_number
-from lightning_easgd.method.rules import CenterRule, PlainRule
+from lightning_easgd.method.rules import CenterRule, PlainRule, check_rule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import (
     CenterMethod,
@@ -168,6 +168,8 @@ class EASGDMethod(CenterMethod):
                 f"{name}(center_rule={center_rule!r}): this is no rule; derive a class from"
                 " lightning_easgd.method.rules.CenterRule, and give an instance."
             )
+        if center_rule is not None:
+            check_rule(name, center_rule)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
                 f"{name}(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."

@@ -81,6 +81,7 @@ class FabricStrategy(WorkerProcess, _Base):
         Raises:
             ValueError: If this module has not been set up.
         """
+        self._check_center("center_weights()")
         if self._optimizers and module is not None and not self._has(module):
             raise ValueError(
                 f"{type(self).__name__}.center_weights({type(module).__name__}): this module has no center; give the"
@@ -115,7 +116,8 @@ class FabricStrategy(WorkerProcess, _Base):
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
         """Leave the module as it is, but give all ranks rank 0's weights."""
         self._share_start(module)
-        self._modules.append(module)
+        if self.has_center:
+            self._modules.append(module)
         return module
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:

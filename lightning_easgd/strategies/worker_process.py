@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
@@ -25,6 +25,7 @@ from lightning_easgd.strategies.failures import is_of_process_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
 from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.roll_call import RollCall
 
 __all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcess"]
@@ -160,7 +161,8 @@ class WorkerProcess(_Base):
         super().setup_environment()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
-            self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+            with suppress(StoreLostError):  # a run without it names nobody
+                self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
 
     # What a method says
 
@@ -189,6 +191,10 @@ class WorkerProcess(_Base):
     @abstractmethod
     def is_prepared(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer still is what :meth:`prepare_optimizer` has made it; asked before every step."""
+
+    def _check_center(self, what: str) -> None:
+        if not self.has_center:
+            raise RuntimeError(f"{type(self).__name__}.{what}: the workers of this strategy have no center.")
 
     # The process
 

@@ -1,6 +1,7 @@
 r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
 
 import time
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
@@ -64,6 +65,7 @@ class SynchronousAverager(Averager):
     Attributes:
         clock: t, the optimizer's steps so far.
         center: The center, bitwise the same on all workers. Up to date after :meth:`complete`.
+        finiteness: What is known of this worker's differences.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class SynchronousAverager(Averager):
         self.clock = 0
         self._lay_out([])
         self._sum = make_sum(self.center)
-        self._finiteness = make_finiteness(self.center.flat)
+        self.finiteness = make_finiteness(self.center.flat)
 
     @property
     @override
@@ -195,11 +197,11 @@ class SynchronousAverager(Averager):
 
     @override
     def is_finite(self) -> bool:
-        return self._finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+        return self.finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
-        return checksum(self.center.shown.flat)
+        return zlib.crc32(repr([checksum(store.flat) for store in self.center.stores]).encode())
 
     @override
     def settle(self) -> None:
@@ -228,6 +230,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     @override
     def start_at_center(self) -> None:
+        self.finiteness.forget()
         self.center.values.store(self.parameters)
 
     @torch.no_grad()
@@ -244,6 +247,11 @@ class SynchronousAverager(Averager):
     def show_worker(self) -> None:
         self._kept.store(self.parameters)
 
+    def start_again(self) -> None:
+        """Start again at the center, with no exchange under way."""
+        self.start_at_center()
+        self._line.on_astray.reset(self._optimizer, self._line.control.rank, self.clock)
+
     def close(self) -> None:
         """Give back what the sum holds."""
         self._position.close()
@@ -258,7 +266,7 @@ class SynchronousAverager(Averager):
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
         self._distance = self._sum.norms()
-        return self._finiteness.judge(wire.flat, self._distance)
+        return self.finiteness.judge(wire.flat, self._distance)
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
@@ -270,9 +278,7 @@ class SynchronousAverager(Averager):
             header, self._header = self._header, None
             self._line.accept(header, self.clock)
         self._sum.wire.flat.zero_()
-        self._finiteness.forget()
-        self.start_at_center()
-        self._line.on_astray.reset(self._optimizer, self._line.control.rank, self.clock)
+        self.start_again()
 
     def _start(self, rates: list[tuple[float, float]]) -> None:
         wire = self._sum.wire
@@ -445,7 +451,20 @@ class SynchronousAveraging(Averaging):
 
     @override
     def meet(self, meeting: Meeting) -> None:
-        self._line.meet(meeting, list(self._synchronous.values()))
+        averagers = list(self._synchronous.values())
+        self._line.meet(meeting, averagers)
+        if any(averager.finiteness.learns_late for averager in averagers):
+            self._hear_of_last(averagers)
+
+    def _hear_of_last(self, averagers: Sequence[SynchronousAverager]) -> None:
+        """Hear of differences that were not finite, and that no exchange after theirs has told of."""
+        astray = [averager for averager in averagers if not averager.finiteness.known()]
+        header = Header(self.control, finite=not astray, strategy=self.strategy)
+        header.wait()
+        if header.astray is not None:
+            self.on_astray.hear(header.astray, max(averager.clock for averager in averagers))
+        for averager in astray:
+            averager.start_again()
 
     @override
     def request_stop(self) -> None:

@@ -41,7 +41,7 @@ class CompressedSum(DifferenceSum):
     :meth:`finish`: when messages are there differs from worker to worker, and so would the order of what they start.
     A worker sends 2 (p - 1) / p times the encoded vector, an all-reduce 2 (p - 1) / p times the vector.
 
-    The memory beside the wire is one residual and the messages, twice the encoded vector.
+    The memory beside the wire is one residual, the messages, twice the encoded vector, and one decoded shard.
 
     Args:
         center: As for :class:`DifferenceSum`.
@@ -69,6 +69,7 @@ class CompressedSum(DifferenceSum):
         self._outgoing = torch.zeros(size, codec.nbytes(shard), dtype=torch.uint8, device=center.flat.device)
         self._incoming = torch.zeros_like(self._outgoing)
         self._own = torch.zeros_like(self._outgoing[0])
+        self._move = torch.empty(min(shard, numel), dtype=center.flat.dtype, device=center.flat.device)
         self._of_shards = [row[:nbytes] for row, nbytes in zip(self._outgoing, sizes, strict=True)]
         self._of_workers = [row[:own] for row in self._incoming]
         self._of_sum = self._own[:own]
@@ -154,9 +155,9 @@ class CompressedSum(DifferenceSum):
         self._arrived = self._move_center
 
     def _move_center(self) -> None:
-        """The second messages are there: they are the center's move. The wire, which nobody needs now, takes them."""
+        """The second messages are there: they are the center's move."""
         for message, part in zip(self._of_shards, self._shards, strict=True):
-            total = self.wire.flat[part]
+            total = self._move[: part.stop - part.start]  # not the wire: a device may still be reading that
             self._codec.decode(message, total)
             self.center.move_(part, total, 1.0)
         self.center.end_exchange()

@@ -16,7 +16,13 @@ __all__ = ["DeviceFiniteness", "Finiteness", "HostFiniteness", "make_finiteness"
 
 
 class Finiteness(ABC):
-    """What is known of the differences of one averager."""
+    """What is known of the differences of one averager.
+
+    Attributes:
+        learns_late: Whether the answer on a difference comes after it has been sent.
+    """
+
+    learns_late: bool = False
 
     @abstractmethod
     def judge(self, difference: Tensor, norms: Sequence[Tensor]) -> bool:
@@ -61,6 +67,8 @@ class DeviceFiniteness(Finiteness):
         flag: Of shape (), bool, in pinned host memory.
         queue: The device's side queue, for this object alone.
     """
+
+    learns_late = True
 
     def __init__(self, flag: Tensor, queue: SideQueue) -> None:
         self._flag = flag.fill_(True)

@@ -28,7 +28,11 @@ class ReplicatedCenter:
     def __init__(self, values: FlatTensors, rule: CenterRule | None = None) -> None:
         self.rule = rule or PlainRule()
         stores = self.rule.initial_stores(values.flat)
-        self.stores = [values, *(values.like(store) for store in stores[1:])]
+        self.stores = [values]
+        for store in stores[1:]:  # copied: a rule may begin a store with the center itself
+            own = values.like()
+            own.flat.copy_(store)
+            self.stores.append(own)
         self.version = 0
 
     @property

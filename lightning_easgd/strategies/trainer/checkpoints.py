@@ -88,7 +88,9 @@ class TrainerCheckpoints:
         """The module's state at a meeting, which a checkpoint that is saved next may hold; None if there is none."""
         self._sums = StateSums(state) if state is not None and self._strategy.is_global_zero else None
 
-    def save(self, checkpoint: dict[str, Any], path: str, write: Callable[[], None], *, training: bool) -> None:
+    def save(
+        self, checkpoint: dict[str, Any], path: str, write: Callable[[], None], *, training: bool, alone: bool
+    ) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all.
 
         Args:
@@ -96,11 +98,12 @@ class TrainerCheckpoints:
             path: Where it goes.
             write: Writes it, on rank 0.
             training: Whether exchanges may happen.
+            alone: Whether this rank must not wait for the others, also in a run after the fit.
         """
         sums, self._sums = self._sums, None
         if "optimizer_states" not in checkpoint or not (training or self._final):
             write()
-        elif self._ranks is not None and self._ranks.is_alone:
+        elif alone:
             checkpoint[KEY] = self._final["common"] if self._final else self._keeper.common(self._session, {})
             write()
         else:
@@ -119,7 +122,8 @@ class TrainerCheckpoints:
     def end_training(self) -> None:
         """Keep what a later checkpoint of this fit needs; the module shows the center, or what callbacks want there."""
         if not self._keeper.keeps_workers:
-            self._final = {"common": self._keeper.common(self._session, {}), "tensors": {}, "averagers": []}
+            common = self._keeper.common(self._session, self._center())
+            self._final = apply_to_collection({"common": common, "tensors": {}, "averagers": []}, Tensor, _copy_on_host)
             return
         with self._session.worker():
             state = self._averaging_state()
@@ -130,12 +134,15 @@ class TrainerCheckpoints:
     def _averaging_state(self) -> dict[str, Any]:
         """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""
         session, wanted = self._session, self._keeper.keeps_workers
-        center = {} if session.is_center_in_module else session.averaging.center_state_dict()
         return {
-            "common": self._keeper.common(session, center),
+            "common": self._keeper.common(session, self._center()),
             "tensors": self._keeper.own_tensors(session) if wanted else {},
             "averagers": [averager.state_dict() for averager in session.averagers] if wanted else [],
         }
+
+    def _center(self) -> dict[str, Any]:
+        """What the center is beyond the module's state."""
+        return {} if self._session.is_center_in_module else self._session.averaging.center_state_dict()
 
     def _own_state(self, checkpoint: Mapping[str, Any], averaging: Mapping[str, Any]) -> dict[str, Any]:
         # Every rank's checkpoint holds its own optimizers, schedulers and loops; only that of rank 0 is written.

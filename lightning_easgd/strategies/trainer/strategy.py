@@ -111,6 +111,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         Raises:
             RuntimeError: If there is no training under way in this process.
         """
+        self._check_center("known_center")
         if self._session is None or not self._session.is_started:
             raise RuntimeError(f"{type(self).__name__}.known_center: it is there while training is; use center.")
         return MappingProxyType(self._session.named_center())
@@ -120,7 +121,11 @@ class TrainerStrategy(WorkerProcess, _Base):
         """Context in which the module holds the center; afterwards each worker's own values, bit for bit.
 
         During training all ranks enter it at the same point of their work.
+
+        Raises:
+            RuntimeError: If the workers have no center.
         """
+        self._check_center("center_weights()")
         with self._at_center(Meeting.CENTER_WEIGHTS):
             yield
 
@@ -339,7 +344,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         if self._checkpoints is None:
             write()
         else:
-            self._checkpoints.save(checkpoint, str(filepath), write, training=self._training)
+            self._checkpoints.save(checkpoint, str(filepath), write, training=self._training, alone=self._is_alone)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, and the files beside it."""

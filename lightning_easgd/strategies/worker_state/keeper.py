@@ -236,6 +236,11 @@ class StateKeeper:
     def start_center(self, kept: Kept, session: CenterSession, edited: Collection[str]) -> None:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
         module, averaging, averagers = session.module, session.averaging, session.averagers
+        if kept.stores is not None and not kept.center and self._ranks.rule.has_memory:
+            rank_zero_warn(
+                f"{self._name}: the checkpoint was saved on an error or by a signal, and holds of the center only what"
+                f" the module shows; what else {type(self._ranks.rule).__name__} keeps begins anew."
+            )
         if averagers and kept.center:
             layouts = layouts_of(module, averagers)
             if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
@@ -318,8 +323,10 @@ def _center_of(
         if name in saved:
             store = merged(torch.cat(list(saved[name])).cpu(), store, old, new, keep)
         stores.append(list(torch.split(store, sizes)))
-    same = old == new and list(kept.stores or names) == list(names)
-    return {"stores": stores, **({"versions": kept.center["versions"]} if same and "versions" in kept.center else {})}
+    versions = kept.center.get("versions") if list(kept.stores or names) == list(names) else None
+    if versions and old != new:
+        versions = [max(versions)]  # for all parts, which are others now
+    return {"stores": stores, **({"versions": versions} if versions else {})}
 
 
 def layouts_of(module: nn.Module, averagers: Sequence[Averager]) -> list[list[tuple[str, int]]]:
