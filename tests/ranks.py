@@ -1,6 +1,7 @@
 """Run a function as the ranks of one job: forked processes, a hard timeout, and each rank's result."""
 
 import fcntl
+import gc
 import multiprocessing
 import os
 import pickle
@@ -113,6 +114,7 @@ def free_port() -> int:
 def _rank(
     rank: int, ranks: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
+    gc.freeze()  # else a collection writes to, and so copies, all memory that this process shares with its parent
     # What torchrun sets, so that a Trainer in the function becomes this rank.
     os.environ |= {
         "RANK": str(rank),

@@ -53,8 +53,8 @@ def elastic_difference_(workers: Tensors, centers: Tensors) -> None:
         workers: A copy of :math:`x`, changed in place; no narrower than the center.
         centers: :math:`\tilde x`, of the same shapes.
     """
-    if workers:
-        torch._foreach_sub_(list(workers), list(centers))
+    for worker, center in zip(workers, centers, strict=True):
+        worker.sub_(center)
 
 
 def elastic_pull_(workers: Tensors, differences: Tensors, alpha: float) -> None:
