@@ -24,6 +24,11 @@ class DifferenceSum(ABC):
     All workers make the same exchanges in the same order, each when it gets there. The center comes out bitwise the
     same on all of them.
 
+    On a GPU all of this is put into the current stream, but for what a process group does in its own. Wire, center and
+    messages live as long as the sum, so that no stream uses memory that has been given away (``record_stream``), and
+    they keep their addresses, as parameters do: a graph that was captured (``torch.compile(mode="reduce-overhead")``)
+    finds them. The optimizer's step and a gradient scaler are outside of it; a step that the scaler skips is no step.
+
     Args:
         center: The center, which only this object moves while an exchange is under way.
         wire: A buffer with the center's layout.
