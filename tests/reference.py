@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from toys import MINIMA
 
 from lightning_easgd.averagers import ExchangeLine
+from lightning_easgd.averagers.sync.finiteness import HostFiniteness
 from lightning_easgd.method.rates import MovingRates
 
 
@@ -48,6 +49,7 @@ class BlockingAverager:
 
     has_departed = False
     has_exchanged = True
+    finiteness = HostFiniteness()
 
     def __init__(self, optimizer: Optimizer, line: ExchangeLine, make_sum, *, tau, rates: MovingRates, **_) -> None:
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -274,7 +274,7 @@ def test_survivors_of_a_kill_end_clean_after_an_exchange_storm(nodes):
 
 
 def storm(port, rank, nodes):
-    center = opened(port, rank, nodes, timeout=3.0)
+    center = opened(port, rank, nodes, timeout=6.0)
     thread = threading.Thread(target=_storm, args=(center,), daemon=True)
     thread.start()
     if rank == 1:
