@@ -20,6 +20,7 @@ from ranks import end_ranks, run_ranks
 from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.strategies.worker_state import worker_states
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",
@@ -417,3 +418,24 @@ def test_parameters_that_the_saved_worker_did_not_have_start_at_the_center_and_a
     resumed = run_ranks(resume, 2)
     assert all(start == center for start, center, _ in resumed)
     assert "other.0.weight" in resumed[0][2]
+
+
+def test_after_a_fit_a_rank_that_an_error_leaves_alone_saves_alone(tmp_path, monkeypatch):
+    """Kind: the checkpoint of an error in a validation after ``fit``, for which no other rank comes."""
+
+    def run():
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=3), devices=1)
+        trainer.fit(Regression())
+        gathered = []
+        monkeypatch.setattr(worker_states, "gather_states", lambda *arguments: gathered.append(arguments))
+
+        class Fails(Regression):
+            def validation_step(self, batch, index):
+                raise KeyError("wrong")
+
+        trainer.callbacks.append(OnExceptionCheckpoint(tmp_path))
+        with pytest.raises(KeyError):
+            trainer.validate(Fails())
+        return len(gathered), len(list(tmp_path.iterdir()))
+
+    assert run_ranks(run, 1) == [(0, 1)]

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-class CenterRule:
+class CenterRule(ABC):
     r"""How a difference moves the center :math:`\tilde x`: one object for both modes, on parts of the flat vector.
 
     A rule has no state of its own: what it keeps lies in the stores, so that any process can apply it. It is picklable,
@@ -63,6 +63,7 @@ class CenterRule:
         """How many tensors of the center's size the rule keeps."""
         return len(self.names)
 
+    @abstractmethod
     def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
         r"""Move a part of the center, in place: by :math:`r \Delta` or by what the rule makes of this product.
 
@@ -72,7 +73,6 @@ class CenterRule:
             rate: :math:`r`: synchronously β/p, asynchronously α; 1 where the difference has been scaled.
             version: How many differences this part of the center has taken before.
         """
-        raise NotImplementedError
 
     def initial_stores(self, center: Tensor) -> list[Tensor]:
         """The stores at the start, given the center's initial value: the others start at zero."""

@@ -222,6 +222,9 @@ def test_too_little_memory_says_how_much_is_needed(monkeypatch):
 class ThreeStores(CenterRule):
     names = ("center", "one", "two")
 
+    def move_(self, stores, difference, rate, version):
+        """Moves nothing."""
+
 
 def test_a_platform_without_memfd_is_told_apart(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")

@@ -10,7 +10,7 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_easgd.lab.simulation import LocalSGD, Problem
+from lightning_easgd.lab.simulation import Gradients, LocalSGD
 from lightning_easgd.lab.simulation.learning import meet
 from lightning_easgd.lab.simulation.workers import StackedWorkers
 from lightning_easgd.method.rates import MovingRates
@@ -20,25 +20,18 @@ __all__ = ["Alone", "DataParallel", "Downpour", "Elastic", "PostLocal", "Stacked
 
 
 @final
-class _Handed(Problem):
+class _Handed(Gradients):
     """Gradients that are computed elsewhere."""
 
     def __init__(self, start: Tensor) -> None:
         self._start = start
         self.handed = start[None]
 
-    @property
-    def message_bytes(self) -> int:
-        return self._start.nbytes
-
     def start(self) -> Tensor:
         return self._start.clone()
 
     def gradients(self, points: Tensor, workers: Sequence[int], clocks: Sequence[int]) -> Tensor:
         return self.handed
-
-    def error(self, point: Tensor) -> float:
-        raise NotImplementedError("the caller scores the centers of all methods")
 
 
 class StackedMethod:

@@ -10,7 +10,7 @@ seconds. :func:`simulate` puts the two together: the error of the center against
 
 from lightning_easgd.lab.simulation.cluster import Cluster, Link, Stall
 from lightning_easgd.lab.simulation.learning import Learner
-from lightning_easgd.lab.simulation.problems import Problem, Quadratic, spectrum
+from lightning_easgd.lab.simulation.problems import Gradients, Problem, Quadratic, spectrum
 from lightning_easgd.lab.simulation.schedules import Schedule, SynchronousSchedule
 from lightning_easgd.lab.simulation.served import AsynchronousSchedule, RoundRobinSchedule, TreeSchedule
 from lightning_easgd.lab.simulation.simulator import SimulatedRun, Timing, simulate, time_run
@@ -19,6 +19,7 @@ from lightning_easgd.lab.simulation.workers import LocalSGD
 __all__ = [
     "AsynchronousSchedule",
     "Cluster",
+    "Gradients",
     "Learner",
     "Link",
     "LocalSGD",

@@ -10,20 +10,11 @@ from typing_extensions import override
 
 from lightning_easgd.lab.simulation.noise import WorkerNoise
 
-__all__ = ["Problem", "Quadratic", "spectrum"]
+__all__ = ["Gradients", "Problem", "Quadratic", "spectrum"]
 
 
-class Problem(ABC):
-    """A loss, its stochastic gradients for each worker, and the error by which a run is judged.
-
-    The gradient of a worker at a clock is a function of worker, clock and point alone: it does not matter in which
-    order, or with whom together, the workers are computed.
-    """
-
-    @property
-    @abstractmethod
-    def message_bytes(self) -> int:
-        """Bytes of one vector on the wire."""
+class Gradients(ABC):
+    """A loss as stacked workers see it: where they start, and what they step along."""
 
     @abstractmethod
     def start(self) -> Tensor:
@@ -41,6 +32,19 @@ class Problem(ABC):
         Returns:
             Shape (k, d).
         """
+
+
+class Problem(Gradients):
+    """A loss, its stochastic gradients for each worker, and the error by which a run is judged.
+
+    The gradient of a worker at a clock is a function of worker, clock and point alone: it does not matter in which
+    order, or with whom together, the workers are computed.
+    """
+
+    @property
+    @abstractmethod
+    def message_bytes(self) -> int:
+        """Bytes of one vector on the wire."""
 
     @abstractmethod
     def error(self, point: Tensor) -> float:

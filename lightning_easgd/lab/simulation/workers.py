@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from lightning_easgd.lab.simulation.problems import Problem
+from lightning_easgd.lab.simulation.problems import Gradients
 from lightning_easgd.method.elastic import elastic_pull_, nesterov_position_
 
 __all__ = ["LocalSGD", "StackedWorkers"]
@@ -72,7 +72,7 @@ class StackedWorkers:
         clocks: Steps of each worker so far, shape (p,).
     """
 
-    def __init__(self, problem: Problem, optimizer: LocalSGD, workers: int) -> None:
+    def __init__(self, problem: Gradients, optimizer: LocalSGD, workers: int) -> None:
         self._problem = problem
         self._optimizer = optimizer
         self.points = problem.start().repeat(workers, 1)
