@@ -171,8 +171,7 @@ def seconds(pause, free=True):
     slow = Slow(1, pause)
     strategy = EASGDStrategy(mode="async", tau=4)
     if not free:
-        strategy._on_sigterm = None
-        strategy.setup = lambda trainer: (EASGDStrategy.setup(strategy, trainer), strategy._end_free_running())[0]
+        strategy.setup = lambda trainer: (EASGDStrategy.setup(strategy, trainer), strategy._ranks.end())[0]
     fitted(Quadratic(steps=100, record=False), strategy, 2, callbacks=[slow])
     return slow.seconds
 
