@@ -137,6 +137,7 @@ class ServedAverager(Averager):
         self._staging: Staging = make_staging(self._layout.flat)
         self._shared = surroundings
         self._under_way: Future[int | None] | None = None
+        self._is_answered = False  # the wire holds answers that are still to be applied
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._snapshot: FlatTensors | None = None
         self._distance: float | None = None
@@ -174,7 +175,7 @@ class ServedAverager(Averager):
         """Whether an exchange is to be begun at this clock, if the run can go on at all."""
         self._shared.check()
         self._snapshot = None
-        if self._under_way is None and self._served.unfreeze():
+        if self._is_idle and self._served.unfreeze():
             self._wire = self._layout.only(self._served.exchanged)
         if self.clock % self._tau or self.clock == self._begun_at:
             return False
@@ -193,6 +194,15 @@ class ServedAverager(Averager):
     @override
     @torch.no_grad()
     def complete(self) -> None:
+        self.receive()
+        if self._is_answered:
+            self._is_answered = False
+            self._apply()
+            self._is_measured = False
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the answers to the exchange under way, if any; :meth:`complete` applies them."""
         if self._under_way is None:
             return
         started = time.monotonic()
@@ -206,8 +216,12 @@ class ServedAverager(Averager):
             return
         statistics.staleness += staleness
         self._staging.arrive()
-        self._apply()
-        self._is_measured = False
+        self._is_answered = True
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the wire holds nothing that is needed."""
+        return self._under_way is None and not self._is_answered
 
     @override
     def center_values(self) -> list[Tensor]:
@@ -233,6 +247,7 @@ class ServedAverager(Averager):
     @override
     @torch.no_grad()
     def start_at_center(self) -> None:
+        self._is_answered = False
         self._read(store=0).store(self.parameters)
 
     @torch.no_grad()
@@ -249,7 +264,7 @@ class ServedAverager(Averager):
         assert self._snapshot is not None
         self.elastic_distance()  # while the wire holds it
         # An idle wire holds the worker exactly. It is in use only when an error cut an exchange short.
-        self._kept = self._wire if self._under_way is None else self._like_wire()
+        self._kept = self._wire if self._is_idle else self._like_wire()
         self._kept.load_(self.parameters)
         self._snapshot.store(self.parameters)
 

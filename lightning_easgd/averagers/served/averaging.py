@@ -237,7 +237,7 @@ class ServedAveraging(Averaging):
         Others may be long in coming; they are waited for as long as they give a sign of life.
         """
         for averager in self._served:
-            averager.complete()
+            averager.receive()
         self._turns.leave()
         self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
         self._compare(meeting)
