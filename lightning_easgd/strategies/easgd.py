@@ -87,10 +87,12 @@ class EASGDMethod(CenterMethod):
             slow the steps. It needs mode="async" or ``pull_to="new"``: the old center is there without any waiting.
         center_rule: What the center does with the workers' differences, where it is not to move by them alone: a
             :class:`~lightning_easgd.method.rules.CenterRule`, the same on all ranks; in place of ``outer_momentum``.
-        wire_dtype: With mode="sync", what the differences are rounded to on their way through the process group:
-            "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a float32 scale for each 256 elements). What the
-            rounding drops is added to the next exchange, the worker's own pull is exact, and so is the center's
-            arithmetic. None sends them as they are.
+        wire_dtype: What travels between ranks is rounded to: "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a
+            float32 scale for each 256 elements). What the rounding drops is added to the next exchange; the center is
+            never rounded. With mode="sync" these are the differences in the process group, and the worker's own pull is
+            exact. With mode="async" these are the messages between nodes, both ways, as changes of a reference that
+            worker and serving node share (:mod:`lightning_easgd.served_center.compressed_link`); within a node nothing
+            is sent. None sends all as it is.
         order: With mode="async", "free": every worker on its own clock; "round_robin": turns pass from rank to rank,
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
@@ -179,7 +181,7 @@ class EASGDMethod(CenterMethod):
         name = type(self).__name__
         check_period(name, tau)
         _check_mode(name, mode, order, on_worker_loss)
-        _check_wire_dtype(name, wire_dtype, mode)
+        _check_wire_dtype(name, wire_dtype)
         _check_center_device(name, center_device, mode)
         check_number(name, "momentum", momentum)
         if not (center_rule is None or isinstance(center_rule, CenterRule)):
@@ -285,7 +287,8 @@ class EASGDMethod(CenterMethod):
                 to_new=to_new,
                 delay=self.delay,
             )
-            return self._served_averaging(elastic_exchange(self.rates, self.rule, to_new), averager)
+            exchange = elastic_exchange(self.rates, self.rule, to_new)
+            return self._served_averaging(exchange, averager, self.wire_dtype)
         assert self._timeout is not None
         assert self.process_group_backend is not None
         setting = Setting(
@@ -368,16 +371,11 @@ def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) ->
         )
 
 
-def _check_wire_dtype(strategy: str, wire_dtype: object, mode: str) -> None:
+def _check_wire_dtype(strategy: str, wire_dtype: object) -> None:
     if wire_dtype not in (None, "bfloat16", "int8"):
         raise ValueError(
             f"{strategy}(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
             " differences as they are."
-        )
-    if wire_dtype is not None and mode == "async":
-        raise ValueError(
-            f"{strategy}(wire_dtype={wire_dtype!r}, mode='async'): a worker that does not know the served center as"
-            " it is now cannot round its difference from it; use mode='sync', or leave wire_dtype out."
         )
 
 

@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -17,7 +17,7 @@ from lightning_easgd.averagers.averager import Averager
 from lightning_easgd.averagers.exchange_order import Statistics
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, Turns
-from lightning_easgd.served_center import CenterService
+from lightning_easgd.served_center import CenterService, LinkState
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter
 from lightning_easgd.transport.staging import Staging, make_staging
 
@@ -62,6 +62,21 @@ class CenterPart:
             staleness = max(staleness, version - self._next_versions.get(chunk, version))
             self._next_versions[chunk] = version + 1
         return staleness
+
+    def nbytes(self, segments: Collection[int]) -> int:
+        """Bytes that the next messages of some segments have, and their answers."""
+        return 2 * sum(self._service.nbytes(chunk) for chunk in self._chunks if self._segment(chunk) in segments)
+
+    def link_state(self) -> dict[int, LinkState]:
+        """What both ends of connections remember of rounded messages, by the chunk's place in this part."""
+        states = ((place, self._service.link_state(chunk)) for place, chunk in enumerate(sorted(self._chunks)))
+        return {place: state for place, state in states if state is not None}
+
+    def load_link_state(self, state: Mapping[int, LinkState]) -> None:
+        """Go on where :meth:`link_state` was taken; chunks that are cut otherwise begin anew."""
+        for place, chunk in enumerate(sorted(self._chunks)):
+            if place in state and len(state[place][0]) == self._service.layout.size(chunk):
+                self._service.load_link_state(chunk, state[place])
 
     def read(self, into: Tensor, store: int) -> bool:
         """Copy one store into a flat vector of this part; each chunk is consistent in itself.
@@ -238,11 +253,13 @@ class ServedAverager(Averager):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self.clock}
+        link = self._part.link_state()
+        return {"clock": self.clock, **({"link": link} if link else {})}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = state["clock"]
+        self._part.load_link_state(state.get("link", {}))
 
     @override
     @torch.no_grad()
@@ -283,7 +300,7 @@ class ServedAverager(Averager):
         self._staging.depart()
         statistics = self._shared.statistics
         statistics.exchanges += 1
-        statistics.bytes_sent += 2 * sum(self._wire.segments[number].nbytes for number in self._served.exchanged)
+        statistics.bytes_sent += self._part.nbytes(self._served.exchanged)
         of_segments = {number: rates[self._served.group_of(number)] for number in self._served.exchanged}
         self._under_way = self._shared.thread.submit(self._exchange, of_segments)
 
