@@ -57,7 +57,8 @@ class FabricStrategy(WorkerProcess, _Base):
         assert self._timeout is not None
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
-        self._backward_sync_control: Any = _NoBackwardSync()
+        if self.devices_per_worker == 1:
+            self._backward_sync_control: Any = _NoBackwardSync()
         self._modules: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
@@ -114,11 +115,14 @@ class FabricStrategy(WorkerProcess, _Base):
     # Fabric's hooks
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
-        """Leave the module as it is, but give all ranks rank 0's weights."""
+        """Give all ranks rank 0's weights; wrap the module where workers have several ranks."""
         self._share_start(module)
         if self.has_center:
             self._modules.append(module)
-        return module
+        if self.layout.per_worker == 1:
+            return module
+        with self._reducing_inside(module):
+            return super().setup_module(module)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Check an optimizer, and make it what a worker trains with, in place.
@@ -174,7 +178,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """A module's state at the center. All ranks ask for it at the same point of their work."""
-        if module not in self._modules:
+        if not self._has(module):
             return super().get_module_state_dict(module)
         with self._at_center(Meeting.CHECKPOINT):
             # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
@@ -206,7 +210,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
-        if self._session is not None and module in self._modules:
+        if self._session is not None and self._has(module):
             self._session.averaging.meet(Meeting.CHECKPOINT)
             self._end()
         super().load_module_state_dict(module, state_dict, strict)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import ExchangeError, Meeting, Statistics, WorkersStoppedError
@@ -169,12 +170,28 @@ class TrainerStrategy(WorkerProcess, _Base):
             self.prepare_optimizer(optimizer)
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is, as there are no gradients to reduce, but give all ranks rank 0's weights.
+        """Give all ranks rank 0's weights, as DDP's constructor does; wrap the module where workers have several ranks.
 
-        DDP's constructor does so; here it comes before the optimizers, which may copy the parameters.
+        With one rank there are no gradients to reduce. It comes before the optimizers, which may copy the parameters.
         """
-        assert self.lightning_module is not None
-        self._share_start(self.lightning_module)
+        module = self.lightning_module
+        assert module is not None
+        self._share_start(module)
+        if self.layout.per_worker > 1:
+            with self._reducing_inside(module):
+                super().configure_ddp()
+
+    def _register_ddp_hooks(self) -> None:
+        """Register a communication hook, on a CPU too; it reduces inside of the worker."""
+        if self._ddp_comm_hook is None:
+            return
+        assert self._inside is not None
+        state: Any = self._inside.group if self._ddp_comm_state is None else self._ddp_comm_state
+        if getattr(state, "process_group", state) is None:
+            state.process_group = self._inside.group
+        hook = self._ddp_comm_hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(self._ddp_comm_hook)
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(state, hook)
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDPStrategy does; for a fit, let the ranks run freely, and make what averages them.
@@ -427,6 +444,7 @@ class TrainerStrategy(WorkerProcess, _Base):
                 ranks.end()
             self._ranks = self._roll_call = None
             super().teardown()
+            self._leave_inside()
 
     def _leave_center(self) -> None:
         session = self._session

@@ -29,6 +29,7 @@ from lightning_easgd.strategies.worker_state import (
     with_edits,
 )
 from lightning_easgd.tensors.flat_tensors import as_real
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["KEY", "Kept", "StateKeeper", "WorkerState", "edited_tensors", "named_tensors"]
 
@@ -49,6 +50,8 @@ class Ranks(Protocol):
     def world_size(self) -> int: ...
     @property
     def global_rank(self) -> int: ...
+    @property
+    def layout(self) -> WorkerLayout: ...
     def broadcast(self, obj: Any, src: int = 0) -> Any: ...
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
 
@@ -124,6 +127,7 @@ class StateKeeper:
             "format": _FORMAT,
             "method": self._method,
             "world_size": self._ranks.world_size,
+            "devices_per_worker": self._ranks.layout.per_worker,
             "center": center,
             "exchanged": [averager.has_exchanged for averager in averagers],
             "trained": sorted(_names_of_averaged(module, averagers)),
@@ -143,7 +147,7 @@ class StateKeeper:
         if not self.keeps_workers or (self._ranks.world_size > 1 and not dist.is_initialized()):  # a worker is lost
             return NoStates()
         if self._worker_state == "embed":
-            return EmbeddedStates(self._name, self._timeout)
+            return EmbeddedStates(self._name, self._timeout, self._ranks.layout)
         return SidecarStates(
             self._name,
             self._ranks.global_rank,
@@ -196,10 +200,11 @@ class StateKeeper:
         )
         if not self.keeps_workers:
             return common
-        if saved["world_size"] != self._ranks.world_size:
+        before = WorkerLayout(saved["world_size"], saved.get("devices_per_worker", 1))
+        if before != self._ranks.layout:
             rank_zero_warn(
-                f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
-                f" {self._ranks.world_size}."
+                f"{at_center}: the checkpoint was saved by {_described(before)}, and now there are"
+                f" {_described(self._ranks.layout)}."
             )
             return common
         if "generation" in saved:
@@ -300,6 +305,11 @@ def _forget_other_shapes(optimizers: Iterable[Optimizer], module: nn.Module, sav
             values = optimizer.state.get(parameter, {}).values()
             if any(isinstance(value, Tensor) and value.shape == before for value in values):
                 del optimizer.state[parameter]
+
+
+def _described(layout: WorkerLayout) -> str:
+    devices = f" of {layout.per_worker} devices" if layout.per_worker > 1 else ""
+    return f"{layout.workers} workers{devices}"
 
 
 def _clocks(saved: Mapping[str, Any]) -> list[int]:
