@@ -212,8 +212,8 @@ def test_a_resumed_run_goes_on_bitwise_and_validation_changes_nothing(wire_dtype
         # Of 21 elements, so that slices, and blocks of the codec, are not quite a half; (p - 1) / p is another, too.
         assert plain[3] <= 0.55 * sent_alone * (1 / 2) / (3 / 4) + 8
     saved = torch.load(tmp_path / "10.ckpt", weights_only=True)["easgd"]
-    assert (saved["world_size"], saved["devices_per_worker"]) == (4, 2)
-    first, second, third, fourth = (state["tensors"]["net.0.weight"] for state in saved["workers"])
+    assert (saved["world_size"], saved["worker_shape"]) == (4, [2])
+    first, second, third, fourth = (state["tensors"]["net.first.weight"] for state in saved["workers"])
     assert first.data_ptr() == second.data_ptr()
     assert third.data_ptr() == fourth.data_ptr()
     assert not torch.equal(first, third)

@@ -97,6 +97,15 @@ def fitted(module: L.LightningModule, strategy: Any, ranks: int, **trainer: Any)
     return module
 
 
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 3, bias=False), nn.Linear(2, 5)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(u), self.second(u)
+
+
 class TwoLayers(L.LightningModule):
     """½‖A u - v‖² + ½‖B u + c - z‖² in double: a weight of three rows, one of five, and a bias.
 
@@ -105,7 +114,7 @@ class TwoLayers(L.LightningModule):
 
     def __init__(self, steps: int = 20, accumulate: int = 1, lr: float = 0.1, **sgd: Any) -> None:
         super().__init__()
-        self.net = nn.ModuleList([nn.Linear(2, 3, bias=False), nn.Linear(2, 5)]).double()
+        self.net = _Two().double()
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
             for parameter in self.net.parameters():
@@ -119,8 +128,8 @@ class TwoLayers(L.LightningModule):
 
     def forward(self, batch: Tensor) -> Tensor:
         u, v, z = batch.split([2, 3, 5], dim=1)
-        first, second = self.net
-        return 0.5 * ((first(u) - v).square().sum() + (second(u) - z).square().sum()) / len(batch)
+        first, second = self.net(u)
+        return 0.5 * ((first - v).square().sum() + (second - z).square().sum()) / len(batch)
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         return self(batch)

@@ -249,6 +249,8 @@ class EASGDMethod(CenterMethod):
             self._who_is_missing,
             layout=self.layout,
             rank=self.global_rank,
+            is_sharded=self.is_sharded,
+            judges_together=self.is_sharded and self.on_nonfinite == "reset",
         )
         return SynchronousAveraging(
             control,

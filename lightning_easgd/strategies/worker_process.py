@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule
-from lightning_easgd.strategies.common_start import broadcast_states
+from lightning_easgd.strategies.common_start import broadcast_states, check_whole
 from lightning_easgd.strategies.ddp_arguments import (
     REFUSED_INSIDE,
     REFUSED_WITHOUT,
@@ -153,7 +153,7 @@ class WorkerProcess(_Base):
         _check_timeout(type(self).__name__, timeout)
         wraps = devices_per_worker != 1
         given = check_ddp_arguments(type(self), ddp_arguments, REFUSED_INSIDE if wraps else REFUSED_WITHOUT)
-        super().__init__(
+        self._init_lightning(
             accelerator,
             parallel_devices,
             cluster_environment,
@@ -168,16 +168,24 @@ class WorkerProcess(_Base):
             without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
             warn_without_effect(type(self).__name__, without_effect)
 
+    def _init_lightning(self, *arguments: Any, **keywords: Any) -> None:
+        """Initialize Lightning's strategy below, with the arguments of ``DDPStrategy``."""
+        super().__init__(*arguments, **keywords)
+
     def setup_environment(self) -> None:
         """Become a rank, which the process that only spawns or forks the ranks never does; set up the process group.
 
         And what tells who is missing if a collective operation fails.
         """
-        super().setup_environment()
+        self._set_up_groups()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
             with suppress(StoreLostError):  # a run without it names nobody
                 self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+
+    def _set_up_groups(self) -> None:
+        """Set up the process group, and what else Lightning's strategy below makes of the ranks."""
+        super().setup_environment()
 
     # What a method says
 
@@ -232,6 +240,16 @@ class WorkerProcess(_Base):
         return WorkerLayout(ranks, per_worker)
 
     @property
+    def worker_shape(self) -> tuple[int, ...]:
+        """How the ranks of a worker are arranged; one worker's state is another's where these are the same."""
+        return (self.layout.per_worker,)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of a worker has its own part of the parameters."""
+        return False
+
+    @property
     def workers(self) -> int:
         """p, the number of workers."""
         return self.layout.workers
@@ -251,7 +269,12 @@ class WorkerProcess(_Base):
         return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
     def _share_start(self, module: nn.Module) -> None:
-        """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only."""
+        """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only.
+
+        Raises:
+            TypeError: If this rank has only a part of them.
+        """
+        check_whole(type(self).__name__, module)
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
 

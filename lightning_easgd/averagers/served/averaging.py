@@ -26,6 +26,7 @@ from lightning_easgd.averagers.served.averager import CenterPart, ServedAverager
 from lightning_easgd.averagers.served.loss_policy import FailOnLoss, LossPolicy
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, RoundRobin, Turns
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center import CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.tensors.flat_tensors import as_real, center_dtype
@@ -109,6 +110,7 @@ class ServedAveraging(Averaging):
         strategy: str = "EASGDStrategy",
     ) -> None:
         self.control = control
+        self.worker = WorkerRanks.one(control)
         self.statistics = Statistics()
         self.strategy = strategy
         self._node = node

@@ -198,7 +198,8 @@ class SynchronousAverager(Averager):
 
     @override
     def is_finite(self) -> bool:
-        return self.finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+        finite = self.finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+        return self._line.worker.is_finite(finite)
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
@@ -215,7 +216,9 @@ class SynchronousAverager(Averager):
 
     @override
     def elastic_distance(self) -> float | None:
-        return float(torch.linalg.vector_norm(torch.stack(self._distance))) if self._distance else None
+        if not self._distance:
+            return None
+        return self._line.worker.norm(float(torch.linalg.vector_norm(torch.stack(self._distance))))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -267,7 +270,7 @@ class SynchronousAverager(Averager):
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
         self._distance = self._sum.norms()
-        return self.finiteness.judge(wire.flat, self._distance)
+        return self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
@@ -380,11 +383,11 @@ class SynchronousAveraging(Averaging):
         strategy: str = "EASGDStrategy",
     ) -> None:
         self.strategy = strategy
-        self._worker = worker or WorkerRanks.one(control)
+        self.worker = worker or WorkerRanks.one(control)
         self._center_device = center_device
         self.control = control
         self.on_astray = on_astray or FailIfAstray(strategy)
-        self._line = ExchangeLine(control, strategy, self._worker, on_astray=self.on_astray)
+        self._line = ExchangeLine(control, strategy, self.worker, on_astray=self.on_astray)
         self._make_sum = make_sum
         self.statistics = self._line.statistics
         self._tau = tau
@@ -459,7 +462,7 @@ class SynchronousAveraging(Averaging):
 
     def _hear_of_last(self, averagers: Sequence[SynchronousAverager]) -> None:
         """Hear of differences that were not finite, and that no exchange after theirs has told of."""
-        astray = [averager for averager in averagers if not averager.finiteness.known()]
+        astray = [each for each in averagers if not self.worker.is_finite(each.finiteness.known())]
         header = Header(self.control, finite=not astray, strategy=self.strategy)
         header.wait()
         if header.astray is not None:
@@ -480,5 +483,5 @@ class SynchronousAveraging(Averaging):
     def close(self) -> None:
         for averager in self._synchronous.values():
             averager.close()
-        for channel in dict.fromkeys((self._worker.across, self._worker.inside, self.control)):
+        for channel in dict.fromkeys((self.worker.across, self.worker.inside, self.control)):
             channel.close()

@@ -156,6 +156,7 @@ def make_channel(
     layout: WorkerLayout,
     rank: int,
     is_sharded: bool = False,
+    judges_together: bool = False,
 ) -> tuple[Channel, MakeSum, WorkerRanks]:
     """Open the channels on which all ranks announce, and those of equal coordinate exchange.
 
@@ -169,7 +170,8 @@ def make_channel(
         who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
         layout: Which ranks make up which worker.
         rank: This one.
-        is_sharded: Whether each rank of a worker has its own part of the parameters; else all have all of them.
+        is_sharded: As for :class:`WorkerRanks`.
+        judges_together: As for :class:`WorkerRanks`.
 
     Returns:
         The channel of the announcements, what makes the sum of an optimizer, and this worker's ranks:
@@ -181,26 +183,25 @@ def make_channel(
         # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
         control = shared_channel(store, control, timeout, 2 * (setting.optimizers + 1))
     alone = layout.per_worker == 1
-    across = None if alone else layout.across
+    columns = None if alone else layout.across
     worker = WorkerRanks.one(control)
     if not alone:
         store = PrefixStore(f"easgd/coordinate/{layout.coordinate_of(rank)}", store)
-        worker = WorkerRanks(
-            *(
-                ProcessGroupChannel("gloo", timeout, strategy, who_is_missing, ranks)
-                for ranks in (layout.across, layout.inside)
-            )
+        across, inside = (
+            ProcessGroupChannel("gloo", timeout, strategy, who_is_missing, ranks)
+            for ranks in (layout.across, layout.inside)
         )
+        worker = WorkerRanks(across, inside, is_sharded, judges_together)
     if choice.sum == "compressed":
         assert setting.wire_dtype is not None
-        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing, ranks=across)
+        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
         make_sum = compressed_sums(messages, partial(make_codec, setting.wire_dtype))
     else:
-        reduced = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=across)
+        reduced = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
         make_sum = all_reduced_sums(reduced, choice.spread)
         if choice.sum == "shared" and isinstance(control, SharedChannel):  # where they can share memory at all
             make_sum = shared_sums(store, worker.across, timeout, otherwise=make_sum)
     if not (alone or is_sharded):
-        inside = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=layout.inside)
-        make_sum = sliced_sums(inside, make_sum)
+        within = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=layout.inside)
+        make_sum = sliced_sums(within, make_sum)
     return control, make_sum, worker

@@ -94,6 +94,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._own_callbacks: list[Any] = []
         self._training = False  # while exchanges may happen
         self._validating = False
+        self._is_saving = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._checkpoints: TrainerCheckpoints | None = None  # of the latest fit
         self._calibrate: Callable[[], None] | None = None
@@ -357,11 +358,20 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
-        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        write = partial(self._write_checkpoint, checkpoint, filepath, storage_options)
         if self._checkpoints is None:
             write()
         else:
             self._checkpoints.save(checkpoint, str(filepath), write, training=self._training, alone=self._is_alone)
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        """Write what has been made ready, as Lightning does it."""
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def own_optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[Any]:
+        """This worker's own optimizer states, of a checkpoint that Lightning has made on this rank."""
+        states: list[Any] = checkpoint["optimizer_states"]
+        return states
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, and the files beside it."""
@@ -517,7 +527,16 @@ class TrainerStrategy(WorkerProcess, _Base):
     @property
     def _is_averaging(self) -> bool:
         """Whether a step is one of a worker's, which counts."""
-        return self._training and not is_without_steps(self._trainer)
+        return self._training and not self._is_saving and not is_without_steps(self._trainer)
+
+    @contextlib.contextmanager
+    def _without_steps(self) -> Iterator[None]:
+        """Context in which a step is none of a worker's."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
 
     def _trained_optimizers(self) -> list[Optimizer]:
         """The optimizers, without Lightning's stand-in where configure_optimizers returns None."""

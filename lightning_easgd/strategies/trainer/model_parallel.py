@@ -1,0 +1,225 @@
+"""The strategy of sharded workers for a Trainer, made for the ``ModelParallelStrategy`` of each class tree."""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.optim import Optimizer
+
+from lightning_easgd.method.compression import WireDtype
+from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.method.schedules import Schedule
+from lightning_easgd.strategies.center_method import OnNonFinite
+from lightning_easgd.strategies.common_start import broadcast_parts
+from lightning_easgd.strategies.easgd import EASGDMethod
+from lightning_easgd.strategies.sharded_workers import (
+    DOCUMENTATION,
+    Size,
+    inside,
+    load_parts,
+    make_mesh,
+    parts_of,
+    resolve_sizes,
+    sampler_arguments,
+    save_of_first_worker,
+)
+from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
+from lightning_easgd.strategies.worker_state.keeper import WorkerState
+from lightning_easgd.transport.channel import Failure, OwnGroup
+from lightning_easgd.transport.worker_layout import WorkerLayout
+
+__all__ = ["model_parallel_strategy"]
+
+_METADATA = "meta.pt"  # Lightning's, in the folder of a distributed checkpoint
+
+
+def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
+    """Make the class ``EASGDModelParallelStrategy`` of a class tree.
+
+    Args:
+        base: Its ``ModelParallelStrategy``.
+        of_tree: What else of the tree is needed.
+    """
+
+    @final
+    class EASGDModelParallelStrategy(EASGDMethod, TrainerStrategy, base):  # type: ignore[misc]
+        __doc__ = DOCUMENTATION
+
+        tree = of_tree
+
+        def __init__(
+            self,
+            data_parallel_size: Size = "auto",
+            tensor_parallel_size: Size = "auto",
+            save_distributed_checkpoint: bool = True,
+            *,
+            tau: int = 10,
+            beta: float | None = None,
+            alpha: float | Schedule | None = None,
+            rho: float | Schedule | None = None,
+            momentum: float | None = None,
+            center_rule: CenterRule | None = None,
+            wire_dtype: WireDtype | None = None,
+            on_nonfinite: OnNonFinite = "fail",
+            center_device: Literal["cpu"] | None = None,
+            evaluate: Literal["center", "worker"] = "center",
+            recalibrate_batchnorm: int = 0,
+            worker_state: WorkerState = "sidecar",
+            process_group_backend: str | None = None,
+            timeout: timedelta | None = DEFAULT_TIMEOUT,
+        ) -> None:
+            self._given_sizes = data_parallel_size, tensor_parallel_size
+            self._saves_distributed = save_distributed_checkpoint
+            resolve_sizes(type(self).__name__, *self._given_sizes, nodes=1, devices=0)
+            super().__init__(
+                tau=tau,
+                beta=beta,
+                alpha=alpha,
+                rho=rho,
+                momentum=momentum,
+                center_rule=center_rule,
+                wire_dtype=wire_dtype,
+                on_nonfinite=on_nonfinite,
+                center_device=center_device,
+                evaluate=evaluate,
+                recalibrate_batchnorm=recalibrate_batchnorm,
+                worker_state=worker_state,
+                process_group_backend=process_group_backend,
+                timeout=timeout,
+            )
+
+        def _init_lightning(self, *_: Any, process_group_backend: str | None, timeout: timedelta, **__: Any) -> None:
+            base.__init__(
+                self,
+                *self._given_sizes,
+                self._saves_distributed,
+                process_group_backend=process_group_backend,
+                timeout=timeout,
+            )
+            self._start_method = "popen"
+            self._ddp_kwargs: dict[str, Any] = {}
+            self._mesh: Any = None
+
+        # The ranks
+
+        @property
+        def worker_shape(self) -> tuple[int, ...]:
+            """One worker's data-parallel and tensor-parallel sizes."""
+            name = type(self).__name__
+            return tuple(resolve_sizes(name, *self._given_sizes, nodes=self.num_nodes, devices=self.num_processes))
+
+        @property
+        def layout(self) -> WorkerLayout:
+            """Which ranks make up which worker; known once the Trainer has this strategy."""
+            data, tensor = self.worker_shape
+            return WorkerLayout(self.num_nodes * self.num_processes, data * tensor)
+
+        @property
+        def is_sharded(self) -> bool:
+            """Whether each rank of a worker has its own part of the parameters."""
+            return True
+
+        @property
+        def mesh(self) -> Any:
+            """The mesh of all ranks: "workers", "data_parallel", "tensor_parallel"; ``device_mesh`` is the worker's.
+
+            Raises:
+                RuntimeError: If the processes have not been initialized.
+            """
+            if self._mesh is None:
+                raise RuntimeError(f"{type(self).__name__}.mesh: it is there when the processes have been initialized.")
+            return self._mesh
+
+        @property
+        def distributed_sampler_kwargs(self) -> dict[str, int]:
+            """How data are shared out: each data-parallel rank of each worker draws its own."""
+            return sampler_arguments(self.mesh, self.layout, self.global_rank)
+
+        def _check_interactive(self) -> None:
+            """Leave it to Lightning: it has no ranks that are forked."""
+
+        def _set_up_groups(self) -> None:
+            self._setup_distributed()
+            layout, timeout = self.layout, self._timeout or DEFAULT_TIMEOUT
+            self._mesh = make_mesh(self.root_device, layout, self.worker_shape, timeout)
+            self._device_mesh = inside(self._mesh)
+            failure = Failure(timeout, type(self).__name__, self._who_is_missing)
+            self._inside = OwnGroup("gloo", failure, layout.inside)
+            assert self.lightning_module is not None
+            self.lightning_module._device_mesh = self._device_mesh
+
+        def model_to_device(self) -> None:
+            """Move what is left, and give the ranks of each coordinate what the one in worker 0 has.
+
+            It comes before the optimizers, which may copy the parameters.
+            """
+            super().model_to_device()
+            assert self.model is not None
+            if self.layout.workers > 1:
+                broadcast_parts(self.model, self.mesh.get_group("workers"))
+
+        # Checkpoints
+
+        def lightning_module_state_dict(self) -> dict[str, Any]:
+            """The module's state at the center; nothing where this rank must not wait for others' shards."""
+            return {} if self._is_alone else super().lightning_module_state_dict()
+
+        def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+            """The state of an optimizer; torch may make a step of no size for it, which is none of the worker's."""
+            if self._is_alone:
+                return {}
+            with self._without_steps():
+                state: dict[str, Any] = super().optimizer_state(optimizer)
+            return state
+
+        def own_optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[Any]:  # noqa: ARG002
+            """This rank's parts of the optimizers' states."""
+            return [parts_of(optimizer.state_dict()) for optimizer in self.optimizers]
+
+        def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+            if self._is_alone:
+                rank_zero_warn(
+                    f"{type(self).__name__}: {filepath} is not written: after an error, or in a signal handler, no rank"
+                    " can wait for the others' shards. Go on from the last checkpoint."
+                )
+                return
+            if storage_options is not None or not self._saves_distributed:
+                super()._write_checkpoint(checkpoint, filepath, storage_options)
+                return
+            path = Path(self.broadcast(filepath))
+            state = {"state_dict": checkpoint.pop("state_dict")}
+            states = enumerate(checkpoint.pop("optimizer_states", []))
+            state |= {f"optimizer_{number}": each for number, each in states}
+            if self.layout.worker_of(self.global_rank) == 0:
+                if self.is_global_zero:
+                    path.unlink() if path.is_file() else None
+                    path.mkdir(parents=True, exist_ok=True)
+                assert self._inside is not None
+                dist.barrier(self._inside.group)
+                save_of_first_worker(state, path, self._inside.group)
+            if self.is_global_zero:
+                torch.save(checkpoint, path / _METADATA)
+
+        def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+            """Read a checkpoint into module and optimizers, and these as they were on this rank if that is known."""
+            checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
+            if self._checkpoints is not None:
+                found = self._checkpoints.find(checkpoint, *self._read_from)
+                if found is not checkpoint:
+                    for optimizer, own in zip(self.optimizers, found["optimizer_states"], strict=False):
+                        load_parts(optimizer, own)
+            return checkpoint
+
+        def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
+            """Wait for all ranks; where Lightning has restored the loops, let them go on where this worker's were."""
+            super().barrier(name, *args, **kwargs)
+            if name == "_CheckpointConnector.resume_end" and self._checkpoints is not None:
+                self._checkpoints.restore_loops()
+
+    EASGDModelParallelStrategy.__qualname__ = EASGDModelParallelStrategy.__name__
+    return EASGDModelParallelStrategy
