@@ -1,5 +1,6 @@
 """Workers whose parameters are sharded over their ranks, under a Trainer and under Fabric."""
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -8,12 +9,15 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
+from lightning_easgd.strategies.common_start import broadcast_parts
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
 from lightning_easgd.tensors.shards import is_shard, local, sharded_like
+from lightning_easgd.transport.channel import Failure, OwnGroup
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
@@ -22,10 +26,10 @@ __all__ = [
     "inside",
     "load_parts",
     "make_mesh",
+    "of_sharded_workers",
     "parts_of",
     "resolve_sizes",
     "sampler_arguments",
-    "save_of_first_worker",
 ]
 
 Size = int | Literal["auto"]
@@ -69,6 +73,7 @@ DOCUMENTATION = """Elastic Averaging SGD whose workers are sharded over several 
     """
 """What the class of each tree says of itself."""
 
+_METADATA = "meta.pt"  # Lightning's, in the folder of a distributed checkpoint
 _INSIDE = ("data_parallel", "tensor_parallel")
 
 
@@ -152,12 +157,92 @@ def load_parts(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({**state, "state": states})
 
 
-def save_of_first_worker(state: dict[str, Any], path: Path, group: dist.ProcessGroup) -> None:
-    """Write worker 0's shards; called on its ranks alone.
+def of_sharded_workers(cls: type) -> type:
+    """Decorate a strategy of sharded workers: give it what a Trainer's and Fabric's have in common.
 
-    In one save with those of another worker, equal names would count as replicas, and what is written would be partly
-    the one's and partly the other's.
+    It has ``_given_sizes``, data-parallel and tensor-parallel.
     """
-    from torch.distributed import checkpoint  # noqa: PLC0415 - it takes its time
+    for name, member in vars(_ShardedRanks).items():
+        if not name.startswith("__"):
+            setattr(cls, name, member)
+    return cls
 
-    checkpoint.save(state, checkpoint_id=path, process_group=group)  # type: ignore[attr-defined]
+
+class _ShardedRanks(WorkerProcess):
+    """The ranks of sharded workers: their arrangement, their mesh, and the checkpoint that worker 0 writes."""
+
+    _given_sizes: tuple[Size, Size]
+    _mesh: DeviceMesh | None = None
+    _device_mesh: DeviceMesh | None
+
+    @property
+    def worker_shape(self) -> tuple[int, ...]:
+        """One worker's data-parallel and tensor-parallel sizes."""
+        name = type(self).__name__
+        return tuple(resolve_sizes(name, *self._given_sizes, nodes=self.num_nodes, devices=self.num_processes))
+
+    @property
+    def layout(self) -> WorkerLayout:
+        """Which ranks make up which worker; known once Trainer or Fabric has this strategy."""
+        return WorkerLayout(self.num_nodes * self.num_processes, math.prod(self.worker_shape))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of a worker has its own part of the parameters."""
+        return True
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh of all ranks: "workers", "data_parallel", "tensor_parallel"; ``device_mesh`` is the worker's.
+
+        Raises:
+            RuntimeError: If the processes have not been initialized.
+        """
+        if self._mesh is None:
+            raise RuntimeError(f"{type(self).__name__}.mesh: it is there when the processes have been initialized.")
+        return self._mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """How data are shared out: each data-parallel rank of each worker draws its own."""
+        return sampler_arguments(self.mesh, self.layout, self.global_rank)
+
+    def _check_interactive(self) -> None:
+        """Leave it to Lightning: it has no ranks that are forked."""
+
+    def _leave_inside(self) -> None:
+        """Keep it, as the mesh: a checkpoint may be saved after the fit."""
+
+    def _set_up_mesh(self) -> None:
+        if self._mesh is None:
+            layout, timeout = self.layout, self._timeout or DEFAULT_TIMEOUT
+            self._mesh = make_mesh(self.root_device, layout, self.worker_shape, timeout)
+            failure = Failure(timeout, type(self).__name__, self._who_is_missing)
+            self._inside = OwnGroup("gloo", failure, layout.inside)
+        self._device_mesh = inside(self._mesh)
+
+    def _share_parts(self, module: nn.Module) -> None:
+        """Give the ranks of each coordinate what the one in worker 0 has."""
+        if self.layout.workers > 1:
+            broadcast_parts(module, self.mesh.get_group("workers"))
+
+    def _write_shards(self, path: Path, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Write a distributed checkpoint as Lightning does, but of worker 0 alone.
+
+        In one save with another worker's, equal names would count as replicas, and what is written would be partly the
+        one's and partly the other's.
+        """
+        from torch.distributed import checkpoint  # noqa: PLC0415 - it takes its time
+
+        assert self._inside is not None
+        if self.layout.worker_of(self.global_rank) == 0:
+            if self.global_rank == 0:
+                if path.is_file():
+                    path.unlink()
+                path.mkdir(parents=True, exist_ok=True)
+            dist.barrier(self._inside.group)
+            checkpoint.save(  # type: ignore[attr-defined]
+                state, checkpoint_id=path, process_group=self._inside.group
+            )
+        if self.global_rank == 0:
+            torch.save(metadata, path / _METADATA)

@@ -5,8 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, final
 
-import torch
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -14,28 +12,20 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
-from lightning_easgd.strategies.common_start import broadcast_parts
 from lightning_easgd.strategies.easgd import EASGDMethod
 from lightning_easgd.strategies.sharded_workers import (
     DOCUMENTATION,
     Size,
-    inside,
     load_parts,
-    make_mesh,
+    of_sharded_workers,
     parts_of,
     resolve_sizes,
-    sampler_arguments,
-    save_of_first_worker,
 )
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
-from lightning_easgd.transport.channel import Failure, OwnGroup
-from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["model_parallel_strategy"]
-
-_METADATA = "meta.pt"  # Lightning's, in the folder of a distributed checkpoint
 
 
 def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
@@ -47,6 +37,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
     """
 
     @final
+    @of_sharded_workers
     class EASGDModelParallelStrategy(EASGDMethod, TrainerStrategy, base):  # type: ignore[misc]
         __doc__ = DOCUMENTATION
 
@@ -103,53 +94,10 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             )
             self._start_method = "popen"
             self._ddp_kwargs: dict[str, Any] = {}
-            self._mesh: Any = None
-
-        # The ranks
-
-        @property
-        def worker_shape(self) -> tuple[int, ...]:
-            """One worker's data-parallel and tensor-parallel sizes."""
-            name = type(self).__name__
-            return tuple(resolve_sizes(name, *self._given_sizes, nodes=self.num_nodes, devices=self.num_processes))
-
-        @property
-        def layout(self) -> WorkerLayout:
-            """Which ranks make up which worker; known once the Trainer has this strategy."""
-            data, tensor = self.worker_shape
-            return WorkerLayout(self.num_nodes * self.num_processes, data * tensor)
-
-        @property
-        def is_sharded(self) -> bool:
-            """Whether each rank of a worker has its own part of the parameters."""
-            return True
-
-        @property
-        def mesh(self) -> Any:
-            """The mesh of all ranks: "workers", "data_parallel", "tensor_parallel"; ``device_mesh`` is the worker's.
-
-            Raises:
-                RuntimeError: If the processes have not been initialized.
-            """
-            if self._mesh is None:
-                raise RuntimeError(f"{type(self).__name__}.mesh: it is there when the processes have been initialized.")
-            return self._mesh
-
-        @property
-        def distributed_sampler_kwargs(self) -> dict[str, int]:
-            """How data are shared out: each data-parallel rank of each worker draws its own."""
-            return sampler_arguments(self.mesh, self.layout, self.global_rank)
-
-        def _check_interactive(self) -> None:
-            """Leave it to Lightning: it has no ranks that are forked."""
 
         def _set_up_groups(self) -> None:
             self._setup_distributed()
-            layout, timeout = self.layout, self._timeout or DEFAULT_TIMEOUT
-            self._mesh = make_mesh(self.root_device, layout, self.worker_shape, timeout)
-            self._device_mesh = inside(self._mesh)
-            failure = Failure(timeout, type(self).__name__, self._who_is_missing)
-            self._inside = OwnGroup("gloo", failure, layout.inside)
+            self._set_up_mesh()
             assert self.lightning_module is not None
             self.lightning_module._device_mesh = self._device_mesh
 
@@ -159,9 +107,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             It comes before the optimizers, which may copy the parameters.
             """
             super().model_to_device()
-            assert self.model is not None
-            if self.layout.workers > 1:
-                broadcast_parts(self.model, self.mesh.get_group("workers"))
+            self._share_parts(self.model)
 
         # Checkpoints
 
@@ -191,19 +137,10 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             if storage_options is not None or not self._saves_distributed:
                 super()._write_checkpoint(checkpoint, filepath, storage_options)
                 return
-            path = Path(self.broadcast(filepath))
             state = {"state_dict": checkpoint.pop("state_dict")}
             states = enumerate(checkpoint.pop("optimizer_states", []))
             state |= {f"optimizer_{number}": each for number, each in states}
-            if self.layout.worker_of(self.global_rank) == 0:
-                if self.is_global_zero:
-                    path.unlink() if path.is_file() else None
-                    path.mkdir(parents=True, exist_ok=True)
-                assert self._inside is not None
-                dist.barrier(self._inside.group)
-                save_of_first_worker(state, path, self._inside.group)
-            if self.is_global_zero:
-                torch.save(checkpoint, path / _METADATA)
+            self._write_shards(Path(self.broadcast(filepath)), state, checkpoint)
 
         def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
             """Read a checkpoint into module and optimizers, and these as they were on this rank if that is known."""
