@@ -337,8 +337,9 @@ def test_every_model_runs(tmp_path, official, model):
 
 @pytest.mark.parametrize("strategy", options("strategy"))
 def test_every_strategy_runs(tmp_path, strategy):
-    devices = [] if strategy == "single" else ["trainer.devices=2"]
-    done = command("train", f"strategy={strategy}", *devices, *QUICK, cwd=tmp_path)
+    devices = [] if strategy in ("single", "easgd_elastic") else ["trainer.devices=2"]
+    with lighthouse(strategy) as environment:
+        done = command("train", f"strategy={strategy}", *devices, *QUICK, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert (only_run(tmp_path) / "accuracy.csv").exists()
 

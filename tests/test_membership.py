@@ -204,6 +204,12 @@ def test_a_lighthouse_that_is_away(job):
     job.check_centers(0, 1)
     assert all(worker.poll() is None for worker in workers)
 
+    job.lighthouse.kill()  # a request that nobody answers does not hold up a worker's end
+    asked = job.until(0, lambda line: line["missed"] > again["missed"], since=again["time"])
+    assert asked["living"] == [0, 1]
+    job.signal(0, signal.SIGTERM)
+    assert workers[0].wait(30) == 0
+
 
 def test_torchrun_starts_a_worker_again(job):
     job.start(0)

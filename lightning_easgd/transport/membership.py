@@ -230,6 +230,8 @@ class Membership:
         manager, self._manager, self._request = self._manager, None, None
         if manager is not None:
             manager.shutdown(wait=False)
+            # Its connections end with it alone: a request that nobody answers would hold up the end of this process.
+            manager._manager = None
             self._thread.shutdown(wait=False, cancel_futures=True)
 
 

@@ -138,7 +138,7 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
         if optimization is None
         else optimization.optim_progress.optimizer.step
     )
-    steps.total.ready = steps.total.completed = clocks["steps"]
+    steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
