@@ -8,9 +8,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import MINIMA, synchronous_trace
+from test_fabric import trace as fabric_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 
 LR = 0.1
 
@@ -115,6 +117,15 @@ def test_synchronous_traces(arguments, workers, tau, backend):
         train, workers, EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), steps, workers
     )
     check(traces, reference_of(workers, steps, tau, arguments))
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("arguments", [FAMILY[3], FAMILY[4]])
+def test_fabric_with_and_without_closures(arguments, closure):
+    """The next gradient is taken at the pulled point, also where it is taken before the optimizer is called."""
+    rows = fabric_trace(2, 9, closure, FabricEASGDStrategy(tau=3, **arguments))
+    expected = reference_of(2, 9, 3, arguments)
+    assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(expected, abs=2e-6)
 
 
 TURNS = {"mode": "async", "order": "round_robin"}
