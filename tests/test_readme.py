@@ -265,7 +265,7 @@ def run_torchrun(arguments: list[str], folder: Path) -> None:
 
 
 def run_simulate(arguments: list[str], folder: Path) -> None:
-    cheap = ("workers=2", "tau=10", "lr=0.1", "steps=50", "target_error=0.5")
+    cheap = ("workers=2", "tau=10", "lr=0.1", "steps=50", "target=0.5")
     with contextlib.chdir(folder):
         assert simulate_command.run([*arguments, *cheap]) == 0
     assert any(folder.rglob("*.png"))

@@ -1,7 +1,7 @@
 """Files of the repository that the site shows: a page links to them as on a code host, and finds them here, too.
 
-A relative link that leaves `docs/` becomes a link within the site: Markdown, code and folders become pages, everything else
-is copied. So a figure or a table lies in the repository once, and the site needs no other host.
+A relative link that leaves `docs/` becomes a link within the site: Markdown, code and folders become pages, everything
+else is copied. So a figure or a table lies in the repository once, and the site needs no other host.
 """
 
 import posixpath
@@ -52,7 +52,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     root = Path(config.config_file_path).parent
     _site = _Site(root)
     for file in files:
-        _site.add(file.src_uri, f"docs/{file.src_uri}")
+        if file.inclusion.is_included():
+            _site.add(file.src_uri, f"docs/{file.src_uri}")
     waiting = [(path, (root / path).read_text(encoding="utf-8")) for path in _site.addresses if path.endswith(".md")]
     for address, path in PAGES.items():
         text = (root / path).read_text(encoding="utf-8")
