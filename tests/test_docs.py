@@ -1,5 +1,6 @@
 """The documentation's site, its notebook, and what stands beside the code for contributors."""
 
+import ast
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 from application import ROOT
+from lightning.pytorch.trainer.connectors import accelerator_connector
 from preloaded import python
 
 import lightning_easgd
@@ -177,9 +179,23 @@ def test_issue_templates(path):
     assert all(part["attributes"]["label"] for part in asked)
 
 
+@pytest.mark.processes  # uname
 def test_versions_can_be_told_as_the_template_asks(capsys):
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
     description = next(part for part in form["body"] if part.get("id") == "versions")["attributes"]["description"]
     command = re.search(r'python -c "(.*?)";', description, re.DOTALL)[1]
     exec(command)
     assert lightning_easgd.__version__ in capsys.readouterr().out
+
+
+def test_the_messages_of_the_troubleshooting_exist():
+    """What the page quotes is part of a text of this package or of Lightning's choice of a strategy."""
+    sources = [*(ROOT / "lightning_easgd").rglob("*.py"), Path(accelerator_connector.__file__)]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sources]
+    nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    texts = [node.value for node in nodes if isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| ")]
+    quoted = [part.strip() for cell in cells for quote in re.findall(r'"([^"]+)"', cell) for part in quote.split("...")]
+    assert len(quoted) > 10
+    assert not [part for part in quoted if part != "communication" and not any(part in text for text in texts)]

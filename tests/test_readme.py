@@ -86,6 +86,10 @@ class Block(NamedTuple):
     text: str
 
     @property
+    def commands(self) -> list[str]:
+        return self.text.replace("\\\n", " ").splitlines()
+
+    @property
     def name(self) -> str:
         return f"{self.document.stem}_{self.line}_{self.language}"
 
@@ -103,7 +107,7 @@ def cases() -> list[Block]:
     for document in DOCUMENTS:
         scripts = []
         for block in blocks(document):
-            parts = block.text.splitlines() if block.language == "console" else [block.text]
+            parts = block.commands if block.language == "console" else [block.text]
             new = {(block.language, part) for part in parts} - seen
             seen |= new
             if not new:
@@ -159,8 +163,8 @@ def check_diff(block: Block, folder: Path) -> None:
 
 
 def check_console(block: Block, folder: Path) -> None:
-    for line in block.text.splitlines():
-        program, *arguments = shlex.split(line, comments=True)
+    for command in block.commands:
+        program, *arguments = shlex.split(command, comments=True)
         assert program in PROGRAMS, f"no rule for the command {program!r} in tests/test_readme.py"
         if program == "torchrun":
             arguments.append(next(each.text for each in blocks(block.document) if "num_nodes=" in each.text))
