@@ -65,7 +65,9 @@ def problems(site: Path) -> list[str]:
         found += [f"{name}: the picture {picture} has no description" for picture in page.undescribed]
         found += [f"{name}: loads {target}" for target in page.loaded if urlsplit(target).scheme not in ("", "data")]
         text = "".join(page.text)
-        found += [f"{name}: {rest} is markup" for rest in re.findall(r":\w+:`|\.\. \w+::|\$\$|\\\[|={9,}|\]\(", text)]
+        found += [
+            f"{name}: {rest} is markup" for rest in re.findall(r":\w+:`|\.\. \w+::|\$\$|\$\\|\\\[|={9,}|\]\(", text)
+        ]
         if name == "404.html":  # its addresses begin at the server's root
             continue
         for target in [*page.links, *page.loaded]:
@@ -122,6 +124,7 @@ def test_site(tmp_path):
         ('<img src="other.html">', "has no description"),
         ('<script src="https://example.org/x.js"></script>', "loads https://example.org/x.js"),
         ("<p>:class:`Name`</p>", "is markup"),
+        (r"<p>$\max($</p>", "is markup"),
         ("<style>p { background: url(https://example.org/x.png) }</style>", None),
         ('<a href="other.html#place">x</a><code>$$</code>', None),
     ],

@@ -15,6 +15,7 @@ _ROLE = re.compile(r":(attr|class|data|func|meth|mod):`~?([^`]+)`")
 _FORMULA = re.compile(r":math:`([^`]+)`")
 _FORMULA_BLOCK = re.compile(r"^( *)\.\. math::(.*)\n((?:(?:\1 +.*)?\n)*)", re.MULTILINE)
 _CODE_BLOCK = re.compile(r"^( *)\.\. code-block:: (\w+)\n\n", re.MULTILINE)
+_FORMULA_MADE = re.compile(r"\$[^$]+\$")
 _RULE = re.compile(r"^ *=+(?: +=+)+ *$")
 
 
@@ -92,4 +93,6 @@ def _table(lines: list[str]) -> list[str]:
         else:  # the row before goes on
             rows[-1] = [" ".join(filter(None, both)) for both in zip(rows[-1], cells, strict=True)]
     indent = " " * starts[0]
+    # A bar inside of a formula would end the cell.
+    rows = [[_FORMULA_MADE.sub(lambda match: match[0].replace("|", r"\vert "), cell) for cell in row] for row in rows]
     return [f"{indent}| {' | '.join(row)} |" for row in [header, ["---"] * len(columns), *rows]]
