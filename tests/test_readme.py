@@ -121,7 +121,7 @@ def cases() -> list[Block]:
     return chosen
 
 
-def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def run(arguments: list[str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     # A `make test` around this would hand its own settings on to a make in here.
     environment = {
         key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")
