@@ -110,7 +110,7 @@ def test_who_does_not_know_a_reference_cannot_round(linked):
     link = linked("int8", SymmetricExchange())
     state = torch.zeros(LAYOUT.size(0), dtype=torch.float64)
     link.ends[0].set_reference(0, state)
-    with pytest.raises(CenterError, match="asks for nothing that is served here|is lost"):  # its message is unread
+    with pytest.raises(CenterError, match=r"asks for nothing that is served here|is lost"):  # its message is unread
         link.exchange(0, torch.zeros(1000, dtype=torch.float64), 0.3)
 
 
