@@ -1,5 +1,6 @@
 """Interpreters that end with threads of the center blocked in system calls: never a hang."""
 
+import os
 import subprocess
 import sys
 
