@@ -60,6 +60,11 @@ def _plot(axes: "Axes", rows: list[dict[str, str]], column: str, style: dict[str
 
 def main() -> None:
     """Draw the figure of the run whose directory the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY")
-    print(draw(Path(sys.argv[1])))
+    words = sys.argv[1:]
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY, where that is the directory of a run")
+    print(draw(Path(words[0])))
+
+
+if __name__ == "__main__":
+    main()
