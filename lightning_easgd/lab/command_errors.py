@@ -30,6 +30,7 @@ _FLAGS = (
     "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun", "--info", "-i",
 )  # fmt: skip
+_SWEEP = ("-m", "--multirun")
 _NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
 _NO_GROUP = re.compile(r"Could not override '(.+?)'\.\s+No match in the defaults list")
 _HYDRAS_OWN = "HYDRA_FULL_ERROR"
@@ -84,7 +85,8 @@ def shows_tracebacks() -> bool:
 
 
 def _check_flags(name: str) -> None:
-    """Refuse what Hydra would answer with its whole usage."""
+    """Refuse what Hydra would answer with its whole usage, and put a sweep's option where Hydra looks for it."""
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)
     for word in sys.argv[1:]:
         flag = word.partition("=")[0]
         if flag.startswith("-") and flag not in _FLAGS:
@@ -141,7 +143,10 @@ def _explain(name: str, error: Exception) -> str | None:
     elif isinstance(error, ConfigCompositionException):
         sentence = _unknown_key(name, error)
     elif isinstance(error, OverrideParseException):
-        sentence = f"{name}({error.override}): this cannot be read as an override; write key=value"
+        sentence = (
+            f"{name}({error.override}): this cannot be read as an override; write key=value, and a value with"
+            " signs such as = in quotes, key=\"'value'\""
+        )
     elif isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
         sentence = str(error.__cause__)
     elif isinstance(error, OmegaConfBaseException):
