@@ -37,8 +37,8 @@ def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
     run = only_run(tmp_path)
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names >= {
-        "config.yaml", "versions.txt", "metrics.csv", "figure.png", "accuracy.csv", "time.csv", "communication.csv", "hparams.yaml",
-        "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "config.yaml", "versions.txt", "metrics.csv", "figure.png", "accuracy.csv", "time.csv", "communication.csv",
+        "hparams.yaml", "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
     }  # fmt: skip
     for line in ("test accuracy at the center", "of worker 0", "of worker 1", "communication", "DDP:"):
         assert done.stdout.count(line) == 1, done.stdout

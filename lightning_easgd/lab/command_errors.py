@@ -143,10 +143,9 @@ def _explain(name: str, error: Exception) -> str | None:
     elif isinstance(error, ConfigCompositionException):
         sentence = _unknown_key(name, error)
     elif isinstance(error, OverrideParseException):
-        sentence = (
-            f"{name}({error.override}): this cannot be read as an override; write key=value, and a value with"
-            " signs such as = in quotes, key=\"'value'\""
-        )
+        # A value with a sign such as = is one that Hydra wants in quotes.
+        remedy = "put the value in quotes, key=\"'value'\"" if "=" in (error.override or "") else "write key=value"
+        sentence = f"{name}({error.override}): this cannot be read as an override; {remedy}"
     elif isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
         sentence = str(error.__cause__)
     elif isinstance(error, OmegaConfBaseException):
