@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -65,18 +66,23 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     except Exception as error:
         if shows_tracebacks():
             raise
-        if isinstance(error, ReportedError):
-            sys.exit(1)
         sentence = explain(name, error)
-        if sentence is None:
+        if sentence is None and not isinstance(error, ReportedError):
             raise
-        sys.exit(sentence)
+        _end(sentence)
     finally:
         if setting is None:
             del os.environ[_HYDRAS_OWN]
             del os.environ[_TRACEBACKS]
         else:
             os.environ[_HYDRAS_OWN] = setting
+
+
+def _end(sentence: str | None) -> NoReturn:
+    """End the process; of the ranks that torchrun or SLURM has started on a node, one says why."""
+    launched = not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}.isdisjoint(os.environ)
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    sys.exit(1 if launched and number != "0" else sentence or 1)
 
 
 def shows_tracebacks() -> bool:
@@ -119,7 +125,7 @@ def usage_errors(name: str) -> Iterator[None]:
         sentence = explain(name, error)
         if sentence is None or shows_tracebacks():
             raise
-        sys.exit(sentence)
+        _end(sentence)
 
 
 def explain(name: str, error: Exception) -> str | None:
