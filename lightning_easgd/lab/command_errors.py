@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -31,6 +32,7 @@ _FLAGS = (
     "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun", "--info", "-i",
 )  # fmt: skip
+_SECONDS_TO_SPEAK = 5.0
 _SWEEP = ("-m", "--multirun")
 _NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
 _NO_GROUP = re.compile(r"Could not override '(.+?)'\.\s+No match in the defaults list")
@@ -82,7 +84,10 @@ def _end(sentence: str | None) -> NoReturn:
     """End the process; of the ranks that torchrun or SLURM has started on a node, one says why."""
     launched = not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}.isdisjoint(os.environ)
     number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
-    sys.exit(1 if launched and number != "0" else sentence or 1)
+    if launched and number != "0":
+        time.sleep(_SECONDS_TO_SPEAK)  # their launcher ends all when the first has ended
+        sys.exit(1)
+    sys.exit(sentence or 1)
 
 
 def shows_tracebacks() -> bool:
