@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 from preloaded import python
 from torch import nn
 
+import lightning_easgd.lab.configuration  # noqa: F401  # of this clone
 from lightning_easgd.lab.models import Classifier
 
 ROOT = Path(__file__).parents[1]

@@ -20,6 +20,9 @@ import lightning_easgd
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+QUIETLY = ("--quiet", "--no-deps", "--no-build-isolation")
+
+
 def test_every_package_is_listed():
     folders = {path.parent for path in (ROOT / "lightning_easgd").rglob("__init__.py")}
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"lightning_easgd.conf"}
@@ -101,6 +104,10 @@ def sources(folder: Path) -> Path:
     return folder
 
 
+def names_in(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
 def run(*arguments: object, cwd: Path) -> str:
     outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
@@ -123,6 +130,12 @@ def test_wheel_works_outside_the_clone(tmp_path):
     configurations = {f"lightning_easgd/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
     assert names >= configurations | {"lightning_easgd/py.typed"}
     assert not any(name.startswith(("conf/", "tests/")) for name in names)
+    # The wheel was made from the source distribution; the archive of a clone on a hosting site gives the same package.
+    (tmp_path / "clone").mkdir()
+    of_clone = shutil.make_archive(str(tmp_path / "clone-main"), "zip", sources(tmp_path / "clone"))
+    run(sys.executable, "-m", "pip", "wheel", *QUIETLY, "--wheel-dir", tmp_path / "of_clone", of_clone, cwd=ROOT)
+    (other,) = (tmp_path / "of_clone").glob("*.whl")
+    assert names_in(other) == names_in(wheel)
 
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / "bin"
@@ -133,6 +146,10 @@ def test_wheel_works_outside_the_clone(tmp_path):
     )  # fmt: skip
     work = tmp_path / "work"
     work.mkdir()
+    # Inside a clone its package shadows the installed one.
+    for module in ("train", "evaluate"):
+        shown = run(scripts / "python", "-m", f"lightning_easgd.{module}", "--cfg", "job", cwd=tmp_path / "sources")
+        assert "DigitsDataModule" in shown
     assert "EASGDStrategy" in run(scripts / "easgd-train", "--cfg", "job", cwd=work)
     run(scripts / "easgd-train", "experiment=digits_quick", cwd=work)
     checkpoint = only_run(work) / "checkpoints" / "last.ckpt"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_easgd.callbacks import ACCURACY_FILE, ELASTIC_DIRECTORY
 from lightning_easgd.lab.demo_extra import blank_figure
-from lightning_easgd.lab.report import CENTER, is_elastic, read_rows
+from lightning_easgd.lab.report import CENTER, is_elastic, whole_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ def draw(run: Path) -> Path:
 
 
 def _draw_accuracy(axes: "Axes", run: Path) -> None:
-    rows = [row for row in read_rows(run / ACCURACY_FILE) if row["stage"] == "val"]
+    rows = [row for row in whole_rows(run, ACCURACY_FILE) if row["stage"] == "val"]
     for weights in dict.fromkeys(row["weights"] for row in rows):
         if weights == CENTER:
             style = {"label": "center" if is_elastic(run) else "model", "color": "black", "linewidth": 2, "zorder": 3}
@@ -41,7 +41,12 @@ def _draw_distance(axes: "Axes", run: Path) -> None:
     files = sorted((run / ELASTIC_DIRECTORY).glob("rank_*.csv"), key=lambda path: int(path.stem[5:]))
     for path in files:
         style = {"label": f"worker {path.stem[5:]}", "linewidth": 1}
-        _plot(axes, [row for row in read_rows(path) if row["distance"]], "distance", style)
+        _plot(
+            axes,
+            [row for row in whole_rows(run, f"{ELASTIC_DIRECTORY}/{path.name}") if row["distance"]],
+            "distance",
+            style,
+        )
     axes.set(xlabel="steps of a worker", ylabel="elastic distance")
     if files:
         axes.legend()
@@ -55,6 +60,11 @@ def _plot(axes: "Axes", rows: list[dict[str, str]], column: str, style: dict[str
 
 def main() -> None:
     """Draw the figure of the run whose directory the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY")
-    print(draw(Path(sys.argv[1])))
+    words = sys.argv[1:]
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY, where that is the directory of a run")
+    print(draw(Path(words[0])))
+
+
+if __name__ == "__main__":
+    main()
