@@ -232,7 +232,7 @@ def _conclude(config: DictConfig, run: Path) -> None:
         print(report.render(run))
     if config.plot:
         try:
-            print(f"  figure: {plots.draw(run)}")
+            print(f"  figure: {plots.draw(run) or 'there is nothing to draw'}")
         except MissingExtraError as error:
             print(f"  no figure: {error}")
     print(f"  run directory: {run}")
