@@ -1,7 +1,9 @@
 """Run a function as the ranks of one job: forked processes, a hard timeout, and each rank's result."""
 
 import fcntl
+import functools
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
@@ -10,12 +12,19 @@ import socket
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import lightning.fabric.utilities.registry as lightning_registry
 import torch
+import torch.distributed.algorithms.ddp_comm_hooks.default_hooks
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from lightning_easgd.strategies.worker_state import random_state, set_random_state
 
 _CONTEXT = multiprocessing.get_context("fork")
 _PORTS = random.SystemRandom()  # tests seed the other one
@@ -50,6 +59,7 @@ def end_ranks(
 
     ``interfere`` is called with the process ids while they run.
     """
+    _warm_up()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
@@ -78,6 +88,25 @@ def end_ranks(
                 outcome.value, outcome.error = pickle.loads(result.read_bytes())
             outcomes.append(outcome)
         return outcomes
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Do once, in the parent, what each rank of Lightning's would do at first: half of a short rank's processor time.
+
+    It imports and caches (also which packages are installed), and leaves the generators as they were.
+    """
+    lightning_registry.entry_points = functools.cache(lightning_registry.entry_points)
+    generators = random_state(torch.device("cpu"))
+    logging.disable()
+    with warnings.catch_warnings(action="ignore"):
+        Trainer(
+            accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        ).fit(BoringModel())  # fmt: skip
+    logging.disable(logging.NOTSET)
+    set_random_state(generators, torch.device("cpu"))
+    gc.collect()
 
 
 def _errors(folder: str) -> str:
