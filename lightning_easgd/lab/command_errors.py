@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -13,65 +14,148 @@ from hydra.errors import (
 )
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from lightning_easgd import __version__
+from lightning_easgd.lab.configuration import option_file
 from lightning_easgd.lab.data.errors import DataError
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.key_values import did_you_mean
 
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
 _BAD_ARGUMENT = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
+_NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
+_HYDRAS_OWN = "HYDRA_FULL_ERROR"
+_TRACEBACKS = "EASGD_TRACEBACKS"  # what the user has set, for ranks, which inherit what is set here
 
 
 class UsageError(ValueError):
     """A combination of settings that cannot work; its message is all that the user needs to see."""
 
 
+class ReportedError(RuntimeError):
+    """An error of which the user has been told already."""
+
+
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Run a Hydra command; end the process with one sentence where the user's input is at fault."""
+    """Run a Hydra command; end the process with one sentence where the user's input is at fault.
+
+    With HYDRA_FULL_ERROR=1 the traceback comes with it.
+    """
+    if "--version" in sys.argv[1:]:
+        print(f"{name} {__version__}")
+        return
     # Hydra would print the error itself and exit; with this it lets the exception through.
-    setting = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    setting = os.environ.get(_HYDRAS_OWN)
+    os.environ.setdefault(_TRACEBACKS, setting or "0")
+    os.environ[_HYDRAS_OWN] = "1"
     try:
+        with usage_errors(name):
+            _check_experiment(name)
         command()
     except Exception as error:
+        if shows_tracebacks():
+            raise
+        if isinstance(error, ReportedError):
+            sys.exit(1)
         sentence = explain(name, error)
-        if sentence is None or setting == "1":
+        if sentence is None:
             raise
         sys.exit(sentence)
     finally:
         if setting is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+            del os.environ[_HYDRAS_OWN]
+            del os.environ[_TRACEBACKS]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = setting
+            os.environ[_HYDRAS_OWN] = setting
+
+
+def shows_tracebacks() -> bool:
+    """Whether the user has asked for tracebacks."""
+    return os.environ.get(_TRACEBACKS) == "1"
+
+
+def _check_experiment(name: str) -> None:
+    """Refuse an experiment that is of another command; Hydra would complain of a key of it."""
+    for word in sys.argv[1:]:
+        if not word.startswith("experiment=") or (file := option_file("experiment", word.partition("=")[2])) is None:
+            continue
+        of = "easgd-compare" if "grid" in file else "easgd-train"
+        if of != name:
+            raise UsageError(f"{name}({word}): this experiment is one of {of}; run {of} {word}, or leave it out")
 
 
 @contextlib.contextmanager
-def usage_errors() -> Iterator[None]:
-    """Context of a Hydra job in which a `UsageError` ends the process with its sentence.
+def usage_errors(name: str) -> Iterator[None]:
+    """Context of a Hydra job in which an error of the user's ends the process with its sentence.
 
     Left to Hydra it would be printed beside the job's overrides, and a sweep would go on to its other jobs, which
     meet the same refusal.
     """
     try:
         yield
-    except UsageError as error:
-        sys.exit(str(error))
+    except Exception as error:
+        sentence = explain(name, error)
+        if sentence is None or shows_tracebacks():
+            raise
+        sys.exit(sentence)
 
 
 def explain(name: str, error: Exception) -> str | None:
-    """Return one sentence for an error of the user's, None for any other error."""
+    """Return one sentence, in one line, for an error of the user's, None for any other error."""
+    sentence = _explain(name, error)
+    return None if sentence is None else " ".join(innermost(sentence).split())
+
+
+def innermost(text: str) -> str:
+    """Of an error that a process of a data loader has raised, what it said there; of any other its text."""
+    _, mark, trace = text.partition("Original Traceback (most recent call last):")
+    return trace.strip().splitlines()[-1].partition(": ")[2] if mark else text
+
+
+def _explain(name: str, error: Exception) -> str | None:
+    sentence: str | None = None
     if isinstance(error, UsageError | DataError | MissingExtraError):
-        return f"{name}: {error}" if isinstance(error, MissingExtraError) else str(error)
-    if isinstance(error, MissingConfigException):
-        return _unknown_option(name, error)
-    if isinstance(error, ConfigCompositionException):
-        return _unknown_key(name, error)
-    if isinstance(error, OverrideParseException):
-        return f"{name}({error.override}): this cannot be read as an override; write key=value"
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
-        return str(error.__cause__)
-    return None
+        sentence = f"{name}: {error}" if isinstance(error, MissingExtraError) else str(error)
+    elif isinstance(error, MissingConfigException):
+        sentence = _unknown_option(name, error)
+    elif isinstance(error, ConfigCompositionException):
+        sentence = _unknown_key(name, error)
+    elif isinstance(error, OverrideParseException):
+        sentence = f"{name}({error.override}): this cannot be read as an override; write key=value"
+    elif isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
+        sentence = str(error.__cause__)
+    elif isinstance(error, OmegaConfBaseException):
+        sentence = f"{name}({error.full_key or 'configuration'}): {error.msg or error}; correct this value"
+    return sentence
+
+
+@contextlib.contextmanager
+def before_training(name: str) -> Iterator[None]:
+    """Context of what is made and checked before any process starts: what it cannot work with is the user's.
+
+    Raises:
+        UsageError: With the error's text.
+    """
+    try:
+        yield
+    except (UsageError, DataError, MissingExtraError):
+        raise
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, _BAD_ARGUMENT):
+            raise
+        text = str(error.__cause__)
+        # Errors of this package name class and argument; others are told by the key.
+        where = "" if _NAMES_ITSELF.match(text) else f"{name}({_key_of(error)}): "
+        raise UsageError(f"{where}{text}") from error.__cause__
+    except _BAD_ARGUMENT as error:
+        text = str(error)
+        raise UsageError(text if _NAMES_ITSELF.match(text) else f"{name}: {text}") from error
+
+
+def _key_of(error: InstantiationException) -> str:
+    _, _, key = str(error).partition("full_key: ")
+    return key or "configuration"
 
 
 def _unknown_key(name: str, error: ConfigCompositionException) -> str | None:

