@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from omegaconf import OmegaConf
 
 from lightning_easgd.lab import figure_style as style
-from lightning_easgd.lab import plots
+from lightning_easgd.lab import plots, sweep_summary
 from lightning_easgd.lab.compare.compare_figures import draw as draw_comparison
 from lightning_easgd.lab.simulation import sweep_figure
 from lightning_easgd.lab.stability import stability_figures
@@ -477,3 +477,59 @@ def test_a_sweep_that_never_gets_there_and_one_without_latency(drawn, tmp_path):
         sweep_figure.draw(tmp_path / f"{name}.csv", "latency")
     check(drawn["none.png"])
     assert drawn["none.png"].axes[0].get_xscale() == "linear"
+
+
+# Sweeps of runs
+
+
+def jobs_of(tmp_path, count):
+    for job in range(count):
+        scores = [(step, "center", 0.1 + 0.01 * job + 0.05 * step) for step in (1, 2)]
+        yield a_run(tmp_path / str(job), scores)
+
+
+@pytest.mark.parametrize("key", ["strategy", "method"])
+def test_jobs_that_differ_in_the_method_have_its_name_and_color(drawn, tmp_path, key):
+    labels = [{key: name} for name in ("easgd", "ddp", "local")]
+    sweep_summary._draw(tmp_path / "sweep.png", labels, list(jobs_of(tmp_path, 3)))
+    found = colors_by_label([drawn["sweep.png"]])
+    assert found == {
+        each.label: {(each.color.lower(), each.marker, each.dashes)}
+        for each in (style.METHODS[name] for name in ("easgd", "ddp", "local"))
+    }
+    check(drawn["sweep.png"])
+
+
+def test_other_jobs_are_named_by_what_differs(drawn, tmp_path):
+    labels = [{"strategy": "easgd", "strategy.tau": str(tau)} for tau in (1, 4)]
+    sweep_summary._draw(tmp_path / "sweep.png", labels, list(jobs_of(tmp_path, 2)))
+    assert [line.get_label() for line in series(drawn["sweep.png"].axes[0])] == [
+        "strategy = easgd, tau = 1", "strategy = easgd, tau = 4",
+    ]  # fmt: skip
+    check(drawn["sweep.png"])
+
+
+def test_of_many_jobs_the_ends_are_drawn_over_each_setting(drawn, tmp_path):
+    labels = [{"optimizer.lr": f"{0.1 * job:.2g}", "strategy": ("easgd", "ddp")[job % 2]} for job in range(15)]
+    sweep_summary._draw(tmp_path / "sweep.png", labels, list(jobs_of(tmp_path, 15)))
+    figure = drawn["sweep.png"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["optimizer.lr", "strategy"]
+    assert [len(axes.lines[0].get_xdata()) for axes in figure.axes] == [15, 15]
+    assert all(axes.lines[0].get_linestyle() == "None" and axes.lines[0].get_markevery() == 1 for axes in figure.axes)
+
+
+def test_jobs_without_accuracies_have_no_figure(tmp_path):
+    sweep_summary._draw(tmp_path / "sweep.png", [{"seed": "1"}], [tmp_path])
+    assert not list(tmp_path.iterdir())
+
+
+def test_comparisons_are_drawn_beside_each_other(drawn, tmp_path):
+    runs = [comparison(tmp_path / str(job), []) for job in (0, 1)]
+    for run in runs:
+        (run / "selection.csv").write_text(
+            "label,tau,workers,test_error,chosen\neasgd,4,2,0.5,yes\nddp,,2,0.4,yes\nddp,,2,0.9,no\n"
+        )
+    sweep_summary._draw(tmp_path / "sweep.png", [{"grid.seeds": "[0]"}, {"grid.seeds": "[1]"}], runs)
+    (axes,) = drawn["sweep.png"].axes
+    assert {line.get_label(): list(line.get_ydata()) for line in series(axes)} == {"EASGD": [50, 50], "DDP": [40, 40]}
+    check(drawn["sweep.png"])

@@ -57,7 +57,7 @@ class SweepSummary(Callback):
         self._runs.append(Path(place))
         self._failed.append(job_return.status != JobStatus.COMPLETED)
         self._directory = Path(config.hydra.sweep.dir)
-        self._write()
+        self._write(draw=job_return.cfg.get("plot", True))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
         """Print the table."""
@@ -71,7 +71,7 @@ class SweepSummary(Callback):
             if (self._directory / name).exists():
                 print(f"  {self._directory / name}")
 
-    def _write(self) -> None:
+    def _write(self, draw: bool) -> None:
         labels = self._labels()
         found = [row for label, run in zip(labels, self._runs, strict=True) for row in _rows(label, run)]
         with (self._directory / _TABLE).open("w", newline="", encoding="utf-8") as file:
@@ -79,6 +79,8 @@ class SweepSummary(Callback):
             writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             writer.writerows(found)
+        if not draw:
+            return
         try:
             _draw(self._directory / _FIGURE, labels, self._runs)
         except MissingExtraError as error:
@@ -104,7 +106,7 @@ def _short(value: str) -> str:
 
 def _rows(label: Row, run: Path) -> list[Row]:
     """The results of a job: of a run one row, of a comparison one for each method."""
-    chosen = [row for row in read_rows(run / "selection.csv") if row["chosen"] == "yes"]
+    chosen = _chosen(run)
     if chosen:
         return [
             label
@@ -124,12 +126,21 @@ def _rows(label: Row, run: Path) -> list[Row]:
     return [label | row]
 
 
+def _chosen(run: Path) -> list[Row]:
+    """Of a comparison the settings with the chosen learning rates; of a run nothing."""
+    return [row for row in read_rows(run / "selection.csv") if row["chosen"] == "yes"]
+
+
 def _draw(path: Path, labels: Sequence[Row], runs: Sequence[Path]) -> None:
     """Draw the validation errors of all jobs over their steps; of many jobs the last ones over each setting."""
     curves = [
         [row for row in whole_rows(run, ACCURACY_FILE) if (row["stage"], row["weights"]) == ("val", CENTER)]
         for run in runs
     ]
+    comparisons = [_chosen(run) for run in runs]
+    if any(comparisons):
+        _draw_comparisons(path, [_name(label) for label in labels], comparisons)
+        return
     jobs = [(label, rows) for label, rows in zip(labels, curves, strict=True) if rows]
     if len(jobs) > _MANY:
         _draw_ends(path, jobs)
@@ -145,6 +156,25 @@ def _draw_curves(path: Path, jobs: Sequence[tuple[Row, Sequence[Row]]]) -> None:
         plot(systems[0], [int(row["step"]) for row in rows], errors, styles[_name(label)])
     systems[0].set(xlabel="training of a worker, steps", ylabel="validation error, %")
     fit_to_most(systems, "steps", "%")
+    legend_below(figure)
+    save(figure, path)
+
+
+def _draw_comparisons(path: Path, names: Sequence[str], comparisons: Sequence[Sequence[Row]]) -> None:
+    """Draw the last test error of each method in each comparison."""
+    styles = method_styles(row["label"] for rows in comparisons for row in rows)
+    figure, (axes,) = blank_figure(1, "Test error of the comparisons")
+    for method, style in styles.items():
+        points = [
+            (number, 100 * float(row["test_error"]))
+            for number, rows in enumerate(comparisons)
+            for row in rows
+            if row["label"] == method
+        ]
+        x, errors = zip(*points, strict=True)
+        plot(axes, x, errors, style, linestyle="none", markevery=1)
+    axes.set_xticks(range(len(names)), [name.replace(", ", "\n") for name in names])
+    axes.set(xlim=(-0.5, len(names) - 0.5), ylabel="test error, %")
     legend_below(figure)
     save(figure, path)
 
