@@ -443,7 +443,10 @@ def test_an_untaken_target_and_a_silent_method_leave_no_panel(drawn, tmp_path):
 def test_a_panel_in_which_nothing_of_the_grid_has_run_is_left_out(drawn, tmp_path):
     rows = [("easgd", 1, 2, 1, 2, CURVE), ("easgd", 4, 4, 4, 4, CURVE), ("msgd", "", 1, "", "", CURVE)]
     draw_comparison(comparison(tmp_path, rows))
-    assert [axes.get_title() for axes in drawn["error_by_seconds.png"].axes] == ["τ = 1, p = 2", "τ = 4, p = 4"]
+    assert [axes.get_title() for axes in drawn["error_by_seconds.png"].axes] == [
+        "exchange every step, 2 workers",
+        "exchange every 4 steps, 4 workers",
+    ]
 
 
 def test_thirteen_methods_over_four_periods(drawn, tmp_path):

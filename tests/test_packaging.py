@@ -17,6 +17,9 @@ from application import CONF, ROOT, only_run
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+QUIETLY = ("--quiet", "--no-deps", "--no-build-isolation")
+
+
 def test_every_package_is_listed():
     folders = {path.parent for path in (ROOT / "lightning_easgd").rglob("__init__.py")}
     found = {".".join(folder.relative_to(ROOT).parts) for folder in folders} | {"lightning_easgd.conf"}
@@ -67,6 +70,15 @@ def sources(folder: Path) -> Path:
     return folder
 
 
+def names_in(archive: Path, folder: str) -> set[str]:
+    """The files of a wheel, or those that a source distribution would put into one."""
+    if archive.suffix == ".whl":
+        return {name for name in zipfile.ZipFile(archive).namelist() if ".dist-info/" not in name}
+    run(sys.executable, "-m", "pip", "wheel", *QUIETLY, "--wheel-dir", archive.parent / folder, archive, cwd=ROOT)
+    (wheel,) = (archive.parent / folder).glob("*.whl")
+    return names_in(wheel, folder)
+
+
 def run(*arguments: object, cwd: Path) -> str:
     outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
@@ -80,13 +92,20 @@ def run(*arguments: object, cwd: Path) -> str:
 @pytest.mark.timeout(900)
 def test_wheel_works_outside_the_clone(tmp_path):
     (tmp_path / "sources").mkdir()
-    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
-    run(sys.executable, *build, sources(tmp_path / "sources"), cwd=tmp_path)
+    run(
+        sys.executable, "-m", "pip", "wheel", *QUIETLY, "--wheel-dir", tmp_path, sources(tmp_path / "sources"), cwd=ROOT
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     configurations = {f"lightning_easgd/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
     assert names >= configurations | {"lightning_easgd/py.typed"}
     assert not any(name.startswith(("conf/", "tests/")) for name in names)
+    # A source distribution, and the archive that a hosting site makes of a clone, give the same package.
+    (tmp_path / "clone").mkdir()
+    archive = shutil.make_archive(str(tmp_path / "clone-main"), "zip", sources(tmp_path / "clone"))
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", tmp_path, tmp_path / "clone", cwd=ROOT)
+    for path in (Path(archive), *tmp_path.glob("*.tar.gz")):
+        assert names_in(path, f"of_{path.suffix[1:]}") == names_in(wheel, "")
 
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / "bin"
@@ -97,6 +116,10 @@ def test_wheel_works_outside_the_clone(tmp_path):
     )  # fmt: skip
     work = tmp_path / "work"
     work.mkdir()
+    # Inside a clone its package shadows the installed one.
+    for module in ("train", "evaluate"):
+        shown = run(scripts / "python", "-m", f"lightning_easgd.{module}", "--cfg", "job", cwd=tmp_path / "sources")
+        assert "DigitsDataModule" in shown
     assert "EASGDStrategy" in run(scripts / "easgd-train", "--cfg", "job", cwd=work)
     run(scripts / "easgd-train", "experiment=digits_quick", cwd=work)
     checkpoint = only_run(work) / "checkpoints" / "last.ckpt"

@@ -38,11 +38,13 @@ def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names >= {
         "config.yaml", "versions.txt", "metrics.csv", "figure.png", "accuracy.csv", "time.csv", "communication.csv",
-        "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "hparams.yaml", "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
     }  # fmt: skip
     for line in ("test accuracy at the center", "of worker 0", "of worker 1", "communication", "DDP:"):
         assert done.stdout.count(line) == 1, done.stdout
-    assert "Epoch 1: 100%" in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[:2] for line in lines[:2]] == [["epoch 1/2", "step 24"], ["epoch 2/2", "step 48"]]
+    assert done.stderr == ""
     weights = {row["weights"] for row in rows(run / "accuracy.csv")}
     assert weights == {"center", "worker_0", "worker_1"}
     assert [int(row["exchanges"]) for row in rows(run / "communication.csv")] == [11, 11]
@@ -219,7 +221,7 @@ def test_evaluate_needs_a_checkpoint(monkeypatch, tmp_path):
 def test_the_recorded_configuration_names_the_datas_place_only_if_it_was_given(tmp_path, monkeypatch, place):
     monkeypatch.setenv("EASGD_DATA", "/of/this/machine")
     given = [] if place is None else [f"paths.data={place}"]
-    train._record(composed(tmp_path, *given), tmp_path)
+    train._begin(composed(tmp_path, *given), tmp_path, None, 0)
     assert "/of/this/machine" not in (tmp_path / "config.yaml").read_text()
     loaded = OmegaConf.load(tmp_path / "config.yaml")
     monkeypatch.setenv("EASGD_DATA", "/of/another")

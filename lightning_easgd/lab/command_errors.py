@@ -17,14 +17,22 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from lightning_easgd import __version__
-from lightning_easgd.lab.configuration import option_file
+from lightning_easgd.lab.configuration import GROUPS, option_file
 from lightning_easgd.lab.data.errors import DataError
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.key_values import did_you_mean
 
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
-_BAD_ARGUMENT = (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException)
+_BAD_ARGUMENT = (ValueError, TypeError, ArithmeticError, ImportError, MisconfigurationException)
+_OF_A_COMPARISON = "callbacks=compare"  # what easgd-compare gives each of its runs
+_FLAGS = (
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r",
+    "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun", "--info", "-i",
+)  # fmt: skip
+_SWEEP = ("-m", "--multirun")
 _NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
+_NO_GROUP = re.compile(r"Could not override '(.+?)'\.\s+No match in the defaults list")
 _HYDRAS_OWN = "HYDRA_FULL_ERROR"
 _TRACEBACKS = "EASGD_TRACEBACKS"  # what the user has set, for ranks, which inherit what is set here
 
@@ -51,6 +59,7 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     os.environ[_HYDRAS_OWN] = "1"
     try:
         with usage_errors(name):
+            _check_flags(name)
             _check_experiment(name)
         command()
     except Exception as error:
@@ -75,8 +84,20 @@ def shows_tracebacks() -> bool:
     return os.environ.get(_TRACEBACKS) == "1"
 
 
+def _check_flags(name: str) -> None:
+    """Refuse what Hydra would answer with its whole usage, and put a sweep's option where Hydra looks for it."""
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in _SWEEP)
+    for word in sys.argv[1:]:
+        flag = word.partition("=")[0]
+        if flag.startswith("-") and flag not in _FLAGS:
+            hint = did_you_mean(flag, [each for each in _FLAGS if each.startswith("--")])
+            raise UsageError(f"{name}({word}): there is no such option; {hint}")
+
+
 def _check_experiment(name: str) -> None:
-    """Refuse an experiment that is of another command; Hydra would complain of a key of it."""
+    """Refuse an experiment that is of another command, whose settings this one would not look at."""
+    if _OF_A_COMPARISON in sys.argv:
+        return
     for word in sys.argv[1:]:
         if not word.startswith("experiment=") or (file := option_file("experiment", word.partition("=")[2])) is None:
             continue
@@ -122,11 +143,14 @@ def _explain(name: str, error: Exception) -> str | None:
     elif isinstance(error, ConfigCompositionException):
         sentence = _unknown_key(name, error)
     elif isinstance(error, OverrideParseException):
-        sentence = f"{name}({error.override}): this cannot be read as an override; write key=value"
+        # A value with a sign such as = is one that Hydra wants in quotes.
+        remedy = "put the value in quotes, key=\"'value'\"" if "=" in (error.override or "") else "write key=value"
+        sentence = f"{name}({error.override}): this cannot be read as an override; {remedy}"
     elif isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
         sentence = str(error.__cause__)
     elif isinstance(error, OmegaConfBaseException):
-        sentence = f"{name}({error.full_key or 'configuration'}): {error.msg or error}; correct this value"
+        given = ", ".join(word for word in sys.argv[1:] if "${" in word)
+        sentence = f"{name}({error.full_key or given or 'configuration'}): {error.msg or error}; correct this value"
     return sentence
 
 
@@ -142,15 +166,30 @@ def before_training(name: str) -> Iterator[None]:
     except (UsageError, DataError, MissingExtraError):
         raise
     except InstantiationException as error:
-        if not isinstance(error.__cause__, _BAD_ARGUMENT):
+        cause = error.__cause__
+        if not isinstance(cause, _BAD_ARGUMENT):
             raise
-        text = str(error.__cause__)
-        # Errors of this package name class and argument; others are told by the key.
-        where = "" if _NAMES_ITSELF.match(text) else f"{name}({_key_of(error)}): "
-        raise UsageError(f"{where}{text}") from error.__cause__
+        raise UsageError(naming_the_key(name, _key_of(error), cause)) from cause
+    except OmegaConfBaseException:
+        raise
     except _BAD_ARGUMENT as error:
-        text = str(error)
-        raise UsageError(text if _NAMES_ITSELF.match(text) else f"{name}: {text}") from error
+        raise UsageError(naming_the_key(name, "", error)) from error
+
+
+def naming_the_key(name: str, key: str, error: BaseException) -> str:
+    """Say what is wrong with a value: errors of this package name class and argument, others get the key.
+
+    Args:
+        name: The command's name.
+        key: What the value is below; of what the command line sets there the error is likely to be about.
+        error: The error.
+    """
+    text = str(error)
+    if _NAMES_ITSELF.match(text):
+        return text
+    given = [word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{key}.")] if key else []
+    where = ", ".join(given) or key
+    return f"{name}({where}): {text}; correct this value" if where else f"{name}: {text}"
 
 
 def _key_of(error: InstantiationException) -> str:
@@ -160,6 +199,13 @@ def _key_of(error: InstantiationException) -> str:
 
 def _unknown_key(name: str, error: ConfigCompositionException) -> str | None:
     cause = error.__cause__
+    if group := _NO_GROUP.match(str(error)):
+        hint = (
+            f"a saved configuration has values and no options: set {group[1]}.key=value, or go on with ckpt_path=..."
+            if group[1] in GROUPS
+            else did_you_mean(group[1], sorted(GROUPS))
+        )
+        return f"{name}({group[1]}=...): there is no group {group[1]!r} here; {hint}"
     if not isinstance(cause, ConfigAttributeError | ConfigKeyError) or cause.full_key is None:
         return f"{name}: {error}" + (f" ({cause})" if cause else "")
     parent, _, key = cause.full_key.rpartition(".")

@@ -89,7 +89,12 @@ def _points(rows: Rows, column: str) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     """Draw the figure of the run whose directory the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY")
-    run = Path(sys.argv[1])
+    words = sys.argv[1:]
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY, where that is the directory of a run")
+    run = Path(words[0])
     print(draw(run) or f"there is nothing to draw: {run} has no {ACCURACY_FILE} and no {ELASTIC_DIRECTORY}")
+
+
+if __name__ == "__main__":
+    main()

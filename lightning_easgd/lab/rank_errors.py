@@ -9,11 +9,12 @@ from typing import Any
 
 import lightning as L
 
+from lightning_easgd.averagers import NonFiniteError
 from lightning_easgd.lab.command_errors import ReportedError, explain, innermost, shows_tracebacks
 from lightning_easgd.lab.run_directory import ERROR_FILE
 from lightning_easgd.strategies.failures import first_line
 
-__all__ = ["fit"]
+__all__ = ["fit", "is_divergence"]
 
 
 def fit(trainer: L.Trainer, run: Path, command: str, prepare_rank: Callable[[], None], **arguments: Any) -> None:
@@ -44,6 +45,11 @@ def fit(trainer: L.Trainer, run: Path, command: str, prepare_rank: Callable[[], 
         if not (run / ERROR_FILE).exists():  # no rank has told it: there is one process, or a rank was killed
             _report(run, command, error)
         raise ReportedError(f"{command}: {first_line(error)}") from error
+
+
+def is_divergence(run: Path) -> bool:
+    """Whether it was weights that are not finite, of any rank, that ended the training of a run."""
+    return f"{NonFiniteError.__name__}:" in (run / ERROR_FILE).read_text(encoding="utf-8")
 
 
 class _Rank:

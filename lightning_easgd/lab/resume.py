@@ -1,6 +1,6 @@
 """To go on with a run: its settings from beside its checkpoint, and what of them a checkpoint does not let change."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,17 @@ def read_checkpoint(command: str, path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_weights(command: str, path: Path, checkpoint: Mapping[str, Any], model: L.LightningModule) -> None:
+def check_weights(
+    command: str, path: Path, checkpoint: Mapping[str, Any], model: L.LightningModule, changed: Sequence[str] = ()
+) -> None:
     """Compare a checkpoint's weights with the model that they are for.
+
+    Args:
+        command: The command's name, for errors.
+        path: The checkpoint.
+        checkpoint: What it holds.
+        model: The model.
+        changed: Settings of the model that are known to be others than those of the checkpoint's run.
 
     Raises:
         UsageError: If names or shapes differ.
@@ -126,8 +135,9 @@ def check_weights(command: str, path: Path, checkpoint: Mapping[str, Any], model
         there, here = (tuple(each[name].shape) if name in each else None for each in (saved, own))
         if there != here:
             shapes = [str(list(shape)) if shape is not None else "absent" for shape in (there, here)]
+            what = ", ".join(changed) or f"ckpt_path={path}"
             raise UsageError(
-                f"{command}(ckpt_path={path}): its weights are of another model: {name} is {shapes[0]} there and"
+                f"{command}({what}): the weights in {path} are of another model: {name} is {shapes[0]} there and"
                 f" {shapes[1]} here; leave model and data as they were in its run"
             )
 
@@ -166,7 +176,9 @@ def check_resume(
                 f"{command}({key.partition('.')[0]}={here}): the run of {path} has {there}, and its state is of no use"
                 f" to another; leave {key.partition('.')[0]} out"
             )
-    check_weights(command, path, checkpoint, model)
+    before = saved[1].model if saved else config.model
+    changed = [f"model.{key}={here}" for key, here in _leaves(config.model) if OmegaConf.select(before, key) != here]
+    check_weights(command, path, checkpoint, model, changed)
     kind, group = type(optimizer).__name__, optimizer.param_groups[0]
     for state in checkpoint["optimizer_states"]:
         if different := sorted((state["param_groups"][0].keys() ^ group.keys()) - {"initial_lr", "params"}):
@@ -176,6 +188,15 @@ def check_resume(
             )
     _check_method(command, path, checkpoint, trainer)
     _check_end(place, checkpoint, trainer)
+
+
+def _leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in map(str, node):
+        value = node[key]
+        if isinstance(value, DictConfig):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _check_method(command: str, path: Path, checkpoint: Mapping[str, Any], trainer: L.Trainer) -> None:

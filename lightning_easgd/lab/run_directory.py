@@ -51,7 +51,7 @@ def saved_run(checkpoint: Path) -> tuple[Path, DictConfig] | None:
     return None
 
 
-def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None) -> None:
+def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None, in_sweep: bool) -> None:
     """Refuse a directory that holds what this run would destroy.
 
     Args:
@@ -59,12 +59,13 @@ def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None
         run: The run's directory.
         overwrite: Whether an earlier run's own files may be removed.
         resumed: The checkpoint that the run goes on from; None if it begins anew.
+        in_sweep: Whether other runs of this process are to stay.
 
     Raises:
         UsageError: If it holds a run, a comparison, or another run of this process.
     """
     place = f"{command}(paths.run={run})"
-    if run.resolve() in _taken:
+    if in_sweep and run.resolve() in _taken:
         raise UsageError(f"{place}: another run of this sweep has this directory; leave paths.run as it is")
     if (run / _GRID_FILE).exists():
         raise UsageError(f"{place}: this directory holds a comparison; choose another paths.run")

@@ -18,6 +18,7 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -29,6 +30,7 @@ from lightning_easgd.lab.command_errors import (
     ReportedError,
     UsageError,
     before_training,
+    naming_the_key,
     run_command,
     shows_tracebacks,
     usage_errors,
@@ -71,6 +73,7 @@ def launch_name() -> str:
 
 
 _ON_DIVERGENCE = ("fail", "report")
+_WHOLE_NUMBERS = {"max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "accumulate_grad_batches": 1}
 _LOSSES = ("val/loss", "train/loss")
 
 
@@ -102,12 +105,13 @@ def train(config: DictConfig) -> float | None:
     run = Path(config.paths.run)
     checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
     with before_training(_COMMAND):
-        L.seed_everything(config.seed, workers=True, verbose=False)
         _check_settings(config)
+        L.seed_everything(config.seed, workers=True, verbose=False)
         trainer = build_trainer(config)
         is_first = trainer.is_global_zero
         if is_first:
-            check_free(_COMMAND, run, overwrite=config.overwrite, resumed=checkpoint)
+            in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+            check_free(_COMMAND, run, overwrite=config.overwrite, resumed=checkpoint, in_sweep=in_sweep)
         _check_launch(config, trainer)
         optimizer = _check_optimizer(config, trainer.strategy)
         datamodule = instantiate(config.data)
@@ -121,9 +125,22 @@ def train(config: DictConfig) -> float | None:
         if checkpoint is not None:
             trainer.callbacks.insert(0, _changed_settings(config, checkpoint))  # type: ignore[attr-defined]
     if is_first:
-        _begin(config, run, checkpoint, state.get("global_step", 0))
+        try:
+            _begin(config, run, checkpoint, state.get("global_step", 0))
+        except OSError as error:
+            raise UsageError(
+                f"{_COMMAND}(paths.run={run}): nothing can be written there ({error.strerror}); choose another"
+                " directory"
+            ) from error
     del state
-    rank_errors.fit(trainer, run, _COMMAND, quiet, model=model, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    try:
+        rank_errors.fit(trainer, run, _COMMAND, quiet, model=model, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    except ReportedError:
+        if trainer.is_global_zero and rank_errors.is_divergence(run):
+            print(report.render(run, "the weights are not finite"))
+            if config.on_divergence == "report":
+                return None
+        raise
     return _conclude(config, run, trainer, model) if trainer.is_global_zero else None
 
 
@@ -220,17 +237,20 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def _check_settings(config: DictConfig) -> None:
-    """Refuse values of this command's own keys, and a group in whose place a name stands."""
+    """Refuse values of this command's own keys, and of those that would fail late."""
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UsageError(f"{_COMMAND}(seed={config.seed}): give a whole number from 0 to {2**32 - 1}")
+    for key in ("overwrite", "report", "plot"):
+        if not isinstance(config[key], bool):
+            raise UsageError(f"{_COMMAND}({key}={config[key]}): give true or false")
     if config.on_divergence not in _ON_DIVERGENCE:
         raise UsageError(
             f"{_COMMAND}(on_divergence={config.on_divergence}): unknown; choose one of: {', '.join(_ON_DIVERGENCE)}"
         )
-    for group in ("data", "model", "optimizer", "strategy", "trainer"):
-        if not isinstance(config[group], DictConfig):
-            raise UsageError(
-                f"{_COMMAND}({group}={config[group]}): a saved configuration has no options of {group}; override its"
-                f" values, as {group}.key=value, or go on with ckpt_path=... and {group}={config[group]}"
-            )
+    for key, least in _WHOLE_NUMBERS.items():
+        value = config.trainer[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UsageError(f"{_COMMAND}(trainer.{key}={value}): give a whole number from {least} on, or leave it out")
 
 
 def _check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimizer:
@@ -239,9 +259,24 @@ def _check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimi
         optimizer: torch.optim.Optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
         if isinstance(strategy, TrainerStrategy) and strategy.has_center:
             strategy.prepare_optimizer(optimizer)
+    except InstantiationException:
+        raise
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}") from error
+        raise UsageError(_of_the_optimizer(config, error)) from error
+    if config.get("scheduler"):
+        try:
+            scheduler = instantiate(config.scheduler)(optimizer)
+            optimizer.step()
+            scheduler.step()
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UsageError(naming_the_key(_COMMAND, "scheduler", error)) from error
     return optimizer
+
+
+def _of_the_optimizer(config: DictConfig, error: Exception) -> str:
+    if "Strategy(" in str(error):  # what the strategy says of the optimizer
+        return f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}"
+    return naming_the_key(_COMMAND, "optimizer", error)
 
 
 def _check_data(model: L.LightningModule, datamodule: object) -> None:
@@ -351,9 +386,13 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # devices, ranks, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever sets one wants its report
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks
     for message in (
         # The shipped data sets are in memory, where loader processes only cost time.
         r".*does not have many workers which may be a bottleneck.*",
+        r"The number of training batches .* is smaller than the logging interval.*",
+        # The table says so.
+        r"Encountered `nan` values in tensor.*",
         # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
         r"Experiment logs directory .* exists and is not empty.*",
         r"Checkpoint directory .* exists and is not empty.*",

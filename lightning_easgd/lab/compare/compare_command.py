@@ -11,12 +11,14 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.lab.command_errors import UsageError, before_training, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
 from lightning_easgd.lab.configuration import SEARCH_PATH
+from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
 from lightning_easgd.lab.train import machine
 
@@ -81,7 +83,12 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
         from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415
         from lightning_easgd.lab.compare.tables import write_tables  # noqa: PLC0415
     directory = _directory(config)
+    with before_training(COMMAND):  # what each of the runs would say
+        data = instantiate(config.data)
+        if isinstance(data, SplitDataModule):
+            data.check_files()
     with runs.only_one(directory) as lock:
+        runs.check_same_comparison(directory, [str(label) for label in config.grid.methods])
         left = [cell for cell in every if not runs.is_finished(directory, cell)]
         (directory / _GRID_FILE).write_text(OmegaConf.to_yaml(config.grid, resolve=True), encoding="utf-8")
         (directory / _MACHINE_FILE).write_text("\n".join(machine()) + "\n", encoding="utf-8")

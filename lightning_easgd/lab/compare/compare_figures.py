@@ -66,7 +66,8 @@ def _draw_errors(directory: Path, curves: Sequence[MeanCurve], cost: str, styles
                 x = curve.costs[cost] / (1e6 if cost == "bytes_sent" else 1)
                 band = percent(curve.low), percent(curve.high)
                 plot(axes, x, percent(curve.error), styles[curve.label], band)
-        axes.set(title=panel.title, xlabel=f"{what}, {unit}", ylabel="test error, %")
+        axes.set_title(_in_words(panel), fontsize="medium")
+        axes.set(xlabel=f"{what}, {unit}", ylabel="test error, %")
         if cost == "bytes_sent":
             axes.set_xscale("log")
     fit_to_most(systems, unit, "%")
@@ -119,7 +120,8 @@ def _draw_energies(directory: Path, curves: Sequence[EnergyCurve], styles: Style
                 plot(axes, sigmas, mean, style, label="_", linestyle=":", marker="", linewidth=1.2)
             else:
                 plot(axes, sigmas, mean, style, (band[0], band[1]))
-        axes.set(title=panel.title, xlabel="noise of the weights σ, relative", ylabel="increase of the error, % points")
+        axes.set_title(_in_words(panel), fontsize="medium")
+        axes.set(xlabel="noise of the weights σ, relative", ylabel="increase of the error, % points")
     if any(curve.weights == "workers" for curve in curves):
         systems[0].plot([], label="mean of the workers", color="gray", linestyle=":")
     legend_below(figure)
@@ -131,6 +133,14 @@ def _panels_of(curves: Sequence[MeanCurve] | Sequence[EnergyCurve]) -> list[Pane
     every = panels([curve.panel_tau for curve in curves], [curve.panel_workers for curve in curves])
     own = [curve for curve in curves if curve.panel_tau or curve.panel_workers] or curves
     return [panel for panel in every if any(panel.holds(curve.panel_tau, curve.panel_workers) for curve in own)]
+
+
+def _in_words(panel: Panel) -> str:
+    parts = (
+        ("exchange every {} steps" if panel.tau != "1" else "exchange every step", panel.tau),
+        ("{} workers", panel.workers),
+    )
+    return ", ".join(words.format(value) for words, value in parts if value)
 
 
 def _told_apart(every: Sequence[Panel]) -> list[str]:
