@@ -15,7 +15,7 @@ from lightning_easgd.import_hook import follow_imports
 if TYPE_CHECKING:
     from lightning_easgd.strategies.trees.lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it, and a test compares CITATION.cff and CHANGELOG.md
 __all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy", "__version__"]
 
 

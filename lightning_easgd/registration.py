@@ -11,7 +11,12 @@ _EASGD: Mapping[str, Mapping[str, Any]] = {
     "easgd_async": {"mode": "async"},
     "eamsgd": {"momentum": 0.9},
     "eamsgd_async": {"mode": "async", "momentum": 0.9},
-}
+    "local_sgd": {"alpha": 1.0, "beta": 1.0, "pull_to": "new"},
+    # The values of its paper; the inner optimizer is the user's, AdamW there.
+    "diloco": {
+        "tau": 500, "alpha": 1.0, "beta": 0.7, "outer_momentum": 0.9, "outer_nesterov": True, "pull_to": "new"
+    },
+}  # fmt: skip
 _DOWNPOUR: Mapping[str, Mapping[str, Any]] = {"downpour": {}, "mdownpour": {"momentum": 0.9}}
 
 

@@ -38,7 +38,6 @@ pytestmark = pytest.mark.timeout(60)
         ({"on_worker_loss": "cry", "mode": "async"}, ValueError, r"EASGDStrategy\(on_worker_loss='cry'\)"),
         ({"on_worker_loss": "continue"}, ValueError, r"EASGDStrategy\(on_worker_loss='continue', mode='sync'\)"),
         ({"wire_dtype": "float16"}, ValueError, r"EASGDStrategy\(wire_dtype='float16'\): .* use 'bfloat16' or 'int8'"),
-        ({"wire_dtype": "int8", "mode": "async"}, ValueError, r"mode='async'\): .* use mode='sync'"),
         ({"center_device": "cuda"}, ValueError, r"EASGDStrategy\(center_device='cuda'\): .* use 'cpu'"),
         ({"center_device": "cpu", "mode": "async"}, ValueError, r"mode='async'\): a served center is in host memory"),
         ({"evaluate": "both"}, ValueError, r"EASGDStrategy\(evaluate='both'\): .* 'center' or 'worker'"),

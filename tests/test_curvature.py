@@ -23,7 +23,7 @@ from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.callbacks import CurvatureMonitor
 from lightning_easgd.callbacks.curvature import HessianProduct, PowerIteration
 from lightning_easgd.callbacks.stable_region import NotJudgedError, region_of
-from lightning_easgd.stability import downpour, round_robin, synchronous
+from lightning_easgd.stability import downpour, outer, round_robin, synchronous
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -314,6 +314,10 @@ def test_regions_are_those_of_the_analysis():
     assert region_of(LocalStrategy(), optimizer(), 4).limit == pytest.approx(2)
     eamsgd = region_of(EASGDStrategy(momentum=0.9, tau=10), optimizer(**NESTEROV), 4)
     assert eamsgd.limit == synchronous.largest_scaled_lr(0.225, 0.9, workers=4, momentum=0.9, tau=10)
+    diloco = EASGDStrategy(tau=4, alpha=1, beta=0.7, outer_momentum=0.9, outer_nesterov=True, pull_to="new")
+    region = region_of(diloco, optimizer(), 4)
+    assert region.limit == outer.largest_scaled_lr(1, 0.7, workers=4, **diloco.family)
+    assert "lower the learning rate" in region.remedy(1.0, 3.0).lower()
     limit = region_of(DownpourStrategy(tau=4), optimizer(), 4).limit
     assert downpour.radius(4, 0.999 * limit, 4) <= 1 < downpour.radius(4, 1.001 * limit, 4)
     assert limit < 0.2
@@ -328,6 +332,7 @@ def test_regions_are_those_of_the_analysis():
         (EASGDStrategy(mode="async", alpha=0.1, beta=0.9), optimizer(), "beta = p"),
         (DownpourStrategy(tau=1, momentum=0.9), optimizer(), "DOWNPOUR has no momentum"),
         (EASGDStrategy(mode="async"), optimizer(), "65 workers"),
+        (EASGDStrategy(mode="async", delay=2), optimizer(), "neither outer_momentum, pull_to nor delay"),
     ],
 )
 def test_what_the_analysis_does_not_cover(strategy, made, says):

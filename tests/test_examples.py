@@ -27,8 +27,10 @@ def test_gan():
     assert exchanges == 79 + 39  # 800 steps of the discriminator, 400 of the generator, tau = 10
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "easgd", "easgd_async"])
-def test_an_existing_project_switches_by_one_line(strategy):
-    found = re.search(rf"{strategy}: test accuracy (\d\d\.\d)%", output("existing_project.py", "--strategy", strategy))
+def test_an_existing_project_switches_by_one_line():
+    """With ddp and easgd it is among the documentation's commands."""
+    found = re.search(
+        r"easgd_async: test accuracy (\d\d\.\d)%", output("existing_project.py", "--strategy", "easgd_async")
+    )
     assert found is not None
     assert float(found[1]) > 90

@@ -17,6 +17,7 @@ from lightning_easgd.stability import (
     double_well,
     downpour,
     multiplicative,
+    outer,
     round_robin,
     synchronous,
 )
@@ -111,6 +112,74 @@ def test_first_unstable_finds_a_gap_and_both_ends():
     assert first_unstable(lambda s: np.where((s > 0.3) & (s < 0.5), 2.0, 0.5), end=1.0) == pytest.approx(0.3, abs=1e-9)
     assert first_unstable(np.ones_like, end=1.0) == 1.0
     assert first_unstable(lambda s: np.full_like(s, 1.1), end=1.0) == pytest.approx(0, abs=1e-9)
+
+
+# Momentum at the center, the new center, delays
+
+
+def outer_period(state, p, s, alpha, beta, delta, tau, mu, nesterov, pull_to, delay):
+    """A period of the family on x²/2, written out; state (x¹…xᵖ, v¹…vᵖ, x̃, u)."""
+    x, v, (center, u) = state[:p].copy(), state[p : 2 * p].copy(), state[2 * p :]
+    difference, before = x - center, x.copy()
+    u = mu * u + difference.mean()
+    moved = center + beta * (difference.mean() + mu * u if nesterov else u)
+    pull = alpha * (before - (center if pull_to == "old" else moved))
+    for t in range(tau):
+        if pull_to == "new" and t == delay:
+            x = x - pull
+        v = delta * v - s * (x + delta * v)
+        x = x + v
+        if pull_to == "old" and t == delay:
+            x = x - pull
+    return np.array([*x, *v, moved, u])
+
+
+FAMILIES = [
+    ("old", 0, 0.5, False), ("old", 2, 0.0, False), ("old", 1, 0.8, True),
+    ("new", 0, 0.0, False), ("new", 0, 0.9, True), ("new", 2, 0.5, False), ("new", 1, 0.7, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize(("pull_to", "delay", "mu", "nesterov"), FAMILIES)
+@pytest.mark.parametrize(
+    ("s", "alpha", "beta", "delta"), [(0.3, 0.9, 0.9, 0.0), (1.2, 0.4, 0.5, 0.9), (0.0, 1, 1.3, 0)]
+)
+def test_the_family_has_the_spectral_radius_of_all_workers(p, pull_to, delay, mu, nesterov, s, alpha, beta, delta):
+    full = as_matrix(
+        lambda state: outer_period(state, p, s, alpha, beta, delta, 3, mu, nesterov, pull_to, delay), 2 * p + 2
+    )
+    radius = outer.radius(
+        s, alpha, beta, workers=p, momentum=delta, tau=3, outer_momentum=mu, outer_nesterov=nesterov,
+        pull_to=pull_to, delay=delay,
+    )  # fmt: skip
+    assert radius == pytest.approx(modulus(full), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "delta", "tau"), [(0.18, 0.9, 0.0, 1), (0.4, 0.5, 0.9, 4), (0.45, 0.9, 0, 2)]
+)
+def test_the_family_holds_the_papers_method(alpha, beta, delta, tau):
+    of_paper = synchronous.largest_scaled_lr(alpha, beta, workers=3, momentum=delta, tau=tau)
+    assert outer.largest_scaled_lr(alpha, beta, workers=3, momentum=delta, tau=tau) == pytest.approx(of_paper)
+
+
+@pytest.mark.parametrize(("pull_to", "delay", "mu", "nesterov"), FAMILIES)
+def test_the_limit_of_the_family_is_where_a_simulation_diverges(pull_to, delay, mu, nesterov):
+    alpha, beta, tau = 0.6, 0.7, 3
+    limit = outer.largest_scaled_lr(
+        alpha, beta, workers=2, tau=tau, outer_momentum=mu, outer_nesterov=nesterov, pull_to=pull_to, delay=delay
+    )
+    assert 0 < limit < 2.5
+
+    def grows(s):
+        state = np.array([1.0, -0.4, 0, 0, 0.3, 0])
+        for _ in range(4000):
+            state = outer_period(state, 2, s, alpha, beta, 0.0, tau, mu, nesterov, pull_to, delay)
+        return not np.abs(state).max() < 1
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert (grows(0.98 * limit), grows(1.02 * limit)) == (False, True)
 
 
 # Round-robin EASGD
@@ -540,3 +609,29 @@ def test_the_analysis_needs_neither_torch_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_of_the_documentation():
+    page = (ROOT / "docs" / "outer_momentum.md").read_text()
+    new = {"alpha": 0.9, "beta": 0.9, "workers": 4, "tau": 16, "outer_momentum": 0.5, "pull_to": "new"}
+    for k in (0, 4, 8, 15):
+        radii = [float(outer.radius(s, **new, delay=k)) for s in (0.001, 0.01, 0.1, 1)]
+        limit = outer.largest_scaled_lr(**new, delay=k)
+        assert f"| {k} | {' | '.join(f'{each:.3f}' for each in radii)} | {limit:.2f} |" in page
+    rows = {
+        "EASGD": [(0.225, 0.9, {})],
+        "local SGD": [
+            (1, 1, {"pull_to": "new"}),
+            (1, 0.7, {"pull_to": "new", "outer_momentum": 0.9, "outer_nesterov": True}),
+            (0.9, 0.9, {"pull_to": "new", "outer_momentum": 0.5}),
+        ],
+        "α = β = 0.9 with μ = 0.5 and the old": [(0.9, 0.9, {"outer_momentum": 0.5})],
+    }
+    for start, settings in rows.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {start}") and line.count("|") == 4]
+        for alpha, beta, family in settings:
+            limits = [
+                outer.largest_scaled_lr(alpha, beta, workers=4, tau=16, momentum=momentum, **family)
+                for momentum in (0.0, 0.9)
+            ]
+            assert row.endswith(f"| {limits[0]:.2f} | {limits[1]:.2f} |")

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(150)
 
 NAMES = [
     name + suffix
-    for name in ("easgd", "easgd_async", "eamsgd", "eamsgd_async", "downpour", "mdownpour")
+    for name in ("easgd", "easgd_async", "eamsgd", "eamsgd_async", "downpour", "mdownpour", "local_sgd", "diloco")
     for suffix in ("", "_spawn", "_fork", "_notebook")
 ]
 REGISTRIES = {

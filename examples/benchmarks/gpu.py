@@ -5,7 +5,7 @@
     bandwidth  an exchange of ResNet-50's parameters and its parts, against a copy of as many: of_copy by the bytes that
                the code moves, least_of_copy by the bytes that have to be moved at least
     memory     of the device, beyond local training, in float32 words for each parameter: at the peak and after a step,
-               beside what the README says
+               beside what docs/limits.md says
     stalls     calls in which the host waits for the device, in steps with an exchange and in others; per_exchange is
                what all steps of a period have beyond those of local training
     step_cost  seconds of a training step of ResNet-50, bf16-mixed: one rank over NCCL, two ranks that share the GPU

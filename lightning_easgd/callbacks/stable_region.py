@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import final
+from typing import Any, final
 
 import numpy as np
 from torch.optim import SGD, Optimizer
 
-from lightning_easgd.stability import downpour, round_robin, synchronous
+from lightning_easgd.stability import downpour, outer, round_robin, synchronous
 from lightning_easgd.stability.advice import Setting
 from lightning_easgd.stability.spectra import Array, first_unstable
 from lightning_easgd.strategies.downpour_family import DownpourMethod
@@ -69,6 +69,8 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int, clock: int =
     strategy                             judged by
     ===================================  ===========================================================================
     ``EASGDStrategy(mode="sync")``       :func:`lightning_easgd.stability.synchronous.largest_scaled_lr`
+    the same with ``outer_momentum``     :func:`lightning_easgd.stability.outer.largest_scaled_lr`
+    or ``pull_to="new"``
     ``EASGDStrategy(mode="async")``      :func:`lightning_easgd.stability.round_robin.radius`, as if workers took turns
     ``DownpourStrategy()``               :func:`lightning_easgd.stability.downpour.radius`, as if workers took turns
     any other                            the worker alone, α = β = 0
@@ -107,6 +109,15 @@ def region_of(strategy: object, optimizer: Optimizer, workers: int, clock: int =
     name = "EAMSGD" if momentum else "EASGD"
     with_momentum = f", momentum={momentum:g}" if momentum else ""
     text = f"{name} with alpha={alpha:.4g}, beta={beta:.4g}, {workers} workers, tau={tau}{with_momentum}"
+    if not strategy.rates.is_judged:
+        if strategy.is_served:
+            raise NotJudgedError(
+                "the analysis of workers that take turns has neither outer_momentum, pull_to nor delay"
+            )
+        family = tuple((strategy.family | {"momentum": momentum}).items())
+        text += f", outer_momentum={strategy.outer_momentum or 0:g}, pull_to={strategy.pull_to}"
+        limit = _outer_limit(alpha, beta, workers, family)
+        return StableRegion(f"synchronous {text}", "outer.largest_scaled_lr", limit)
     if not strategy.is_served:
         limit = _synchronous_limit(alpha, beta, workers, tau, momentum)
         rates = alpha, beta, workers, tau, momentum
@@ -139,6 +150,12 @@ def _check_turns(workers: int) -> None:
 def _synchronous_limit(alpha: float, beta: float, workers: int, tau: int, momentum: float) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         return synchronous.largest_scaled_lr(alpha, beta, workers=workers, momentum=momentum, tau=tau)
+
+
+@lru_cache
+def _outer_limit(alpha: float, beta: float, workers: int, family: tuple[tuple[str, Any], ...]) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return outer.largest_scaled_lr(alpha, beta, workers=workers, **dict(family))
 
 
 @lru_cache

@@ -86,6 +86,8 @@ METHODS = {
     "mvadownpour": LineStyle("MVADOWNPOUR", _PURPLE, ">", _BROKEN),
     "mdownpour": LineStyle("MDOWNPOUR", _PURPLE, "d", _DOTTED),
     "post_local_sgd": LineStyle("post-local SGD", _GREEN, "P"),
+    "local_sgd": LineStyle("local SGD", _GREEN, "X", _DASHED),
+    "diloco": LineStyle("DiLoCo", _GREEN, "D"),
     "flat_local_sgd": LineStyle("local SGD, one buffer", _GREEN, "o", _DASHED),
     "accelerate": LineStyle("LocalSGD of accelerate", _GREEN, "s", _BROKEN),
     "torchft": LineStyle("LocalSGD of torchft", _GREEN, "^", _DOTTED),

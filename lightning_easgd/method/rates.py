@@ -55,6 +55,7 @@ class MovingRates:
         beta: The center's moving rate, 0 < β < 2.
         rho: The elastic penalty ρ > 0; the moving rate then follows the learning rate.
         in_turn: Whether the center is moved by one worker at a time, as a served one is, and not by all at once.
+        is_judged: Whether rates that are unstable with the paper's center are warned of.
         owner: The class of which these are arguments, for errors and warnings.
 
     Raises:
@@ -66,11 +67,13 @@ class MovingRates:
     beta: float | None = None
     rho: float | Schedule | None = None
     in_turn: bool = False
+    is_judged: bool = field(default=True, compare=False)
     owner: str = field(default="EASGDStrategy", compare=False)
     _watch: _Watch = field(default_factory=_Watch, init=False, repr=False, compare=False)
     _numbers: GroupNumbers = field(default_factory=GroupNumbers, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._watch.is_over = not self.is_judged
         for name in ("alpha", "rho"):
             _check_rate(self.owner, name, getattr(self, name))
         check_number(self.owner, "beta", self.beta)
@@ -103,6 +106,12 @@ class MovingRates:
             return False
         lowest, highest = _extremes(self.alpha)
         return lowest <= 0 <= highest
+
+    def largest(self, workers: int) -> tuple[float, float] | None:
+        """The pair (α, β) of a schedule's largest value; None where it depends on the learning rate."""
+        if self.rho is not None:
+            return None
+        return self.resolve(workers, 0.0) if self.alpha is None else self._with_beta(_extremes(self.alpha)[1], workers)
 
     @property
     def are_each_workers_own(self) -> bool:
@@ -190,7 +199,7 @@ class MovingRates:
         for β = pα is α ≤ 1. Of a schedule the smallest and the largest value are judged. Rates given by ``rho`` depend
         on the learning rate and are judged by :meth:`warn_of` and :meth:`of_groups`.
         """
-        if self.rho is not None:
+        if self.rho is not None or not self.is_judged:
             return None
         if self.alpha is None:
             alpha, beta = self.resolve(workers, lr=0.0)

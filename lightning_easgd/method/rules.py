@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from lightning_easgd.method.downpour import nesterov_push_, polyak_rate, running_average_
 from lightning_easgd.method.elastic import elastic_difference_, elastic_push_
+from lightning_easgd.method.outer import heavy_ball_push_
 
 __all__ = [
     "AsymmetricExchange",
@@ -31,13 +32,16 @@ __all__ = [
     "AveragingRate",
     "CenterRule",
     "ConstantRate",
+    "HeavyBallRule",
     "NesterovRule",
     "PlainRule",
     "PolyakRate",
     "PushExchange",
     "ServedExchange",
     "SymmetricExchange",
+    "TowardsNewCenter",
     "check_rule",
+    "outer_rule",
 ]
 
 
@@ -127,14 +131,15 @@ class PlainRule(CenterRule):
 @final
 @dataclass(frozen=True)
 class NesterovRule(CenterRule):
-    r"""MDOWNPOUR: Nesterov's momentum at the center, in look-ahead coordinates.
+    r"""Nesterov's momentum at the center: MDOWNPOUR, and the outer optimizer of DiLoCo (arXiv:2311.08105).
 
     .. math:: v \leftarrow \delta v + r \Delta, \qquad \tilde x \leftarrow \tilde x + \delta v + r \Delta
 
-    Store 1 is :math:`v`.
+    Store 1 is :math:`v`. With :math:`r \Delta = \beta \bar D`, of the workers' mean difference, it is
+    :math:`\beta` times the buffer of ``torch.optim.SGD(lr=beta, momentum=delta, nesterov=True)`` on :math:`-\bar D`.
 
     Args:
-        momentum: :math:`\delta`.
+        momentum: :math:`\delta`, or :math:`\mu` of an outer optimizer.
     """
 
     momentum: float
@@ -144,6 +149,35 @@ class NesterovRule(CenterRule):
     def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
         center, velocity = stores
         nesterov_push_([center], [velocity], [difference], self.momentum, rate)
+
+
+@final
+@dataclass(frozen=True)
+class HeavyBallRule(CenterRule):
+    r"""Polyak's momentum at the center: BMUF (Chen, Huo 2016) and SlowMo (arXiv:1910.00643).
+
+    .. math:: v \leftarrow \mu v + r \Delta, \qquad \tilde x \leftarrow \tilde x + v
+
+    Store 1 is :math:`v`.
+
+    Args:
+        momentum: :math:`\mu`, BMUF's block momentum and SlowMo's :math:`\beta`.
+    """
+
+    momentum: float
+    names = ("center", "momentum")
+
+    @override
+    def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
+        center, velocity = stores
+        heavy_ball_push_([center], [velocity], [difference], self.momentum, rate)
+
+
+def outer_rule(momentum: float | None, nesterov: bool) -> CenterRule:
+    r"""The center's rule of an outer momentum :math:`\mu`; without one the paper's."""
+    if not momentum:
+        return PlainRule()
+    return NesterovRule(momentum) if nesterov else HeavyBallRule(momentum)
 
 
 class AveragingRate(ABC):
@@ -273,6 +307,23 @@ class AsymmetricExchange(ServedExchange):
     def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
         elastic_difference_([message], [stores[0]])
         self.rule.move_(stores, message, rate, version)
+
+
+@final
+@dataclass(frozen=True)
+class TowardsNewCenter(ServedExchange):
+    r"""Elastic averaging whose worker is pulled towards the center of after the exchange.
+
+    .. math:: \Delta = x - \tilde x, \qquad \tilde x' = \tilde x + \alpha_c \Delta
+
+    The message is :math:`x`, the rate :math:`\alpha_c`, and the answer :math:`x - \tilde x'`: the worker subtracts
+    :math:`\alpha` times that, with its own :math:`\alpha`.
+    """
+
+    @override
+    def apply_(self, stores: Sequence[Tensor], message: Tensor, rate: float, version: int) -> None:
+        self.rule.move_(stores, message - stores[0], rate, version)
+        elastic_difference_([message], [stores[0]])
 
 
 @final

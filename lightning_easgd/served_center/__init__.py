@@ -1,5 +1,6 @@
 """The served center of the asynchronous mode: every worker exchanges with it on its own clock."""
 
+from lightning_easgd.served_center.compressed_link import LinkState
 from lightning_easgd.served_center.in_process import InProcessCenter
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.layout import Layout
@@ -21,6 +22,7 @@ __all__ = [
     "ControlPlane",
     "InProcessCenter",
     "Layout",
+    "LinkState",
     "Pending",
     "ServedCenter",
     "SharedMemoryCenter",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_easgd.served_center.compressed_link import LinkState
 from lightning_easgd.served_center.layout import Layout
 
 __all__ = ["CenterService", "Done", "Pending"]
@@ -98,6 +99,17 @@ class CenterService(ABC):
     def keeps(self, chunk: int, store: int) -> bool:  # noqa: ARG002
         """Whether there is such a chunk and such a store of it here."""
         return 0 <= chunk < len(self.chunks)
+
+    def nbytes(self, chunk: int) -> int:
+        """Bytes of the next message for a chunk; its answer has as many."""
+        return self.layout.size(chunk) * self.dtype.itemsize
+
+    def link_state(self, chunk: int) -> LinkState | None:  # noqa: ARG002
+        """What both ends of a connection remember of a chunk's rounded messages; None if there are none."""
+        return None
+
+    def load_link_state(self, chunk: int, state: LinkState) -> None:  # noqa: B027
+        """Go on where :meth:`link_state` was taken, if the chunk's messages are rounded here, too."""
 
     @property
     def order(self) -> Sequence[int]:

@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+from lightning_easgd.method.compression import WireDtype, make_codec
 from lightning_easgd.method.rules import ServedExchange
+from lightning_easgd.served_center.compressed_link import ServingEnd, WorkersEnd
 from lightning_easgd.served_center.in_process import InProcessCenter
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.served_center.layout import CHUNK_ELEMENTS, Layout, place_chunks
@@ -45,6 +48,7 @@ def open_center(
     name: str = "center",
     chunk_elements: int = CHUNK_ELEMENTS,
     presence: Presence | None = None,
+    wire_dtype: WireDtype | None = None,
 ) -> ServedCenter:
     """Open the served center; every rank calls it once, and gets its own end.
 
@@ -64,6 +68,7 @@ def open_center(
         name: Distinguishes the centers that are opened on one store.
         chunk_elements: The most elements of one chunk.
         presence: Who the ranks are, if they have told that before.
+        wire_dtype: What messages between nodes are rounded to; None to send them as they are.
 
     Raises:
         WorkerLostError: If a rank dies, or fails, before the center is open.
@@ -86,12 +91,12 @@ def open_center(
             presence = Presence(own_store, rank)
             presence.enter()
         rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user="open_center")
-        secret = _agree(rendezvous, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes]])
+        secret = _agree(rendezvous, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes], wire_dtype])
         shard, nodes = _open_shard(rendezvous, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
         node, position = _place(rank, nodes)
-        server, remote = _connect(rendezvous, nodes, shard, opened, secret, lost, client.address)
+        server, remote = _connect(rendezvous, nodes, shard, opened, secret, lost, client.address, wire_dtype)
         processes = {other: presence.process(other) for other in range(world_size)}
         control = ControlPlane(
             own_store,
@@ -134,6 +139,7 @@ def _connect(
     secret: bytes,
     lost: set[int],
     store: tuple[str, int] | None,
+    wire_dtype: WireDtype | None,
 ) -> tuple[ShardServer | None, dict[int, RemoteShard]]:
     """Connect this rank with one of every other node; what serves this node's part, and the others' parts."""
     if len(nodes) == 1:
@@ -141,7 +147,8 @@ def _connect(
     rank, timeout = rendezvous.rank, rendezvous.timeout
     node, position = _place(rank, nodes)
     address = own_address(store)
-    server = ShardServer(shard, secret, timeout, lost, host=address.listener)
+    make_link = None if wire_dtype is None else partial(ServingEnd, partial(make_codec, wire_dtype))
+    server = ShardServer(shard, secret, timeout, lost, host=address.listener, make_link=make_link)
     opened.callback(server.close)
     homes = rendezvous.gather("homes", [address.host, server.port])
     remote: dict[int, RemoteShard] = {}
@@ -149,7 +156,10 @@ def _connect(
         if other != node:
             peer = ranks[position % len(ranks)]
             home = tuple(homes[peer])
-            remote[other] = RemoteShard(home, server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost)
+            link = None if wire_dtype is None else WorkersEnd(partial(make_codec, wire_dtype))
+            remote[other] = RemoteShard(
+                home, server=peer, rank=rank, secret=secret, timeout=timeout, lost=lost, link=link
+            )
             opened.callback(remote[other].close)
     rendezvous.gather("connected", None)
     server.stop_accepting()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_easgd.served_center.compressed_link import LinkState
 from lightning_easgd.served_center.interface import CenterService, Pending
 from lightning_easgd.served_center.layout import Layout
 from lightning_easgd.served_center.tcp_client import RemoteShard
@@ -72,6 +73,21 @@ class ServedCenter(CenterService):
     def is_local(self, chunk: int) -> bool:
         """Whether a chunk is kept on this node: its exchange moves no bytes over the network."""
         return self._placement[chunk] == self._node
+
+    @override
+    def nbytes(self, chunk: int) -> int:
+        keeper = self._keeper(chunk)
+        if isinstance(keeper, CenterService):
+            return keeper.nbytes(chunk)
+        return keeper.nbytes(chunk, self.layout.size(chunk), self.dtype.itemsize)
+
+    @override
+    def link_state(self, chunk: int) -> LinkState | None:
+        return self._keeper(chunk).link_state(chunk)
+
+    @override
+    def load_link_state(self, chunk: int, state: LinkState) -> None:
+        self._keeper(chunk).load_link_state(chunk, state)
 
     @override
     def exchange(self, chunk: int, message: Tensor, rate: float) -> int:

@@ -3,19 +3,23 @@
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import final
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_easgd.served_center.compressed_link import LinkState, WorkersEnd
 from lightning_easgd.served_center.interface import Pending
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError, WorkerLostError
 from lightning_easgd.transport.forking import ForkAware
 from lightning_easgd.transport.tcp_wire import (
     FAILED_BY_TIMEOUT,
     GREETING,
+    READS,
     REPLY_SIZE,
     ConnectionLostError,
     Operation,
@@ -52,16 +56,26 @@ class RemoteShard(ForkAware):
         secret: The run's 16 bytes.
         timeout: Seconds without progress after which the server is given up.
         lost: Takes the server's rank if it ends the connection.
+        link: What is remembered for rounded messages; None to send them as they are.
     """
 
     def __init__(
-        self, address: tuple[str, int], *, server: int, rank: int, secret: bytes, timeout: float, lost: set[int]
+        self,
+        address: tuple[str, int],
+        *,
+        server: int,
+        rank: int,
+        secret: bytes,
+        timeout: float,
+        lost: set[int],
+        link: WorkersEnd | None = None,
     ) -> None:
         super().__init__()
         self._server = server
         self._rank = rank
         self._timeout = timeout
         self._lost_ranks = lost
+        self._link = link
         self._sending = threading.Lock()
         self._waiting: deque[_Request] = deque()
         self._error: CenterError | None = None
@@ -75,8 +89,39 @@ class RemoteShard(ForkAware):
         self._receiver.start()
 
     def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:
-        """Send a message for a chunk; the answer arrives in the message's memory."""
-        return self._begin(Request(Operation.EXCHANGE, 0, chunk, 0, rate), as_bytes(message))
+        """Send a message for a chunk; the answer is in the message's memory when it has been waited for."""
+        link = self._link
+        if link is None:
+            return self._begin(Request(Operation.EXCHANGE, 0, chunk, 0, rate), as_bytes(message))
+        if not link.knows(chunk):
+            link.set_reference(chunk, message)
+            begun = self._begin(Request(Operation.EXCHANGE, 0, chunk, 0, rate), as_bytes(message))
+            return _Then(begun, lambda: link.unrounded_answer(chunk, message))
+        rounded = link.encode(chunk, message)  # the answer has its size
+        begun = self._begin(Request(Operation.EXCHANGE_ROUNDED, 0, chunk, 0, rate), as_bytes(rounded))
+        return _Then(begun, lambda: link.decode(chunk, rounded, message))
+
+    def nbytes(self, chunk: int, numel: int, itemsize: int) -> int:
+        """Bytes of the next message for a chunk; its answer has as many."""
+        rounded = self._link is not None and self._link.knows(chunk)
+        return self._link.nbytes(numel) if rounded else numel * itemsize  # type: ignore[union-attr]
+
+    def link_state(self, chunk: int) -> LinkState | None:
+        """What both ends remember of a chunk; None if its messages have not been rounded."""
+        if self._link is None or not self._link.knows(chunk):
+            return None
+        residual = torch.empty_like(self._link.reference(chunk))
+        self._begin(Request(Operation.READ_RESIDUAL, 0, chunk, 0, 0.0), as_bytes(residual)).wait()
+        return self._link.reference(chunk), residual
+
+    def load_link_state(self, chunk: int, state: LinkState) -> None:
+        """Go on where :meth:`link_state` was taken."""
+        if self._link is None:
+            return
+        reference, residual = state
+        self._link.set_reference(chunk, reference)
+        for operation, values in ((Operation.SET_REFERENCE, reference), (Operation.SET_RESIDUAL, residual)):
+            self._begin(Request(operation, 0, chunk, 0, 0.0), as_bytes(values.contiguous())).wait()
 
     def read(self, chunk: int, into: Tensor, store: int = 0) -> int:
         """Read one store of a chunk."""
@@ -116,7 +161,7 @@ class RemoteShard(ForkAware):
                 raise self._error
             self._waiting.append(begun)  # before it is sent: the answer may come while the send is still returning
             try:
-                send(self._connection, request.pack(), b"" if request.operation == Operation.READ else data)
+                send(self._connection, request.pack(), b"" if request.operation in READS else data)
             except ConnectionLostError as error:
                 self._break(self._lost(str(error)))
         if self._error is not None:
@@ -185,6 +230,21 @@ class RemoteShard(ForkAware):
             with suppress(IndexError):
                 self._waiting.popleft().version.set_exception(self._error)
         return self._error
+
+
+@final
+class _Then(Pending):
+    """A request after whose answer there is something to do."""
+
+    def __init__(self, begun: Pending, then: Callable[[], None]) -> None:
+        self._begun = begun
+        self._then = then
+
+    @override
+    def wait(self) -> int:
+        version = self._begun.wait()
+        self._then()
+        return version
 
 
 @final

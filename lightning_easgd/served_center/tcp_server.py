@@ -3,12 +3,14 @@
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import final
 
 import torch
 from typing_extensions import override
 
+from lightning_easgd.served_center.compressed_link import ServingEnd
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
 from lightning_easgd.transport.forking import ForkAware
@@ -16,6 +18,7 @@ from lightning_easgd.transport.strangers import Strangers
 from lightning_easgd.transport.tcp_wire import (
     FAILED,
     FAILED_BY_TIMEOUT,
+    READS,
     REQUEST_SIZE,
     ConnectionLostError,
     Operation,
@@ -30,6 +33,7 @@ from lightning_easgd.transport.tcp_wire import (
 
 __all__ = ["ShardServer"]
 
+_WRITES = frozenset({Operation.WRITE, Operation.SET_REFERENCE, Operation.SET_RESIDUAL})
 _LOOK = 0.05  # seconds from one look at whether to go on accepting to the next
 _LAST_GREETINGS = 1.0  # seconds that the greetings of those who have connected may be under way
 _LONGEST_GOODBYE = 1.0  # seconds
@@ -49,16 +53,27 @@ class ShardServer(ForkAware):
         timeout: Seconds without progress after which a client in the middle of a message is given up.
         lost: Takes the rank of a client that ended its connection without a goodbye.
         host: The address to listen at; empty for all of this host's.
+        make_link: Makes what is remembered of one client's rounded messages; None if there are none.
 
     Attributes:
         port: Where clients connect.
     """
 
-    def __init__(self, shard: CenterService, secret: bytes, timeout: float, lost: set[int], *, host: str = "") -> None:
+    def __init__(
+        self,
+        shard: CenterService,
+        secret: bytes,
+        timeout: float,
+        lost: set[int],
+        *,
+        host: str = "",
+        make_link: Callable[[], ServingEnd] | None = None,
+    ) -> None:
         super().__init__()
         self._shard = shard
         self._timeout = timeout
         self._lost = lost
+        self._make_link = make_link
         self._accepting = True
         self._closed = False
         self._guard = threading.Lock()
@@ -131,6 +146,7 @@ class ShardServer(ForkAware):
 
     def _answer_requests(self, connection: socket.socket) -> None:
         shard = self._shard
+        link = None if self._make_link is None else self._make_link()
         largest = max((shard.layout.size(chunk) for chunk in range(len(shard.chunks))), default=0)
         staging = torch.empty(largest, dtype=shard.dtype)
         header = bytearray(REQUEST_SIZE)
@@ -139,35 +155,62 @@ class ShardServer(ForkAware):
             request = Request.unpack(header)
             if request.operation == Operation.LEAVE:
                 return
-            if not self._understands(request):
+            if not self._understands(request, link):
                 text = f"ShardServer: {request} asks for nothing that is served here".encode()
                 send(connection, Reply(FAILED, 0, len(text)).pack(), text)
                 return
             numbers = staging[: shard.layout.size(request.chunk)]
             data = as_bytes(numbers)
-            if request.operation != Operation.READ:
+            if link is not None and request.operation == Operation.EXCHANGE_ROUNDED:
+                message = link.message_buffer(numbers.numel())
+                receive_into(connection, as_bytes(message))
+                link.decode(request.chunk, message, numbers)
+            elif request.operation not in READS:
                 receive_into(connection, data)
             try:
-                version = self._perform(request, numbers)
+                version = self._perform(request, numbers, link)
             except CenterError as error:
                 text = str(error).encode()
                 kind = FAILED_BY_TIMEOUT if isinstance(error, CenterTimeoutError) else FAILED
                 send(connection, Reply(kind, 0, len(text)).pack(), text)
                 continue
-            payload = b"" if request.operation == Operation.WRITE else data
+            payload = b"" if request.operation in _WRITES else data
+            if link is not None and request.operation == Operation.EXCHANGE_ROUNDED:
+                payload = as_bytes(link.encode(request.chunk, numbers))
             send(connection, Reply(0, version, len(payload)).pack(), payload)
 
-    def _understands(self, request: Request) -> bool:
-        known = (Operation.EXCHANGE, Operation.READ, Operation.WRITE)
-        return request.operation in known and self._shard.keeps(request.chunk, request.store)
+    def _understands(self, request: Request, link: ServingEnd | None) -> bool:
+        if request.operation in (Operation.EXCHANGE, Operation.READ, Operation.WRITE):
+            return self._shard.keeps(request.chunk, request.store)
+        if link is None or not self._shard.keeps(request.chunk, 0):
+            return False
+        if request.operation == Operation.SET_REFERENCE:
+            return True
+        known = (Operation.EXCHANGE_ROUNDED, Operation.READ_RESIDUAL, Operation.SET_RESIDUAL)
+        return request.operation in known and link.knows(request.chunk)
 
-    def _perform(self, request: Request, numbers: torch.Tensor) -> int:
-        if request.operation == Operation.EXCHANGE:
-            return self._shard.exchange(request.chunk, numbers, request.rate)
+    def _perform(self, request: Request, numbers: torch.Tensor, link: ServingEnd | None) -> int:
+        if request.operation in (Operation.EXCHANGE, Operation.EXCHANGE_ROUNDED):
+            begins_link = link is not None and request.operation == Operation.EXCHANGE
+            if begins_link:
+                link.set_reference(request.chunk, numbers)  # type: ignore[union-attr]
+            version = self._shard.exchange(request.chunk, numbers, request.rate)
+            if begins_link:
+                link.unrounded_answer(request.chunk, numbers)  # type: ignore[union-attr]
+            return version
         if request.operation == Operation.READ:
             return self._shard.read(request.chunk, numbers, request.store)
-        self._shard.write(request.chunk, numbers, request.store, None if request.version < 0 else request.version)
-        return max(request.version, 0)
+        if request.operation == Operation.WRITE:
+            self._shard.write(request.chunk, numbers, request.store, None if request.version < 0 else request.version)
+            return max(request.version, 0)
+        assert link is not None
+        if request.operation == Operation.SET_REFERENCE:
+            link.set_reference(request.chunk, numbers)
+        elif request.operation == Operation.SET_RESIDUAL:
+            link.set_residual(request.chunk, numbers)
+        else:
+            numbers.copy_(link.residual(request.chunk))
+        return 0
 
 
 def _listen(host: str) -> socket.socket:

@@ -24,6 +24,7 @@ from lightning_easgd.averagers import (
     free_order,
     round_robin,
 )
+from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.worker_process import WorkerProcess
@@ -137,7 +138,9 @@ class CenterMethod(WorkerProcess):
     def _averagers(self) -> list[Averager]:
         return [] if self._session is None else self._session.averagers
 
-    def _served_averaging(self, exchange: ServedExchange, averager: Callable[..., ServedAverager]) -> Averaging:
+    def _served_averaging(
+        self, exchange: ServedExchange, averager: Callable[..., ServedAverager], wire_dtype: WireDtype | None = None
+    ) -> Averaging:
         assert self._timeout is not None
         name = type(self).__name__
         return ServedAveraging(
@@ -151,6 +154,7 @@ class CenterMethod(WorkerProcess):
             on_loss=_POLICIES[self.on_worker_loss](name),
             on_astray=self._astray_policy(),
             strategy=name,
+            wire_dtype=wire_dtype,
         )
 
     def _astray_policy(self) -> AstrayPolicy:

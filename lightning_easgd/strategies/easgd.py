@@ -12,11 +12,14 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import AsynchronousAverager, Averaging, SynchronousAveraging, elastic_exchange
 from lightning_easgd.averagers.sync.choice import Setting, make_channel
+from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates, check_number
-from lightning_easgd.method.rules import CenterRule, PlainRule, check_rule
+from lightning_easgd.method.rules import CenterRule, check_rule, outer_rule
 from lightning_easgd.method.schedules import Schedule
+from lightning_easgd.stability import outer
+from lightning_easgd.stability.spectra import is_contraction
 from lightning_easgd.strategies.center_method import (
     CenterMethod,
     OnNonFinite,
@@ -29,7 +32,9 @@ from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arg
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
-__all__ = ["EASGDMethod"]
+__all__ = ["EASGDMethod", "PullTo"]
+
+PullTo = Literal["old", "new"]
 
 
 class EASGDMethod(CenterMethod):
@@ -70,12 +75,24 @@ class EASGDMethod(CenterMethod):
             own clock with a served center (Algorithms 1 and 2 of the paper); nobody waits for a slow worker.
         momentum: δ in (0, 1) makes this EAMSGD: the worker's ``torch.optim.SGD`` becomes Nesterov with this momentum
             (an SGD that has momentum keeps its own), and the point before the look-ahead is what is averaged.
+        outer_momentum: μ in [0, 1): the center moves with momentum, v ← μ v + β D̄ and x̃ ← x̃ + v, where D̄ is the mean
+            of the workers' differences (with mode="async", of one worker's, divided by p). See
+            :mod:`lightning_easgd.method.outer` for the family of methods that this and ``pull_to`` make.
+        outer_nesterov: With ``outer_momentum``, x̃ ← x̃ + β D̄ + μ v: Nesterov's, as in DiLoCo.
+        pull_to: The center that a worker is pulled towards: "old", that of before the exchange (the paper), or "new",
+            that of after it. Towards the new one an exchange is made after each τ-th step, and the next gradient is
+            taken at the pulled point: with ``alpha=1, beta=1`` it is local SGD. A worker then waits for the exchange,
+            unless it has a ``delay``, and keeps one more vector of the parameters' size in the center's dtype.
+        delay: k, 0 ≤ k < τ: the pull of an exchange is applied k steps after it was begun, so that a slow link does not
+            slow the steps. It needs mode="async" or ``pull_to="new"``: the old center is there without any waiting.
         center_rule: What the center does with the workers' differences, where it is not to move by them alone: a
-            :class:`~lightning_easgd.method.rules.CenterRule`, the same on all ranks.
-        wire_dtype: With mode="sync", what the differences are rounded to on their way through the process group:
-            "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a float32 scale for each 256 elements). What the
-            rounding drops is added to the next exchange, the worker's own pull is exact, and so is the center's
-            arithmetic. None sends them as they are.
+            :class:`~lightning_easgd.method.rules.CenterRule`, the same on all ranks; in place of ``outer_momentum``.
+        wire_dtype: What travels between ranks is rounded to: "bfloat16" (half the bytes) or "int8" (3.9 times fewer; a
+            float32 scale for each 256 elements). What the rounding drops is added to the next exchange; the center is
+            never rounded. With mode="sync" these are the differences in the process group, and the worker's own pull is
+            exact. With mode="async" these are the messages between nodes, both ways, as changes of a reference that
+            worker and serving node share (:mod:`lightning_easgd.served_center.compressed_link`); within a node nothing
+            is sent. None sends all as it is.
         order: With mode="async", "free": every worker on its own clock; "round_robin": turns pass from rank to rank,
             for reproducible runs.
         on_worker_loss: With mode="async", what happens when a worker dies: "fail" ends the run with an error that
@@ -126,6 +143,10 @@ class EASGDMethod(CenterMethod):
         rho: float | Schedule | None = None,
         mode: Literal["sync", "async"] = "sync",
         momentum: float | None = None,
+        outer_momentum: float | None = None,
+        outer_nesterov: bool = False,
+        pull_to: PullTo = "old",
+        delay: int = 0,
         center_rule: CenterRule | None = None,
         wire_dtype: WireDtype | None = None,
         order: Order = "free",
@@ -160,7 +181,7 @@ class EASGDMethod(CenterMethod):
         name = type(self).__name__
         check_period(name, tau)
         _check_mode(name, mode, order, on_worker_loss)
-        _check_wire_dtype(name, wire_dtype, mode)
+        _check_wire_dtype(name, wire_dtype)
         _check_center_device(name, center_device, mode)
         check_number(name, "momentum", momentum)
         if not (center_rule is None or isinstance(center_rule, CenterRule)):
@@ -170,23 +191,58 @@ class EASGDMethod(CenterMethod):
             )
         if center_rule is not None:
             check_rule(name, center_rule)
+        _check_outer(name, outer_momentum, outer_nesterov, center_rule)
+        _check_pull(name, pull_to, delay, mode, tau)
         if momentum is not None and not 0 < momentum < 1:
             raise ValueError(
                 f"{name}(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
             )
         self.tau = tau
-        self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", owner=name)
+        is_of_paper = center_rule is None and not outer_momentum and pull_to == "old" and not delay
+        self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", is_judged=is_of_paper, owner=name)
         self.mode = mode
         self.momentum = momentum
+        self.outer_momentum = outer_momentum
+        self.outer_nesterov = outer_nesterov
+        self.pull_to = pull_to
+        self.delay = delay
         self.center_rule = center_rule
         self.wire_dtype = wire_dtype
         self.center_device = center_device
         self._has_chosen_backend = process_group_backend is not None
 
     def _warn_of_arguments(self) -> None:
-        problem = self.rates.instability(self._count_of_workers)
-        if problem is not None and self.center_rule is None:
+        problem = self.rates.instability(self._count_of_workers) or self._outer_instability()
+        if problem is not None:
             rank_zero_warn(problem)
+
+    def _outer_instability(self) -> str | None:
+        """What is wrong with the rates at every learning rate, where the center or the pull is not the paper's."""
+        rates = self.rates.largest(self._count_of_workers)
+        if self.rates.is_judged or self.is_served or self.center_rule is not None or rates is None:
+            return None
+        alpha, beta = rates
+        radius = outer.radius(0.0, alpha, beta, workers=self._count_of_workers, **self.family)
+        if is_contraction(radius):
+            return None
+        return (
+            f"{type(self).__name__}(alpha={alpha:g}, beta={beta:g}, outer_momentum={self.outer_momentum or 0:g},"
+            f" pull_to={self.pull_to!r}) is unstable at every learning rate: an exchange multiplies the gap between"
+            f" workers and center by up to {radius:.3g}. Lower beta or outer_momentum; see"
+            " lightning_easgd.stability.outer.radius."
+        )
+
+    @property
+    def family(self) -> outer.Family:
+        """What this method is in :mod:`lightning_easgd.stability.outer`."""
+        return {
+            "tau": self.tau,
+            "momentum": self.momentum or 0.0,
+            "outer_momentum": self.outer_momentum or 0.0,
+            "outer_nesterov": self.outer_nesterov,
+            "pull_to": self.pull_to,
+            "delay": self.delay,
+        }
 
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer and the rates that follow from it, and for EAMSGD make it Nesterov."""
@@ -211,7 +267,7 @@ class EASGDMethod(CenterMethod):
     @property
     def rule(self) -> CenterRule:
         """How the center moves."""
-        return self.center_rule or PlainRule()
+        return self.center_rule or outer_rule(self.outer_momentum, self.outer_nesterov)
 
     @property
     def is_served(self) -> bool:
@@ -222,14 +278,23 @@ class EASGDMethod(CenterMethod):
         """Make the averaging of one training; all ranks do it at the same point."""
         position = ParameterPosition if self.momentum is None else LookAheadPosition
         if self.is_served:
-            averager = partial(AsynchronousAverager, tau=self.tau, rates=self.rates, position=position)
-            return self._served_averaging(elastic_exchange(self.rates, self.rule), averager)
+            to_new = self.pull_to == "new"
+            averager = partial(
+                AsynchronousAverager,
+                tau=self.tau,
+                rates=self.rates,
+                position=position,
+                to_new=to_new,
+                delay=self.delay,
+            )
+            exchange = elastic_exchange(self.rates, self.rule, to_new)
+            return self._served_averaging(exchange, averager, self.wire_dtype)
         assert self._timeout is not None
         assert self.process_group_backend is not None
         setting = Setting(
             self.root_device,
             self.process_group_backend,
-            self.tau,
+            self.tau if self.pull_to == "old" else max(1, self.delay),
             len(optimizers),
             is_one_host=self.num_nodes == 1,
             has_chosen_backend=self._has_chosen_backend,
@@ -244,10 +309,51 @@ class EASGDMethod(CenterMethod):
             tau=self.tau,
             rates=self.rates,
             rule=self.rule,
+            make_pull=PullToOld if self.pull_to == "old" else partial(PullToNew, self.delay),
             position=position,
             center_device=self.center_device,
             on_astray=self._astray_policy(),
             strategy=name,
+        )
+
+
+def _check_outer(strategy: str, momentum: object, nesterov: object, center_rule: CenterRule | None) -> None:
+    check_number(strategy, "outer_momentum", momentum)
+    if not (momentum is None or (isinstance(momentum, int | float) and 0 <= momentum < 1)):
+        raise ValueError(
+            f"{strategy}(outer_momentum={momentum}): the center's momentum lies in [0, 1); leave it None for none."
+        )
+    if not isinstance(nesterov, bool):
+        raise TypeError(f"{strategy}(outer_nesterov={nesterov!r}): this is no bool; use True or False.")
+    if nesterov and momentum is None:
+        raise ValueError(
+            f"{strategy}(outer_nesterov=True): there is no momentum to look ahead with; give outer_momentum, 0.9 in"
+            " DiLoCo."
+        )
+    if momentum is not None and center_rule is not None:
+        raise ValueError(
+            f"{strategy}(outer_momentum={momentum}, center_rule={center_rule!r}): each says how the center moves; give"
+            " one of them."
+        )
+
+
+def _check_pull(strategy: str, pull_to: object, delay: object, mode: str, tau: int) -> None:
+    if pull_to not in ("old", "new"):
+        raise ValueError(
+            f"{strategy}(pull_to={pull_to!r}): unknown center; use 'old' for that of before the exchange, or 'new' for"
+            " that of after it."
+        )
+    if isinstance(delay, bool) or not isinstance(delay, int):
+        raise TypeError(f"{strategy}(delay={delay!r}): this is no number of steps; give an int.")
+    if not 0 <= delay < tau:
+        raise ValueError(
+            f"{strategy}(delay={delay}, tau={tau}): an exchange is over before the next one begins, so that a delay"
+            " lies in 0, …, tau - 1."
+        )
+    if delay and mode == "sync" and pull_to == "old":
+        raise ValueError(
+            f"{strategy}(delay={delay}, mode='sync', pull_to='old'): every worker holds the old center, and its pull"
+            " waits for nothing; use pull_to='new', or leave delay out."
         )
 
 
@@ -265,16 +371,11 @@ def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) ->
         )
 
 
-def _check_wire_dtype(strategy: str, wire_dtype: object, mode: str) -> None:
+def _check_wire_dtype(strategy: str, wire_dtype: object) -> None:
     if wire_dtype not in (None, "bfloat16", "int8"):
         raise ValueError(
             f"{strategy}(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
             " differences as they are."
-        )
-    if wire_dtype is not None and mode == "async":
-        raise ValueError(
-            f"{strategy}(wire_dtype={wire_dtype!r}, mode='async'): a worker that does not know the served center as"
-            " it is now cannot round its difference from it; use mode='sync', or leave wire_dtype out."
         )
 
 

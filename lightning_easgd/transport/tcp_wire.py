@@ -13,6 +13,7 @@ __all__ = [
     "FAILED",
     "FAILED_BY_TIMEOUT",
     "GREETING",
+    "READS",
     "REPLY_SIZE",
     "REQUEST_SIZE",
     "ConnectionLostError",
@@ -53,10 +54,18 @@ class Operation(IntEnum):
     READ = 2
     WRITE = 3
     LEAVE = 4
+    EXCHANGE_ROUNDED = 5
+    SET_REFERENCE = 6
+    READ_RESIDUAL = 7
+    SET_RESIDUAL = 8
+
+
+READS = frozenset({Operation.READ, Operation.READ_RESIDUAL})
+"""The operations without numbers in the request; their answers have them."""
 
 
 class Request(NamedTuple):
-    """The header of a request; an exchange and a write are followed by the chunk's numbers."""
+    """The header of a request; unless it reads, the chunk's numbers follow, or a rounded message."""
 
     operation: int
     store: int

@@ -2,7 +2,7 @@
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, final
@@ -17,7 +17,7 @@ from lightning_easgd.averagers.averager import Averager
 from lightning_easgd.averagers.exchange_order import Statistics
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, Turns
-from lightning_easgd.served_center import CenterService
+from lightning_easgd.served_center import CenterService, LinkState
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter
 from lightning_easgd.transport.staging import Staging, make_staging
 
@@ -62,6 +62,21 @@ class CenterPart:
             staleness = max(staleness, version - self._next_versions.get(chunk, version))
             self._next_versions[chunk] = version + 1
         return staleness
+
+    def nbytes(self, segments: Collection[int]) -> int:
+        """Bytes that the next messages of some segments have, and their answers."""
+        return 2 * sum(self._service.nbytes(chunk) for chunk in self._chunks if self._segment(chunk) in segments)
+
+    def link_state(self) -> dict[int, LinkState]:
+        """What both ends of connections remember of rounded messages, by the chunk's place in this part."""
+        states = ((place, self._service.link_state(chunk)) for place, chunk in enumerate(sorted(self._chunks)))
+        return {place: state for place, state in states if state is not None}
+
+    def load_link_state(self, state: Mapping[int, LinkState]) -> None:
+        """Go on where :meth:`link_state` was taken; chunks that are cut otherwise begin anew."""
+        for place, chunk in enumerate(sorted(self._chunks)):
+            if place in state and len(state[place][0]) == self._service.layout.size(chunk):
+                self._service.load_link_state(chunk, state[place])
 
     def read(self, into: Tensor, store: int) -> bool:
         """Copy one store into a flat vector of this part; each chunk is consistent in itself.
@@ -137,6 +152,7 @@ class ServedAverager(Averager):
         self._staging: Staging = make_staging(self._layout.flat)
         self._shared = surroundings
         self._under_way: Future[int | None] | None = None
+        self._is_answered = False  # the wire holds answers that are still to be applied
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._snapshot: FlatTensors | None = None
         self._distance: float | None = None
@@ -174,7 +190,7 @@ class ServedAverager(Averager):
         """Whether an exchange is to be begun at this clock, if the run can go on at all."""
         self._shared.check()
         self._snapshot = None
-        if self._under_way is None and self._served.unfreeze():
+        if self._is_idle and self._served.unfreeze():
             self._wire = self._layout.only(self._served.exchanged)
         if self.clock % self._tau or self.clock == self._begun_at:
             return False
@@ -193,6 +209,15 @@ class ServedAverager(Averager):
     @override
     @torch.no_grad()
     def complete(self) -> None:
+        self.receive()
+        if self._is_answered:
+            self._is_answered = False
+            self._apply()
+            self._is_measured = False
+
+    @torch.no_grad()
+    def receive(self) -> None:
+        """Wait for the answers to the exchange under way, if any; :meth:`complete` applies them."""
         if self._under_way is None:
             return
         started = time.monotonic()
@@ -206,8 +231,12 @@ class ServedAverager(Averager):
             return
         statistics.staleness += staleness
         self._staging.arrive()
-        self._apply()
-        self._is_measured = False
+        self._is_answered = True
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether the wire holds nothing that is needed."""
+        return self._under_way is None and not self._is_answered
 
     @override
     def center_values(self) -> list[Tensor]:
@@ -224,15 +253,18 @@ class ServedAverager(Averager):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"clock": self.clock}
+        link = self._part.link_state()
+        return {"clock": self.clock, **({"link": link} if link else {})}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = state["clock"]
+        self._part.load_link_state(state.get("link", {}))
 
     @override
     @torch.no_grad()
     def start_at_center(self) -> None:
+        self._is_answered = False
         self._read(store=0).store(self.parameters)
 
     @torch.no_grad()
@@ -249,7 +281,7 @@ class ServedAverager(Averager):
         assert self._snapshot is not None
         self.elastic_distance()  # while the wire holds it
         # An idle wire holds the worker exactly. It is in use only when an error cut an exchange short.
-        self._kept = self._wire if self._under_way is None else self._like_wire()
+        self._kept = self._wire if self._is_idle else self._like_wire()
         self._kept.load_(self.parameters)
         self._snapshot.store(self.parameters)
 
@@ -268,7 +300,7 @@ class ServedAverager(Averager):
         self._staging.depart()
         statistics = self._shared.statistics
         statistics.exchanges += 1
-        statistics.bytes_sent += 2 * sum(self._wire.segments[number].nbytes for number in self._served.exchanged)
+        statistics.bytes_sent += self._part.nbytes(self._served.exchanged)
         of_segments = {number: rates[self._served.group_of(number)] for number in self._served.exchanged}
         self._under_way = self._shared.thread.submit(self._exchange, of_segments)
 

@@ -26,6 +26,7 @@ from lightning_easgd.averagers.served.averager import CenterPart, ServedAverager
 from lightning_easgd.averagers.served.loss_policy import FailOnLoss, LossPolicy
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, RoundRobin, Turns
+from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center import CenterTimeoutError, ServedCenter, WorkerLostError, open_center
 from lightning_easgd.tensors.flat_tensors import as_real, center_dtype
@@ -92,6 +93,7 @@ class ServedAveraging(Averaging):
         on_loss: What to do when a worker dies.
         on_astray: What a worker at a non-finite point means to the run.
         strategy: The strategy's name, for errors.
+        wire_dtype: What messages between nodes are rounded to; None to send them as they are.
     """
 
     def __init__(
@@ -107,8 +109,10 @@ class ServedAveraging(Averaging):
         on_loss: LossPolicy | None = None,
         on_astray: AstrayPolicy | None = None,
         strategy: str = "EASGDStrategy",
+        wire_dtype: WireDtype | None = None,
     ) -> None:
         self.control = control
+        self._wire_dtype = wire_dtype
         self.statistics = Statistics()
         self.strategy = strategy
         self._node = node
@@ -165,6 +169,7 @@ class ServedAveraging(Averaging):
             initial=torch.cat([torch.empty(0, dtype=dtype), *(layout.flat.cpu() for layout in layouts)]),
             timeout=timeout,
             presence=self._presence,
+            wire_dtype=self._wire_dtype,
         )
         self._turns = self._make_turns(keys, self._center, self.control, timeout, self.strategy)
         devices = [layout.flat.device for layout in layouts if layout.flat.is_cuda]
@@ -237,7 +242,7 @@ class ServedAveraging(Averaging):
         Others may be long in coming; they are waited for as long as they give a sign of life.
         """
         for averager in self._served:
-            averager.complete()
+            averager.receive()
         self._turns.leave()
         self._gather("come", may_stop=meeting is not Meeting.TRAINING_END)
         self._compare(meeting)

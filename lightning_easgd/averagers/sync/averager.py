@@ -17,6 +17,7 @@ from lightning_easgd.averagers.common_values import differing
 from lightning_easgd.averagers.exchange_order import ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sync.choice import MakeSum
 from lightning_easgd.averagers.sync.finiteness import make_finiteness
+from lightning_easgd.averagers.sync.pull import Pull, PullToOld
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.method.elastic import elastic_difference_, elastic_pull_
 from lightning_easgd.method.position import ParameterPosition, Position
@@ -43,7 +44,8 @@ class SynchronousAverager(Averager):
     each step call :meth:`begin`, which takes the differences :math:`x^i_t - \tilde x_t` and starts their sum, and
     :meth:`finish`, which pulls the worker. The pull needs only the *old* center, which every worker holds, so it
     waits for nothing; the sum has τ steps to arrive and is waited for by the next exchange, or by a reader of the
-    center. No staleness comes of it: the numbers are those of a blocking sum.
+    center. No staleness comes of it: the numbers are those of a blocking sum. Another :class:`Pull` needs the new
+    center: then an exchange begins in :meth:`finish`, after each τ-th step.
 
     The step t = 0 makes no exchange: worker and center are equal there.
 
@@ -56,6 +58,7 @@ class SynchronousAverager(Averager):
         tau: τ, the communication period in optimizer steps.
         rates: α and β.
         rule: How the sum moves the center.
+        pull: How the worker is pulled; for this averager alone.
         position: What the worker exchanges: its parameters, or the point before the look-ahead.
         center_device: Where the center and the differences are; None for where the parameters are.
         ignored: Parameters that stay each worker's own.
@@ -78,6 +81,7 @@ class SynchronousAverager(Averager):
         tau: int,
         rates: MovingRates,
         rule: CenterRule | None = None,
+        pull: Pull | None = None,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         ignored: Collection[Tensor] = (),
@@ -99,7 +103,7 @@ class SynchronousAverager(Averager):
         self._position = position(optimizer)
         self._header: Header | None = None  # of the exchange under way, unless this worker only joined it
         self._in_flight = False
-        self._pull_due: tuple[list[list[Tensor]], list[float]] | None = None  # differences and α of each group
+        self._pull = pull or PullToOld()
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._distance: list[Tensor] = []  # norms of the last difference's groups
         self.clock = 0
@@ -122,6 +126,10 @@ class SynchronousAverager(Averager):
             NonFiniteError: If this worker's difference is not finite, and the run cannot go on with it.
         """
         self._averaged.watch()
+        if not self._pull.follows_step:
+            self._exchange_if_due()
+
+    def _exchange_if_due(self) -> None:
         if self.clock % self._tau or self.clock == self._begun_at:
             return
         self.complete()
@@ -145,21 +153,33 @@ class SynchronousAverager(Averager):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After an optimizer step: pull the worker by the exchange that :meth:`begin` began, and count the step."""
-        self._pull()
-        self._sum.advance()
+        """After an optimizer step: count it, and pull the worker by the exchange that is due.
+
+        Raises:
+            ExchangeError: As for :meth:`begin`, where the exchange begins here.
+            NonFiniteError: As for :meth:`begin`.
+        """
         self.clock += 1
+        if self._pull.is_due(self.clock):
+            self._pull_worker()
+        self._sum.advance()
+        if self._pull.follows_step:
+            self._exchange_if_due()
+            if self._pull.is_due(self.clock):
+                self._pull_worker()
 
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
+        if self._pull.is_pending:  # of an exchange that the others have left behind
+            self._pull_worker()
         finite = self.is_finite()
         if self._averaged.have_changed:
             self._extend()
         if not (self._take_difference() and finite):
             self._start_again()
         self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
-        self._pull()
+        self._pull_worker()
         self.complete()
 
     @torch.no_grad()
@@ -173,9 +193,7 @@ class SynchronousAverager(Averager):
             return
         while self._line.under_way[0] is not self:
             self._line.under_way[0].complete()
-        if self._pull_due is not None:  # the center is read within a step: keep what the sum may overwrite
-            differences, alphas = self._pull_due
-            self._pull_due = [[each.clone() for each in group] for group in differences], alphas
+        self._pull.keep()
         started = time.monotonic()
         if self._header is not None:
             self._line.accept(self._header, self._begun_at)
@@ -219,18 +237,22 @@ class SynchronousAverager(Averager):
     @override
     def state_dict(self) -> dict[str, Any]:
         position = self._position.state_dict(self.parameters)
-        return {"clock": self.clock, "position": position, "sum": self._sum.state_dict()}
+        return {
+            "clock": self.clock, "position": position, "sum": self._sum.state_dict(), "pull": self._pull.state_dict()
+        }  # fmt: skip
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.clock = state["clock"]
         self._position.load_state_dict(state["position"], self.parameters)
         self._sum.load_state_dict(state.get("sum", {}))  # a checkpoint of version 0.1.0 has none
+        self._pull.load_state_dict(state.get("pull", {}), self.center.values)
 
     @torch.no_grad()
     @override
     def start_at_center(self) -> None:
         self.finiteness.forget()
+        self._pull.forget()
         self.center.values.store(self.parameters)
 
     @torch.no_grad()
@@ -294,15 +316,14 @@ class SynchronousAverager(Averager):
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(shares)
-        self._pull_due = self._sum.given, alphas
+        self._pull.begin(self._sum, lambda into: self._position.write(into, self.parameters), alphas, self.clock)
 
-    def _pull(self) -> None:
-        if self._pull_due is None:
-            return
-        for parameters, differences, alpha in zip(self._averaged.real, *self._pull_due, strict=True):
+    def _pull_worker(self) -> None:
+        if self._pull.waits_for_center:
+            self.complete()
+        for parameters, differences, alpha in zip(self._averaged.real, *self._pull.take(), strict=True):
             for near, of_near in brought_near(parameters, differences):
                 elastic_pull_(near, of_near, alpha)
-        self._pull_due = None
 
     def _extend(self) -> None:
         """Take in what has become of the optimizer's parameters; all workers do it at the same exchange."""
@@ -360,6 +381,7 @@ class SynchronousAveraging(Averaging):
         tau: τ, the communication period of each optimizer, in its own steps.
         rates: α and β.
         rule: How the sum of the differences moves the center.
+        make_pull: Makes what pulls the worker; for each optimizer its own.
         position: What the workers exchange.
         center_device: Where the center and the differences are; None for where the parameters are.
         on_astray: What a worker whose difference is not finite means to the run.
@@ -374,6 +396,7 @@ class SynchronousAveraging(Averaging):
         tau: int,
         rates: MovingRates,
         rule: CenterRule | None = None,
+        make_pull: Callable[[], Pull] = PullToOld,
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         on_astray: AstrayPolicy | None = None,
@@ -389,6 +412,7 @@ class SynchronousAveraging(Averaging):
         self._tau = tau
         self._rates = rates
         self._rule = rule or PlainRule()
+        self._make_pull = make_pull
         self._position = position
         self._synchronous: dict[Optimizer, SynchronousAverager] = {}
 
@@ -417,6 +441,7 @@ class SynchronousAveraging(Averaging):
                 tau=self._tau,
                 rates=self._rates,
                 rule=self._rule,
+                pull=self._make_pull(),
                 position=self._position,
                 center_device=self._center_device,
                 ignored=ignored,

@@ -1,0 +1,248 @@
+"""The family beyond the paper: momentum at the center, a pull to the new center, and delayed answers."""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from reference import MINIMA, synchronous_trace
+from test_fabric import trace as fabric_trace
+from toys import Quadratic, Regression, fitted, quiet_trainer
+
+from lightning_easgd import EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+
+LR = 0.1
+
+
+def family_trace(
+    workers, steps, *, tau, alpha, beta, mu=0.0, nesterov=False, pull_to="old", delay=0, asynchronous=False, delta=0.0
+):
+    """Rows (x_1, …, x_p, x̃) after each step, written after the equations; asynchronous workers take turns."""
+    minima = np.array(MINIMA[:workers])
+    x, v, center, velocity = np.ones(workers), np.zeros(workers), 1.0, 0.0
+    due, rows = [], []
+
+    def move(mean):
+        nonlocal center, velocity
+        velocity = mu * velocity + mean
+        center += beta * (mean + mu * velocity if nesterov else velocity)
+
+    def exchange(t):
+        before = x.copy()
+        if not asynchronous:
+            old = center
+            move((before - center).mean())
+            pulls = alpha * (before - (old if pull_to == "old" else center))
+        else:
+            pulls = np.zeros(workers)
+            for i in range(workers):
+                old = center
+                move((before[i] - center) / workers)
+                pulls[i] = alpha * (before[i] - (old if pull_to == "old" else center))
+        due.append((t + delay, pulls))
+
+    def pull(t):
+        nonlocal x
+        while due and due[0][0] <= t:
+            x = x - due.pop(0)[1]
+
+    for t in range(steps):
+        if pull_to == "old" and t and t % tau == 0:
+            exchange(t)
+        v = delta * v - LR * (x + delta * v - minima)
+        x = x + v
+        if pull_to == "old":
+            pull(t)
+        else:
+            pull(t + 1)
+            if (t + 1) % tau == 0:
+                exchange(t + 1)
+                pull(t + 1)
+        rows.append((*x, center))
+    return np.array(rows)
+
+
+def train(strategy, steps, workers):
+    module = Quadratic(lr=LR, steps=steps)
+    fitted(module, strategy, workers)
+    return module.trace, module.x.item()
+
+
+FAMILY = [
+    {"beta": 0.9, "outer_momentum": 0.5},
+    {"beta": 0.5, "outer_momentum": 0.9, "outer_nesterov": True},
+    {"alpha": 1, "beta": 1, "pull_to": "new"},
+    {"alpha": 1, "beta": 0.7, "pull_to": "new", "outer_momentum": 0.9, "outer_nesterov": True},
+    {"alpha": 0.9, "beta": 0.9, "pull_to": "new", "outer_momentum": 0.5, "delay": 1},
+    {"alpha": 0.3, "beta": 0.6, "pull_to": "new", "delay": 2},
+    {"alpha": 0.8, "beta": 0.9, "pull_to": "new", "delay": 1, "outer_momentum": 0.4, "momentum": 0.9},
+]
+
+
+def reference_of(workers, steps, tau, arguments, **how):
+    values = dict(arguments)
+    mu, nesterov = values.pop("outer_momentum", 0.0), values.pop("outer_nesterov", False)
+    values.setdefault("alpha", values["beta"] / workers)
+    values["delta"] = values.pop("momentum", 0.0)
+    return family_trace(workers, steps, tau=tau, mu=mu, nesterov=nesterov, **values, **how)
+
+
+def check(traces, expected, both=True):
+    for rank, (trace, center) in enumerate(traces):
+        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=2e-6)
+        assert center == pytest.approx(expected[-1, -1], abs=2e-6)
+        if both:
+            assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=2e-6)
+
+
+def test_the_reference_holds_the_papers_method():
+    assert family_trace(3, 9, tau=2, alpha=0.2, beta=0.6) == pytest.approx(
+        synchronous_trace(3, 9, tau=2, alpha=0.2, beta=0.6)
+    )
+
+
+SIZES = [(2, 1), (2, 4), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers", "tau"), [(a, *size) for a in FAMILY for size in SIZES if a.get("delay", 0) < size[1]]
+)
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_synchronous_traces(arguments, workers, tau, backend):
+    steps = 3 * tau
+    traces = run_ranks(
+        train, workers, EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), steps, workers
+    )
+    check(traces, reference_of(workers, steps, tau, arguments))
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("arguments", [FAMILY[3], FAMILY[4]])
+def test_fabric_with_and_without_closures(arguments, closure):
+    """The next gradient is taken at the pulled point, also where it is taken before the optimizer is called."""
+    rows = fabric_trace(2, 9, closure, FabricEASGDStrategy(tau=3, **arguments))
+    expected = reference_of(2, 9, 3, arguments)
+    assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(expected, abs=2e-6)
+
+
+TURNS = {"mode": "async", "order": "round_robin"}
+
+
+@pytest.mark.parametrize("arguments", [*FAMILY, {"beta": 0.8, "delay": 1}, {"alpha": 0.3, "beta": 0.5, "delay": 2}])
+@pytest.mark.parametrize(("workers", "tau"), [(2, 3), (3, 4)])
+def test_asynchronous_traces_in_turn(arguments, workers, tau):
+    steps = 3 * tau + 1
+    traces = run_ranks(train, workers, EASGDStrategy(tau=tau, **TURNS, **arguments), steps, workers)
+    check(traces, reference_of(workers, steps, tau, arguments, asynchronous=True), both=False)
+
+
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", "int8"])
+def test_compressed_sums_move_the_center_with_momentum(wire_dtype):
+    arguments = FAMILY[4]
+    traces = run_ranks(train, 2, EASGDStrategy(tau=2, wire_dtype=wire_dtype, **arguments), 9, 2)
+    expected = reference_of(2, 9, 2, arguments)
+    for rank, (trace, center) in enumerate(traces):
+        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=3e-2)
+        assert center == pytest.approx(expected[-1, -1], abs=3e-2)
+
+
+def outer_sgd_trace(steps, tau, workers, outer_lr, momentum, nesterov):
+    """Local steps from the center, whose outer gradient torch.optim.SGD gets: the loop of DiLoCo and SlowMo."""
+    center = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    outer = torch.optim.SGD([center], lr=outer_lr, momentum=momentum, nesterov=nesterov)
+    minima = np.array(MINIMA[:workers])
+    x = np.ones(workers)
+    for t in range(steps):
+        x = x - LR * (x - minima)
+        if (t + 1) % tau == 0:
+            center.grad = torch.tensor([center.item() - x.mean()], dtype=torch.float64)
+            outer.step()
+            x = np.full(workers, center.item())
+    return x, center.item()
+
+
+@pytest.mark.parametrize(("lr", "mu", "nesterov"), [(1, 0.0, False), (0.7, 0.9, True), (0.8, 0.6, False)])
+def test_local_steps_and_an_outer_optimizer(lr, mu, nesterov):
+    """local SGD, DiLoCo and SlowMo; the run ends with an exchange, so that its model is that of after it."""
+    strategy = EASGDStrategy(
+        tau=3, alpha=1, beta=lr, outer_momentum=mu, outer_nesterov=nesterov, pull_to="new"
+    )  # fmt: skip
+    _, center = outer_sgd_trace(12, 3, 3, lr, mu, nesterov)
+    for trace, after in run_ranks(train, 3, strategy, 12, 3):
+        assert after == pytest.approx(center, abs=2e-6)
+        assert trace[-1] == pytest.approx((center, center), abs=2e-6)
+
+
+@pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, TURNS])
+@pytest.mark.parametrize("arguments", [FAMILY[1], FAMILY[4], {"alpha": 0.4, "beta": 0.8, "pull_to": "new", "delay": 2}])
+def test_a_resumed_run_and_one_that_validates_go_on_bit_for_bit(mode, arguments, tmp_path):
+    """The checkpoint and the validations lie between an exchange and its pull."""
+
+    def strategy():
+        return EASGDStrategy(tau=3, **mode, **arguments)
+
+    def fit(epochs, checkpoint=None, **more):
+        torch.manual_seed(0)
+        module = Regression(batches=7)
+        trainer = quiet_trainer(strategy=strategy(), devices=2, max_epochs=epochs, **({"limit_val_batches": 0} | more))
+        trainer.fit(module, ckpt_path=checkpoint)
+        return module, trainer
+
+    def run():
+        whole, _ = fit(2)
+        validated, _ = fit(2, limit_val_batches=1.0, val_check_interval=1)
+        fit(1)[1].save_checkpoint(tmp_path / "half.ckpt")
+        resumed, _ = fit(2, tmp_path / "half.ckpt")
+        states = [module.state_dict().values() for module in (whole, validated, resumed)]
+        return all((a == b).all() and (a == c).all() for a, b, c in zip(*states, strict=True))
+
+    assert run_ranks(run, 2, timeout=120) == [True] * 2
+
+
+def test_workers_with_different_numbers_of_steps_meet_with_pulls_pending():
+    class Uneven(Quadratic):
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.zeros(5 + 4 * self.trainer.global_rank), batch_size=1)
+
+    def run():
+        module = Uneven(record=False)
+        strategy = EASGDStrategy(tau=3, alpha=0.3, beta=0.6, pull_to="new", delay=2)
+        fitted(module, strategy, 2, use_distributed_sampler=False)
+        return module.x.item()
+
+    first, second = run_ranks(run, 2)
+    assert first == second
+
+
+@pytest.mark.parametrize(("arguments", "is_unstable"), [
+    ({"alpha": 1, "beta": 1.9, "pull_to": "new"}, False),  # the paper's condition is alpha + beta <= 2
+    ({"alpha": 0.9, "beta": 0.9, "outer_momentum": 0.5, "pull_to": "new"}, False),
+    ({"alpha": 0.9, "beta": 0.9, "outer_momentum": 0.5, "outer_nesterov": True}, True),
+    ({"alpha": 0.1, "beta": 1.9, "outer_momentum": 0.9, "outer_nesterov": True}, True),
+])  # fmt: skip
+def test_unstable_rates_are_warned_of_by_the_right_region(arguments, is_unstable):
+    strategy = EASGDStrategy(**arguments, parallel_devices=[torch.device("cpu")] * 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        strategy._warn_of_arguments()
+    assert [("unstable at every" in str(each.message)) for each in caught] == [True] * is_unstable
+
+
+@pytest.mark.parametrize(("arguments", "error", "text"), [
+    ({"outer_momentum": 1}, ValueError, "EASGDStrategy(outer_momentum=1): the center's momentum lies in [0, 1)"),
+    ({"outer_momentum": "0.9"}, TypeError, "EASGDStrategy(outer_momentum='0.9')"),
+    ({"outer_nesterov": True}, ValueError, "give outer_momentum"),
+    ({"outer_nesterov": 1, "outer_momentum": 0.5}, TypeError, "EASGDStrategy(outer_nesterov=1)"),
+    ({"pull_to": "center"}, ValueError, "EASGDStrategy(pull_to='center'): unknown center"),
+    ({"delay": 1}, ValueError, "use pull_to='new', or leave delay out"),
+    ({"delay": 2, "tau": 2, "pull_to": "new"}, ValueError, "EASGDStrategy(delay=2, tau=2)"),
+    ({"delay": -1, "mode": "async"}, ValueError, "EASGDStrategy(delay=-1, tau=10)"),
+    ({"delay": True, "mode": "async"}, TypeError, "EASGDStrategy(delay=True)"),
+    ({"delay": 1.5, "mode": "async"}, TypeError, "EASGDStrategy(delay=1.5)"),
+])  # fmt: skip
+def test_bad_arguments(arguments, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        EASGDStrategy(**arguments)
