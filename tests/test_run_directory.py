@@ -95,7 +95,11 @@ def test_a_sweep_into_one_directory_is_refused_even_with_overwrite(run, tmp_path
 def test_a_sweep_has_a_directory_for_each_job(run, tmp_path):
     run(*QUICK, "-m", "seed=0,1", "hydra.sweep.dir=sweep")
     assert [OmegaConf.load(tmp_path / "sweep" / job / "config.yaml").seed for job in "01"] == [0, 1]
-    assert "holds a run" in refused(run, *QUICK, "-m", "seed=2,3", "hydra.sweep.dir=sweep")
+    before = contents(tmp_path / "sweep")
+    assert "holds a sweep; choose another" in refused(run, *QUICK, "-m", "seed=2,3", "hydra.sweep.dir=sweep")
+    assert contents(tmp_path / "sweep") == before
+    run(*QUICK, "-m", "seed=2", "hydra.sweep.dir=sweep", "overwrite=true")
+    assert OmegaConf.load(tmp_path / "sweep" / "0" / "config.yaml").seed == 2
 
 
 def test_a_directory_with_a_comparison_is_no_place_for_a_run_or_another_comparison(run, tmp_path):

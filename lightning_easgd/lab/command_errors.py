@@ -4,7 +4,9 @@ import contextlib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -30,6 +32,7 @@ _FLAGS = (
     "--multirun", "-m", "--shell-completion", "-sc", "--config-path", "-cp", "--config-name", "-cn",
     "--config-dir", "-cd", "--experimental-rerun", "--info", "-i",
 )  # fmt: skip
+_SECONDS_TO_SPEAK = 5.0
 _SWEEP = ("-m", "--multirun")
 _NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
 _NO_GROUP = re.compile(r"Could not override '(.+?)'\.\s+No match in the defaults list")
@@ -65,18 +68,26 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     except Exception as error:
         if shows_tracebacks():
             raise
-        if isinstance(error, ReportedError):
-            sys.exit(1)
         sentence = explain(name, error)
-        if sentence is None:
+        if sentence is None and not isinstance(error, ReportedError):
             raise
-        sys.exit(sentence)
+        _end(sentence)
     finally:
         if setting is None:
             del os.environ[_HYDRAS_OWN]
             del os.environ[_TRACEBACKS]
         else:
             os.environ[_HYDRAS_OWN] = setting
+
+
+def _end(sentence: str | None) -> NoReturn:
+    """End the process; of the ranks that torchrun or SLURM has started on a node, one says why."""
+    launched = not {"TORCHELASTIC_RUN_ID", "SLURM_PROCID"}.isdisjoint(os.environ)
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    if launched and number != "0":
+        time.sleep(_SECONDS_TO_SPEAK)  # their launcher ends all when the first has ended
+        sys.exit(1)
+    sys.exit(sentence or 1)
 
 
 def shows_tracebacks() -> bool:
@@ -119,7 +130,7 @@ def usage_errors(name: str) -> Iterator[None]:
         sentence = explain(name, error)
         if sentence is None or shows_tracebacks():
             raise
-        sys.exit(sentence)
+        _end(sentence)
 
 
 def explain(name: str, error: Exception) -> str | None:

@@ -104,7 +104,7 @@ def read_checkpoint(command: str, path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{command}(ckpt_path={path}): there is no such file; check the path")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:  # torch has one for every way in which a file can be wrong
         raise UsageError(
             f"{command}(ckpt_path={path}): this file cannot be read as a checkpoint ({type(error).__name__}); give"

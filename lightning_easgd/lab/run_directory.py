@@ -4,11 +4,13 @@ import csv
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd.callbacks import (
@@ -23,13 +25,14 @@ from lightning_easgd.lab.recorders import CURVE_FILE
 from lightning_easgd.lab.report import CONFIG_FILE, EARLIER, METRICS_FILE
 from lightning_easgd.strategies.worker_state import remove_sidecar
 
-__all__ = ["ERROR_FILE", "VERSIONS_FILE", "check_free", "clear", "saved_run", "take_over"]
+__all__ = ["ERROR_FILE", "VERSIONS_FILE", "SweepDirectory", "check_free", "clear", "saved_run", "take_over"]
 
 ERROR_FILE = "error.txt"
 VERSIONS_FILE = "versions.txt"
 _CHECKPOINTS = "checkpoints"
 _FIGURE_FILE = "figure.png"
 _GRID_FILE = "grid.yaml"  # of an easgd-compare
+_SWEEP_FILE = "multirun.yaml"
 _HYPERPARAMETERS = "hparams.yaml"
 
 # What a later run reads of one that it goes on from.
@@ -49,6 +52,19 @@ def saved_run(checkpoint: Path) -> tuple[Path, DictConfig] | None:
             if isinstance(config, DictConfig) and {"data", "model"} <= set(config):
                 return folder, config
     return None
+
+
+class SweepDirectory(Callback):
+    """Refuses a sweep in the directory of another, whose record Hydra would replace before the first job."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Look before Hydra writes."""
+        directory = Path(config.hydra.sweep.dir)
+        if (directory / _SWEEP_FILE).exists() and not config.overwrite:
+            sys.exit(
+                f"easgd-train(hydra.sweep.dir={directory}): this directory holds a sweep; choose another one, or"
+                " replace its runs with overwrite=true"
+            )
 
 
 def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None, in_sweep: bool) -> None:

@@ -136,11 +136,13 @@ def train(config: DictConfig) -> float | None:
     try:
         rank_errors.fit(trainer, run, _COMMAND, quiet, model=model, datamodule=datamodule, ckpt_path=config.ckpt_path)
     except ReportedError:
-        if trainer.is_global_zero and rank_errors.is_divergence(run):
+        if not rank_errors.is_divergence(run):
+            raise
+        if trainer.is_global_zero:
             print(report.render(run, "the weights are not finite"))
-            if config.on_divergence == "report":
-                return None
-        raise
+        if config.on_divergence == "fail":
+            raise
+        return None
     return _conclude(config, run, trainer, model) if trainer.is_global_zero else None
 
 
