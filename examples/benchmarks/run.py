@@ -26,6 +26,7 @@ BENCHMARKS = {
     "simulated_curve": "the error curves of real runs on the digits beside simulated ones",
     "stacked": "the paper's figure in steps: all workers of all methods stacked on one device (needs CIFAR-10, a GPU)",
     "overview": "draw the figure of step_cost and slow_link together",
+    "figure": "draw the figure of a results directory again, from its tables",
 }
 
 

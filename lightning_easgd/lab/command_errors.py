@@ -233,5 +233,10 @@ def _unknown_option(name: str, error: MissingConfigException) -> str | None:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group or not error.options:
         return f"{name}: {error}"
+    if (group, option) == ("hydra/sweeper", "optuna"):
+        return (
+            f"{name}(hparams_search=optuna): the package hydra-optuna-sweeper is not installed; run pip install"
+            " 'lightning_easgd[search]'"
+        )
     hint = did_you_mean(option, sorted(error.options), f"{group}=")
     return f"{name}({group}={option}): there is no such {group}; {hint}"

@@ -1,5 +1,7 @@
-"""`easgd-evaluate ckpt_path=...`: test metrics of a checkpoint, on one device."""
+"""`easgd-evaluate ckpt_path=...`: test metrics of a checkpoint, at the center and at each worker, on one device."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.resume import check_weights, read_checkpoint
 from lightning_easgd.lab.run_directory import saved_run
 from lightning_easgd.lab.train import quiet
+from lightning_easgd.lab.worker_weights import kept_workers, loaded_workers
+from lightning_easgd.strategies.worker_state.keeper import KEY
 
 _COMMAND = "easgd-evaluate"
 
@@ -29,14 +33,56 @@ def main() -> None:
 def _hydra_main(config: DictConfig) -> None:
     overridden = {override.split("=")[0].split(".")[0] for override in HydraConfig.get().overrides.task}
     with usage_errors(_COMMAND):
-        metrics = evaluate(config, keep=overridden)
-    width = max(len(name) for name in metrics)
-    for name, value in metrics.items():
-        print(f"  {name:<{width}}  {value:.4f}")
+        test = _prepare(config, keep=overridden)
+        print(_table({"center" if KEY in test.checkpoint else "model": test.center(), **test.workers()}))
+        if not kept_workers(test.checkpoint):
+            print(
+                "  No worker's own weights: the checkpoint keeps none. It was saved by a strategy without a center,"
+                " with strategy.worker_state=none, or on an error."
+            )
 
 
 def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, float]:
     """Return the test metrics of a checkpoint, with the data and model of its run but for what of the two to `keep`."""
+    return _prepare(config, keep).center()
+
+
+@dataclass(frozen=True)
+class _Test:
+    path: Path
+    checkpoint: dict[str, Any]
+    model: L.LightningModule
+    datamodule: L.LightningDataModule
+    trainer: L.Trainer
+
+    def center(self) -> dict[str, float]:
+        """Test what the checkpoint's `state_dict` holds."""
+        return self._metrics(str(self.path))
+
+    def workers(self) -> dict[str, dict[str, float] | None]:
+        """Test each worker's own weights; None of one whose weights cannot be read."""
+        return {
+            f"worker {worker}": self._metrics(None) if found else None
+            for worker, found in loaded_workers(self.path, self.checkpoint, self.model)
+        }
+
+    def _metrics(self, path: str | None) -> dict[str, float]:
+        (results,) = self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, verbose=False)
+        return {name: float(value) for name, value in results.items()}
+
+
+def _table(scores: Mapping[str, dict[str, float] | None]) -> str:
+    """A row for each weights, a column for each metric."""
+    names = list(next(row for row in scores.values() if row is not None))
+    width = max(map(len, scores))
+    lines = [f"  {'weights':<{width}}  {'  '.join(names)}"]
+    for weights, row in scores.items():
+        cells = [f"{row[name]:>{len(name)}.4f}" for name in names] if row else ["cannot be read; see the warning"]
+        lines.append(f"  {weights:<{width}}  {'  '.join(cells)}")
+    return "\n".join(lines)
+
+
+def _prepare(config: DictConfig, keep: set[str] | None = None) -> _Test:
     quiet()
     with before_training(_COMMAND):
         path, checkpoint = _checkpoint(config)
@@ -62,8 +108,7 @@ def evaluate(config: DictConfig, keep: set[str] | None = None) -> dict[str, floa
             enable_progress_bar=config.progress_bar,
             default_root_dir=config.paths.run,
         )
-    results = trainer.test(model, datamodule=datamodule, ckpt_path=str(path), verbose=False)
-    return {name: float(value) for name, value in results[0].items()}
+    return _Test(path, checkpoint, model, datamodule, trainer)
 
 
 def _checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import lightning_easgd
@@ -155,10 +156,13 @@ def build_model(config: DictConfig) -> L.LightningModule:
 def build_trainer(config: DictConfig) -> L.Trainer:
     """Build the trainer with strategy, callbacks and loggers."""
     loggers = [_build_logger(config.logger, name) for name in config.logger]
+    callbacks = _build_callbacks(config)
+    if not loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        raise UsageError(f"{_COMMAND}(logger=none): LearningRateMonitor writes to a logger; choose one, as logger=csv")
     trainer: L.Trainer = instantiate(
         config.trainer,
         strategy=build_strategy(config.strategy),
-        callbacks=_build_callbacks(config),
+        callbacks=callbacks,
         logger=loggers or False,
     )
     return trainer
@@ -167,11 +171,11 @@ def build_trainer(config: DictConfig) -> L.Trainer:
 def build_strategy(config: DictConfig) -> Any:
     """Build the strategy.
 
-    `tau` is left out where it means nothing, so that a sweep may set it for all. A `timeout` that is a number, as it
-    is written on a command line, means seconds.
+    `tau` and `start_method` are left out where they mean nothing, so that a sweep may set them for all. A `timeout`
+    that is a number, as it is written on a command line, means seconds.
     """
     initializer = inspect.getattr_static(get_class(config._target_), "__init__")
-    left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
+    left_out = {"tau", "start_method"} - set(inspect.signature(initializer).parameters)
     return instantiate(
         OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]), **_timeout(config)
     )
@@ -193,11 +197,14 @@ def _build_callbacks(config: DictConfig) -> list[Any]:
         for prefix, switch in (("progress_bar", "enable_progress_bar"), ("checkpoint", "enable_checkpointing"))
         if config.trainer[switch] is False
     )
-    return [
-        instantiate(callback)
+    chosen = {
+        str(name): callback
         for name, callback in config.callbacks.items()
         if callback and not str(name).startswith(switched_off)
-    ]
+    }
+    if any(name.startswith("progress_bar_") for name in chosen):  # it takes the default's place
+        del chosen["progress_bar"]
+    return [instantiate(callback) for callback in chosen.values()]
 
 
 def _build_logger(config: DictConfig, name: str) -> Any:
@@ -369,7 +376,7 @@ def _conclude(config: DictConfig, run: Path, trainer: L.Trainer, model: L.Lightn
         print(report.render(run, diverged))
     if config.plot:
         try:
-            print(f"  figure: {plots.draw(run)}")
+            print(f"  figure: {plots.draw(run) or 'there is nothing to draw'}")
         except MissingExtraError as error:
             print(f"  no figure: {error}")
     print(f"  run directory: {run}")
@@ -380,6 +387,7 @@ def quiet() -> None:
     """Silence what Lightning says about every run of this command and no user can act upon."""
     for name in ("lightning.pytorch", "lightning.fabric"):  # devices, ranks, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever sets one wants its report
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks
     for message in (
         # The shipped data sets are in memory, where loader processes only cost time.
@@ -394,6 +402,8 @@ def quiet() -> None:
         r"The dirpath has changed from .*",
         # A checkpoint that is only tested does not need the callbacks of its training.
         r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
+        # Of debug=overfit, which asks for the same batches again and again.
+        r"You requested to overfit but enabled train dataloader shuffling.*",
         # Lightning and the tested torch; nothing of ours.
         r"`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):

@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,12 +39,19 @@ def main() -> None:
 @hydra.main(config_path=SEARCH_PATH, config_name="compare", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
+    _give_jobs_directories_of_their_own(config)
     with usage_errors(COMMAND):
         failures = compare(config, planned(config, HydraConfig.get().overrides.task))
     if failures:
         for name, failure in failures.items():
             print(f"  failed: {name}: {failure}")
         sys.exit(f"{COMMAND}: {len(failures)} run(s) failed; their output lies in {_directory(config) / runs.FAILED}")
+
+
+def _give_jobs_directories_of_their_own(config: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and "directory" not in map(_key, hydra_config.overrides.task):
+        config.directory = hydra_config.runtime.output_dir
 
 
 def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
