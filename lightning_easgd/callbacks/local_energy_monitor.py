@@ -103,8 +103,8 @@ class LocalEnergyMonitor(Callback):
         """
         if getattr(trainer.strategy, "is_sharded", False):
             raise TypeError(
-                f"LocalEnergyMonitor(): {type(trainer.strategy).__name__} shards the parameters, and a rank alone cannot"
-                " move them; measure with the checkpoint, on one device."
+                f"LocalEnergyMonitor(): {type(trainer.strategy).__name__} shards the parameters, and no rank can move"
+                " them alone; measure with the checkpoint, on one device."
             )
         self._rows = []
 

@@ -21,6 +21,7 @@ from lightning_easgd.strategies.sharded_workers import (
     parts_of,
     resolve_sizes,
 )
+from lightning_easgd.strategies.trainer.lightning_private import give_mesh
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
@@ -98,8 +99,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
         def _set_up_groups(self) -> None:
             self._setup_distributed()
             self._set_up_mesh()
-            assert self.lightning_module is not None
-            self.lightning_module._device_mesh = self._device_mesh
+            give_mesh(self.lightning_module, self._device_mesh)
 
         def model_to_device(self) -> None:
             """Move what is left, and give the ranks of each coordinate what the one in worker 0 has.
