@@ -13,15 +13,21 @@ from typing import TYPE_CHECKING, Any
 from lightning_easgd.import_hook import follow_imports
 
 if TYPE_CHECKING:
-    from lightning_easgd.strategies.trees.lightning_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
+    from lightning_easgd.strategies.trees.lightning_tree import (
+        DownpourStrategy,
+        EASGDModelParallelStrategy,
+        EASGDStrategy,
+        LocalStrategy,
+    )
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, and a test compares CITATION.cff and CHANGELOG.md
-__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy", "__version__"]
+_CLASSES = ("DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy")
+__all__ = ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Not imported above: who uses another class tree need not wait for lightning.pytorch.
-    if name in ("DownpourStrategy", "EASGDStrategy", "LocalStrategy"):
+    if name in _CLASSES:
         from lightning_easgd.strategies.trees import lightning_tree  # noqa: PLC0415
 
         return getattr(lightning_tree, name)

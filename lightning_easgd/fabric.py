@@ -19,6 +19,11 @@ The module is left unwrapped. What all ranks do at the same point of their work 
 others at their next exchange or at one of these points, so that a training should end with ``finalize()``.
 """
 
-from lightning_easgd.strategies.trees.fabric_tree import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.strategies.trees.fabric_tree import (
+    DownpourStrategy,
+    EASGDModelParallelStrategy,
+    EASGDStrategy,
+    LocalStrategy,
+)
 
-__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
+__all__ = ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy"]

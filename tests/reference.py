@@ -111,3 +111,39 @@ class BlockingAverager:
 
     def close(self) -> None:
         pass
+
+
+def grouped_trace(
+    rows, start, *, workers, size, steps, tau, alpha, beta, lr=0.1, momentum=0.0, clip=None, accumulate=1
+):
+    """Synchronous EASGD of workers of ``size`` data-parallel ranks on the toy ``TwoLayers``.
+
+    Batch b of replica r is ``rows[b · replicas + r]``. Returns the workers, their momentum buffers and the center after
+    the last step, each a list of arrays in the order of the module's parameters.
+    """
+    shapes = [value.shape for value in start]
+    ends = np.cumsum([value.size for value in start])[:-1]
+    x = np.stack([np.concatenate([value.ravel() for value in start])] * workers)
+    buffers, center = np.zeros_like(x), x[0].copy()
+
+    def parts(flat):
+        return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
+
+    for t in range(steps):
+        exchange = t > 0 and t % tau == 0
+        difference = (x - center) * exchange
+        for w in range(workers):
+            a, b, c = parts(x[w])
+            gradient = np.zeros_like(center)
+            for batch in range(t * accumulate, (t + 1) * accumulate):
+                for rank in range(w * size, (w + 1) * size):
+                    u, v, z = np.split(rows[batch * workers * size + rank], [2, 5])
+                    first, second = a @ u - v, b @ u + c - z
+                    each = [np.outer(first, u), np.outer(second, u), second]
+                    gradient += np.concatenate([part.ravel() for part in each]) / (size * accumulate)
+            if clip is not None:
+                gradient *= min(1.0, clip / (np.linalg.norm(gradient) + 1e-6))
+            buffers[w] = momentum * buffers[w] + gradient
+        x = x - lr * buffers - alpha * difference
+        center = center + beta * difference.mean(0)
+    return [parts(worker) for worker in x], [parts(each) for each in buffers], parts(center)

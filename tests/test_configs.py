@@ -13,7 +13,7 @@ from hydra.utils import get_class, instantiate
 from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, write_mnist
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd import DownpourStrategy, EASGDModelParallelStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.lab.command_errors import explain
 from lightning_easgd.lab.data import DataError
 from lightning_easgd.lab.data.images import ImageArguments, ImageDataModule
@@ -121,6 +121,9 @@ def test_strategy_yaml_has_every_argument():
         assert set(OmegaConf.load(CONF / "strategy" / "easgd.yaml")) - {"_target_"} == (
             keyword_arguments(EASGDStrategy.__init__) - FROM_TRAINER
         ), name
+    assert set(OmegaConf.load(CONF / "strategy" / "easgd_fsdp.yaml")) - {"_target_"} == (
+        keyword_arguments(EASGDModelParallelStrategy.__init__)
+    )
     assert set(OmegaConf.load(CONF / "strategy" / "downpour.yaml")) - {"_target_"} == (
         keyword_arguments(DownpourStrategy.__init__) - FROM_TRAINER
     )

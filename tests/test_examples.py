@@ -2,10 +2,12 @@
 
 import os
 import re
+import subprocess
 
 import pytest
 from application import ROOT, run_process
 from preloaded import python
+from ranks import free_port
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -34,3 +36,35 @@ def test_an_existing_project_switches_by_one_line():
     )
     assert found is not None
     assert float(found[1]) > 90
+
+
+def test_sharded_workers_on_two_nodes():
+    """Two torchrun agents, as on two nodes of two devices."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    place = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    script = str(ROOT / "examples" / "sharded_transformer.py")
+    nodes = [
+        subprocess.Popen(
+            [python(), "-m", "torch.distributed.run", *place, f"--node-rank={node}", script],
+            env=clean | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    found = re.search(
+        r"center of 2 workers: (\d+\.\d)%\n(\d+) exchanges in (\d+) steps\nrank 0 holds (\d+) of the center's (\d+)",
+        outputs[0],
+    )
+    assert found is not None, outputs[0]
+    accuracy, exchanges, steps, held, total = map(float, found.groups())
+    assert accuracy > 80
+    assert exchanges == (steps - 1) // 8
+    assert held == pytest.approx(total / 2, rel=0.01)

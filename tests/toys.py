@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 BROADCASTS = hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor")
 """Whether this Lightning broadcasts before every batch, as it does since 2.5.2."""
@@ -95,3 +95,55 @@ def fitted(module: L.LightningModule, strategy: Any, ranks: int, **trainer: Any)
     """Fit in a process that :func:`ranks.run_ranks` made."""
     quiet_trainer(strategy=strategy, devices=ranks, **trainer).fit(module)
     return module
+
+
+class _Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 3, bias=False), nn.Linear(2, 5)
+
+    def forward(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(u), self.second(u)
+
+
+class TwoLayers(L.LightningModule):
+    """½‖A u - v‖² + ½‖B u + c - z‖² in double: a weight of three rows, one of five, and a bias.
+
+    Every batch is a row (u, v, z) of the data, which each data-parallel rank draws its own of.
+    """
+
+    def __init__(self, steps: int = 20, accumulate: int = 1, lr: float = 0.1, **sgd: Any) -> None:
+        super().__init__()
+        self.net = _Two().double()
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        self.batches, self.lr, self.sgd = steps * accumulate, lr, sgd
+        self.last: dict[str, Any] = {}
+
+    @staticmethod
+    def rows(count: int) -> Tensor:
+        return torch.randn(count, 10, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        u, v, z = batch.split([2, 3, 5], dim=1)
+        first, second = self.net(u)
+        return 0.5 * ((first - v).square().sum() + (second - z).square().sum()) / len(batch)
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        return self(batch)
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        self.log("val_loss", self(batch), sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, **self.sgd)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        given = self.trainer.distributed_sampler_kwargs
+        data: Any = self.rows(self.batches * given["num_replicas"])
+        return DataLoader(data, sampler=DistributedSampler(data, **given, shuffle=False))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.rows(8)[4:], batch_size=1)  # type: ignore[arg-type]

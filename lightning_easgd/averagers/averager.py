@@ -12,6 +12,8 @@ from lightning_easgd.averagers.astray import AstrayPolicy
 from lightning_easgd.averagers.averaged_parameters import Names
 from lightning_easgd.averagers.common_values import CommonValues, common_values
 from lightning_easgd.averagers.exchange_order import Header, Meeting, Statistics
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
+from lightning_easgd.tensors.shards import is_shard, local
 from lightning_easgd.transport.channel import Channel
 
 __all__ = ["Averager", "Averaging", "follow", "versions_for"]
@@ -110,7 +112,8 @@ class Averaging(ABC):
     """The averaging of one fit: an averager for each optimizer, and the points at which all workers meet.
 
     Attributes:
-        control: A channel for the few numbers that all workers compare; it reduces CPU tensors.
+        control: A channel for the few numbers that all ranks compare; it reduces CPU tensors.
+        worker: This worker's ranks.
         statistics: What this worker has spent on communication.
         on_astray: What a worker at a non-finite point means to the run.
         strategy: Name of the strategy, for errors.
@@ -118,6 +121,7 @@ class Averaging(ABC):
     """
 
     control: Channel
+    worker: WorkerRanks
     statistics: Statistics
     on_astray: AstrayPolicy
     strategy: str = "EASGDStrategy"
@@ -205,8 +209,16 @@ class Averaging(ABC):
         """Wait until all workers have come here, before what all do together without a meeting."""
 
     def common_values(self, tensors: Mapping[str, Tensor]) -> CommonValues:
-        """What the workers' values have in common; called on all workers after they have met."""
-        return common_values(tensors, self.control)
+        """What the workers' values have in common; called on all workers after they have met.
+
+        Of shards that is for each rank what the workers' parts of its coordinate have in common, in parts.
+        """
+        whole = {name: tensor for name, tensor in tensors.items() if not is_shard(tensor)}
+        common = common_values(whole, self.control)
+        if len(whole) == len(tensors):
+            return common
+        parts = common_values({n: local(t) for n, t in tensors.items() if n not in whole}, self.worker.across)
+        return CommonValues({**common.values, **parts.values}, common.same | parts.same, common.own | parts.own)
 
     def check_finite(self) -> None:
         """Let the run end if a worker is not at a finite point; called on all workers after they have met.

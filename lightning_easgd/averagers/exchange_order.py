@@ -16,6 +16,7 @@ from typing import Any, Protocol, final
 import torch
 
 from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.transport.channel import Channel, ExchangeError, Transfer
 
 __all__ = ["ExchangeLine", "Header", "Meeting", "Statistics", "WorkersStoppedError"]
@@ -181,8 +182,9 @@ class ExchangeLine:
     """The order of exchanges that all workers share.
 
     Attributes:
-        control: The channel of the headers; it reduces CPU tensors.
+        control: The channel of the headers, of all ranks; it reduces CPU tensors.
         strategy: Name of the strategy, for errors.
+        worker: This worker's ranks; None where each rank is a worker.
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
         statistics: What this worker has spent.
@@ -194,12 +196,16 @@ class ExchangeLine:
 
     control: Channel
     strategy: str = "EASGDStrategy"
+    worker: WorkerRanks = None  # type: ignore[assignment]  # set below
     stop_requested: bool = False
     stop_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     on_astray: AstrayPolicy = field(default_factory=FailIfAstray)
     under_way: list[Exchanger] = field(default_factory=list)
     _stop_heard: bool = False
+
+    def __post_init__(self) -> None:
+        self.worker = self.worker or WorkerRanks.one(self.control)
 
     def announce(self, averager: int, agreement: object, finite: bool = True) -> Header:
         """Announce an exchange of the averager of this number; returns at once.
@@ -255,7 +261,7 @@ class ExchangeLine:
             self.accept(header, clock)
             if header.exchange is None:
                 if meeting in _READ_AT:  # once all have come: not a pass over the center for each exchange until then
-                    self.accept(self._header(meeting=meeting, center=_combined(averagers), stop=False), clock)
+                    self.accept(self._header(meeting=meeting, center=self._center_of(averagers), stop=False), clock)
                 self.agree()
                 return
             averagers[header.exchange].join()
@@ -274,7 +280,8 @@ class ExchangeLine:
         if header is not None:
             self.statistics.bytes_sent += self.control.bytes_sent(header.nbytes)
 
-
-def _combined(averagers: Sequence[Exchanger]) -> int:
-    checksums = [averager.center_checksum() for averager in averagers]
-    return zlib.crc32(repr(checksums).encode()) >> (32 - _CENTER_BITS)
+    def _center_of(self, averagers: Sequence[Exchanger]) -> int:
+        """What all workers must share of their centers: of all of this worker's ranks, which may hold parts of it."""
+        checksums = [averager.center_checksum() for averager in averagers]
+        own = zlib.crc32(repr(checksums).encode()) >> (32 - _CENTER_BITS)
+        return self.worker.total(own) % (1 << _CENTER_BITS)

@@ -141,7 +141,7 @@ class CurvatureMonitor(Callback):
         self._next_step = trainer.global_step + 1 if here else math.inf
         if here:
             try:
-                region_of(trainer.strategy, trainer.optimizers[0], trainer.world_size)
+                region_of(trainer.strategy, trainer.optimizers[0], _workers_of(trainer))
             except NotJudgedError as reason:
                 rank_zero_warn(f"CurvatureMonitor(): the curvature is logged and stability is not judged, as {reason}.")
 
@@ -234,7 +234,7 @@ class CurvatureMonitor(Callback):
         lr = _largest_lr(optimizer)
         region: StableRegion | None
         try:
-            region = region_of(trainer.strategy, optimizer, trainer.world_size, trainer.global_step)
+            region = region_of(trainer.strategy, optimizer, _workers_of(trainer), trainer.global_step)
         except NotJudgedError:
             region = None
         h = estimate.value
@@ -296,6 +296,10 @@ def _center(trainer: L.Trainer, module: L.LightningModule) -> Mapping[str, Tenso
     if isinstance(trainer.strategy, TrainerStrategy) and trainer.strategy.has_center:
         return trainer.strategy.known_center
     return dict(module.named_parameters())
+
+
+def _workers_of(trainer: L.Trainer) -> int:
+    return int(getattr(trainer.strategy, "workers", trainer.world_size))
 
 
 def _scales(module: L.LightningModule, optimizer: Optimizer) -> tuple[dict[str, float], dict[str, float]]:

@@ -227,7 +227,7 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
             f"{_COMMAND}(strategy=single, trainer.devices={config.trainer.devices}): one process uses one "
             f"device; set trainer.devices=1 or choose another strategy"
         )
-    popen = config.strategy.get("start_method") == "popen"
+    popen = config.strategy.get("start_method", "popen") == "popen"
     environment = getattr(trainer.strategy, "cluster_environment", None)
     external = environment is not None and environment.creates_processes_externally
     if settings.mode == RunMode.MULTIRUN and popen and trainer.num_devices > 1 and not external:

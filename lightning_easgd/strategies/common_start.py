@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_group
@@ -9,8 +10,9 @@ from torch.distributed.utils import _sync_params_and_buffers
 
 from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.tensors.buffers import can_be_written
+from lightning_easgd.tensors.shards import is_shard, local
 
-__all__ = ["broadcast_states"]
+__all__ = ["broadcast_parts", "broadcast_states", "check_whole"]
 
 _BROADCAST_BYTES = 250 * 1024 * 1024
 
@@ -51,6 +53,39 @@ def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) ->
         if all(each.get(name) == own[1][name] for _, each in everyones) and can_be_written(buffer)
     ]
     _sync_params_and_buffers(_get_default_group(), [*parameters.values(), *common], _BROADCAST_BYTES, 0)
+
+
+def check_whole(strategy: str, module: nn.Module) -> None:
+    """Refuse a module of which a rank has only a part.
+
+    Raises:
+        TypeError: If it is sharded.
+    """
+    remedy = "in configure_model (with Fabric: in parallelize_fn), with EASGDModelParallelStrategy."
+    if any(cls.__name__ == "FullyShardedDataParallel" for part in module.modules() for cls in type(part).__mro__):
+        raise TypeError(
+            f"{strategy}: the module is wrapped in FullyShardedDataParallel (FSDP1), so that a rank has no parameters"
+            f" of its own; use torch.distributed.fsdp.fully_shard {remedy}"
+        )
+    sharded = next((name for name, parameter in module.named_parameters() if is_shard(parameter)), None)
+    if sharded is not None:
+        raise TypeError(
+            f"{strategy}: the parameter {sharded} is a shard (DTensor), and here every rank of a worker has all of the"
+            f" parameters; shard {remedy}"
+        )
+
+
+@torch.no_grad()
+def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Give ranks of equal coordinate the parts that the one in worker 0 has of the parameters, and its buffers.
+
+    Args:
+        module: The module.
+        group: The ranks of this coordinate, the one of worker 0 first.
+    """
+    tensors = [local(tensor).detach() for tensor in (*module.parameters(), *module.buffers())]
+    tensors = [tensor for tensor in tensors if tensor.numel() and can_be_written(tensor)]
+    _sync_params_and_buffers(group, tensors, _BROADCAST_BYTES, 0)
 
 
 def _described(tensors: dict[str, Tensor]) -> dict[str, str]:

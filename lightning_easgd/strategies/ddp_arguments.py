@@ -9,12 +9,37 @@ from typing import Any, ParamSpec, TypedDict, TypeVar
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["DDPArguments", "check_ddp_arguments", "known_ddp_arguments", "takes_ddp_arguments", "warn_without_effect"]
+__all__ = [
+    "REFUSED_INSIDE",
+    "REFUSED_WITHOUT",
+    "DDPArguments",
+    "check_ddp_arguments",
+    "known_ddp_arguments",
+    "takes_ddp_arguments",
+    "warn_without_effect",
+]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_OF_THE_STRATEGY = ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period")
+REFUSED_WITHOUT = {
+    **dict.fromkeys(
+        ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"),
+        "this argument changes how DDP reduces gradients, and here gradients are not reduced; remove it, or use"
+        " strategy='ddp'.",
+    ),
+    "devices_per_worker": "here every rank is a worker; EASGDStrategy(mode='sync') has workers of several devices.",
+}
+"""The arguments that are refused where nothing is wrapped, and why."""
+
+REFUSED_INSIDE = {
+    "model_averaging_period": "workers are averaged every tau steps; remove it.",
+    **dict.fromkeys(
+        ("process_group", "device_mesh"), "the strategy makes the group of each worker's ranks; remove it."
+    ),
+}
+"""Those that are refused where DDP wraps the ranks of a worker, and why."""
+
 _GIVEN_BY_LIGHTNING = ("self", "module", "device_ids")
 
 
@@ -68,25 +93,29 @@ def known_ddp_arguments() -> dict[str, Any]:
     return {**newer, **DDPArguments.__annotations__}
 
 
-def check_ddp_arguments(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def check_ddp_arguments(
+    cls: type, arguments: Mapping[str, Any], refused: Mapping[str, str] = REFUSED_WITHOUT
+) -> dict[str, Any]:
     """The arguments of the DDP wrapper among these, of which None counts as not given.
 
+    Args:
+        cls: The strategy.
+        arguments: What it was given.
+        refused: The arguments that it does not take, and why.
+
     Raises:
-        TypeError: If an argument is unknown, or changes how DDP reduces gradients.
+        TypeError: If an argument is unknown or refused.
     """
     strategy, given = cls.__name__, {}
     for name, value in arguments.items():
-        if name not in known_ddp_arguments():
+        if name not in known_ddp_arguments() and name not in refused:
             known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
             hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
             raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
         if value is None:
             continue
-        if name in _OF_THE_STRATEGY:
-            raise TypeError(
-                f"{strategy}({name}={value!r}): this argument changes how DDP reduces gradients, and here gradients"
-                " are not reduced; remove it, or use strategy='ddp'."
-            )
+        if name in refused:
+            raise TypeError(f"{strategy}({name}={value!r}): {refused[name]}")
         given[name] = value
     return given
 

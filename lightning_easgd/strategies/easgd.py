@@ -29,7 +29,7 @@ from lightning_easgd.strategies.center_method import (
     check_period,
 )
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
 __all__ = ["EASGDMethod", "PullTo"]
@@ -110,6 +110,9 @@ class EASGDMethod(CenterMethod):
         worker_state: Where checkpoints keep each worker's own parameters, optimizer state, clocks and random state,
             from which a resumed run goes on exactly: "embed" (inside), "sidecar" (files in ``<checkpoint>.easgd``,
             written by all ranks at once, for large models) or "none" (a resumed run starts at the center).
+        devices_per_worker: Ranks of one worker, or "node" for all of a node. DDP reduces their gradients at every step,
+            and the elastic averaging is between the workers: p above is their number. Each rank exchanges its share of
+            the parameters for its worker. Its ranks read :attr:`center` together.
         process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on one host announce
             exchanges through memory that they share, and on its CPUs they exchange there, too; a name, such as "gloo",
             lets them do both through process groups.
@@ -117,8 +120,10 @@ class EASGDMethod(CenterMethod):
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
         **ddp_arguments: The further arguments of ``DDPStrategy``, by name. With ``broadcast_buffers=False`` each rank's
             buffers stay its own, and checkpoints hold rank 0's. Those of the DDP wrapper, such as
-            ``find_unused_parameters``, have no effect, and warn; those that change how it reduces gradients
-            (``ddp_comm_...``, ``model_averaging_period``) are refused.
+            ``find_unused_parameters`` and ``ddp_comm_hook``, have their effect inside of workers of several devices. A
+            communication hook reduces over its state's process group, or over its state, where these are given. With
+            workers of one device they have no effect, and warn; those that change how gradients are reduced
+            (``ddp_comm_...``) are refused.
 
     Raises:
         TypeError: If ``tau`` is not an int, a rate is neither number nor schedule, an argument is unknown, changes how
@@ -156,6 +161,7 @@ class EASGDMethod(CenterMethod):
         evaluate: Literal["center", "worker"] = "center",
         recalibrate_batchnorm: int = 0,
         worker_state: WorkerState = "embed",
+        devices_per_worker: DevicesPerWorker = 1,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
@@ -176,11 +182,13 @@ class EASGDMethod(CenterMethod):
             process_group_backend=process_group_backend,
             timeout=timeout,
             start_method=start_method,
+            devices_per_worker=devices_per_worker,
             **ddp_arguments,
         )
         name = type(self).__name__
         check_period(name, tau)
         _check_mode(name, mode, order, on_worker_loss)
+        _check_worker(name, devices_per_worker, mode)
         _check_wire_dtype(name, wire_dtype)
         _check_center_device(name, center_device, mode)
         check_number(name, "momentum", momentum)
@@ -212,17 +220,17 @@ class EASGDMethod(CenterMethod):
         self._has_chosen_backend = process_group_backend is not None
 
     def _warn_of_arguments(self) -> None:
-        problem = self.rates.instability(self._count_of_workers) or self._outer_instability()
+        problem = self.rates.instability(self.workers) or self._outer_instability()
         if problem is not None:
             rank_zero_warn(problem)
 
     def _outer_instability(self) -> str | None:
         """What is wrong with the rates at every learning rate, where the center or the pull is not the paper's."""
-        rates = self.rates.largest(self._count_of_workers)
+        rates = self.rates.largest(self.workers)
         if self.rates.is_judged or self.is_served or self.center_rule is not None or rates is None:
             return None
         alpha, beta = rates
-        radius = outer.radius(0.0, alpha, beta, workers=self._count_of_workers, **self.family)
+        radius = outer.radius(0.0, alpha, beta, workers=self.workers, **self.family)
         if is_contraction(radius):
             return None
         return (
@@ -247,17 +255,13 @@ class EASGDMethod(CenterMethod):
     def prepare_optimizer(self, optimizer: Optimizer) -> None:
         """Check an optimizer and the rates that follow from it, and for EAMSGD make it Nesterov."""
         check_optimizer(type(self).__name__, optimizer)
-        self.rates.warn_of(optimizer, self._count_of_workers)
+        self.rates.warn_of(optimizer, self.workers)
         if self.momentum is not None:
             make_nesterov(optimizer, self.momentum, type(self).__name__)
 
     @property
     def _registered_name(self) -> str:
         return ("easgd" if self.momentum is None else "eamsgd") + ("_async" if self.is_served else "")
-
-    @property
-    def _count_of_workers(self) -> int:
-        return self.num_nodes * self.num_processes
 
     def is_prepared(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer still is what :meth:`prepare_optimizer` has made it: Nesterov, for EAMSGD."""
@@ -302,9 +306,19 @@ class EASGDMethod(CenterMethod):
             center_device=self.center_device,
         )
         name = type(self).__name__
-        channel, make_sum = make_channel(setting, _get_default_store(), self._timeout, name, self._who_is_missing)
+        control, make_sum, worker = make_channel(
+            setting,
+            _get_default_store(),
+            self._timeout,
+            name,
+            self._who_is_missing,
+            layout=self.layout,
+            rank=self.global_rank,
+            is_sharded=self.is_sharded,
+            judges_together=self.is_sharded and self.on_nonfinite == "reset",
+        )
         return SynchronousAveraging(
-            channel,
+            control,
             make_sum,
             tau=self.tau,
             rates=self.rates,
@@ -313,6 +327,7 @@ class EASGDMethod(CenterMethod):
             position=position,
             center_device=self.center_device,
             on_astray=self._astray_policy(),
+            worker=worker,
             strategy=name,
         )
 
@@ -368,6 +383,15 @@ def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) ->
         raise ValueError(
             f"{strategy}(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
             " mode='async'."
+        )
+
+
+def _check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
+    if devices_per_worker != 1 and mode == "async":
+        raise ValueError(
+            f"{strategy}(devices_per_worker={devices_per_worker!r}, mode='async'): the served center answers each rank"
+            " on its own clock, and the ranks of one worker have to get the same answer; use mode='sync', or"
+            " devices_per_worker=1."
         )
 
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_easgd.averagers import Meeting, Statistics
 from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.strategies.session import CenterSession
+from lightning_easgd.strategies.sharded_workers import load_parts, parts_of
 from lightning_easgd.strategies.steps import Steps
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
@@ -57,7 +58,8 @@ class FabricStrategy(WorkerProcess, _Base):
         assert self._timeout is not None
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
-        self._backward_sync_control: Any = _NoBackwardSync()
+        if self.devices_per_worker == 1:
+            self._backward_sync_control: Any = _NoBackwardSync()
         self._modules: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
@@ -65,6 +67,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._resumed = Kept()  # what to go on from at the next step
         self._statistics = Statistics()
+        self._is_saving = False  # or loading
 
     # What users call
 
@@ -114,11 +117,14 @@ class FabricStrategy(WorkerProcess, _Base):
     # Fabric's hooks
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
-        """Leave the module as it is, but give all ranks rank 0's weights."""
+        """Give all ranks rank 0's weights; wrap the module where workers have several ranks."""
         self._share_start(module)
         if self.has_center:
             self._modules.append(module)
-        return module
+        if self.layout.per_worker == 1:
+            return module
+        with self._reducing_inside(module):
+            return super().setup_module(module)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Check an optimizer, and make it what a worker trains with, in place.
@@ -174,7 +180,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:
         """A module's state at the center. All ranks ask for it at the same point of their work."""
-        if module not in self._modules:
+        if not self._has(module):
             return super().get_module_state_dict(module)
         with self._at_center(Meeting.CHECKPOINT):
             # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
@@ -186,16 +192,21 @@ class FabricStrategy(WorkerProcess, _Base):
             session = self._session
             has_optimizer = any(isinstance(value, Optimizer) for value in state.values())
             if session is None or not session.shows_center or not has_optimizer:
-                super().save_checkpoint(path, state, *arguments, **keywords)
+                self._write_checkpoint(path, state, *arguments, **keywords)
                 return
             states = self._keeper.states()
             kept = self._common_state(session) | states.save(self._own_state(session), str(path))
             with self._keeper.written_or_discarded(states, str(path)):
-                super().save_checkpoint(path, state | {KEY: kept}, *arguments, **keywords)
+                self._write_checkpoint(path, state | {KEY: kept}, *arguments, **keywords)
+
+    def _write_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
+        """Write what has been made ready, as Fabric does it."""
+        super().save_checkpoint(path, state, *arguments, **keywords)
 
     def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
-        remainder = super().load_checkpoint(path, state, *arguments, **keywords)
+        with self._without_steps():
+            remainder = super().load_checkpoint(path, state, *arguments, **keywords)
         saved = remainder.pop(KEY, None) if self.has_center else None
         has_optimizer = isinstance(state, dict) and any(isinstance(value, Optimizer) for value in state.values())
         if self.has_center and has_optimizer:
@@ -206,7 +217,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
-        if self._session is not None and module in self._modules:
+        if self._session is not None and self._has(module):
             self._session.averaging.meet(Meeting.CHECKPOINT)
             self._end()
         super().load_module_state_dict(module, state_dict, strict)
@@ -215,11 +226,20 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def _session_of_step(self, optimizer: Optimizer) -> CenterSession | None:
         """The session, which the first step of something that is trained starts."""
-        if self._steps is None or not self._optimizers:
+        if self._steps is None or not self._optimizers or self._is_saving:
             return None
         if self._session is None and not _share_parameters(optimizer, self._optimizers):
             return None  # of something else, before training starts
         return self._started()
+
+    @contextlib.contextmanager
+    def _without_steps(self) -> Iterator[None]:
+        """Context in which a step is none of a worker's: torch makes steps of no size to fill optimizers' states."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
 
     def _started(self) -> CenterSession:
         if self._session is None:
@@ -237,18 +257,25 @@ class FabricStrategy(WorkerProcess, _Base):
         return self._session
 
     def _common_state(self, session: CenterSession) -> dict[str, Any]:
-        center = {} if session.is_center_in_module else session.averaging.center_state_dict()
-        common = self._keeper.common(session, center)
+        if self.is_sharded:
+            return self._keeper.common(session, {})
+        common = self._keeper.common(session, self._center_beside(session))
         if self.is_global_zero:
             state = session.module.state_dict()
             common["sums"] = StateSums(state).saved(state)
             common["fingerprints"] = fingerprints(self._optimizer_states())
         return common
 
+    def _center_beside(self, session: CenterSession) -> dict[str, Any]:
+        """What the center is beyond the modules' state."""
+        return {} if session.is_center_in_module else session.averaging.center_state_dict()
+
     def _own_state(self, session: CenterSession) -> dict[str, Any]:
         with session.worker():
             tensors = {name: tensor.clone() for name, tensor in self._keeper.own_tensors(session).items()}
+        center, layouts = self._center_beside(session), self._keeper.layouts(session)
         return {
+            **({"parts": {"center": center, "layouts": layouts}} if self.is_sharded else {}),
             "tensors": tensors,
             "averagers": [averager.state_dict() for averager in session.averagers],
             **self._optimizer_states(),
@@ -256,7 +283,7 @@ class FabricStrategy(WorkerProcess, _Base):
         }
 
     def _optimizer_states(self) -> dict[str, Any]:
-        return {"optimizer_states": [optimizer.state_dict() for optimizer in self._optimizers]}
+        return {"optimizer_states": [parts_of(optimizer.state_dict()) for optimizer in self._optimizers]}
 
     def _resume(self, session: CenterSession, kept: Kept) -> None:
         edited: set[str] = set()
@@ -268,7 +295,7 @@ class FabricStrategy(WorkerProcess, _Base):
         kept = self._keeper.with_edits(kept, self._optimizer_states())
         if kept.own is not None:
             for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
-                optimizer.load_state_dict(own)
+                load_parts(optimizer, own)
         self._keeper.restore(kept, session, edited)
         if kept.own is not None:
             set_random_state(kept.own["random"], self.root_device)

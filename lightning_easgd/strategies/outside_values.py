@@ -13,6 +13,7 @@ from lightning_easgd.averagers import Averager, Averaging
 from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.tensors.buffers import FiniteValues
 from lightning_easgd.tensors.checksums import checksum
+from lightning_easgd.tensors.shards import local, reshard
 
 __all__ = ["OutsideValues", "ignored_names"]
 
@@ -62,7 +63,7 @@ class OutsideValues:
 
     def parameters(self) -> dict[str, Tensor]:
         """All parameters that do not stay each worker's own, by name."""
-        return {name: p.detach() for name, p in self._module.named_parameters() if name not in self._ignored}
+        return {name: p.detach() for name, p in reshard(self._module).named_parameters() if name not in self._ignored}
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the center, by name; not those that are views of averaged parameters."""
@@ -78,7 +79,7 @@ class OutsideValues:
     def apart(self) -> dict[str, Tensor]:
         """The module's parameters whose averagers have not exchanged yet, by name."""
         held = {id(p) for averager in self._averagers if not averager.has_exchanged for p in averager.parameters}
-        return {name: p.detach() for name, p in self._module.named_parameters() if id(p) in held}
+        return {name: p.detach() for name, p in reshard(self._module).named_parameters() if id(p) in held}
 
     def in_common(self, averaging: Averaging, finite: FiniteValues | None) -> CommonValues:
         """What belongs to the center beside what the averagers hold of it; all workers call this when they have met.
@@ -150,7 +151,7 @@ class OutsideValues:
 
     def _parameters(self) -> Mapping[str, nn.Parameter]:
         held = self._held()
-        return {name: p for name, p in self._module.named_parameters() if id(p) not in held}
+        return {name: p for name, p in reshard(self._module).named_parameters() if id(p) not in held}
 
     def _held(self) -> set[int]:
         return {id(parameter) for averager in self._averagers for parameter in averager.parameters}
@@ -158,6 +159,7 @@ class OutsideValues:
 
 def _memory(tensor: Tensor) -> int | None:
     """Where a tensor's memory begins; None for one without, and for those that are no plain tensors."""
+    tensor = local(tensor)
     if tensor.layout is not torch.strided or not tensor.numel():
         return None
     return tensor.untyped_storage().data_ptr()

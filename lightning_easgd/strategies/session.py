@@ -16,6 +16,7 @@ from lightning_easgd.strategies.outside_values import OutsideValues
 from lightning_easgd.strategies.shown_weights import ShownWeights
 from lightning_easgd.strategies.steps import Steps, averagers_of
 from lightning_easgd.tensors.buffers import FiniteValues, load_buffers
+from lightning_easgd.tensors.shards import local, reshard
 
 __all__ = ["CenterSession", "Owner"]
 
@@ -92,7 +93,7 @@ class CenterSession:
             ignored=[parameter for name, parameter in parameters.items() if name in ignored],
             trained=[parameter for name, parameter in parameters.items() if name in trained],
             # Not through this object: what a circle holds open would stay open until it is found.
-            names=lambda: {parameter: name for name, parameter in module().named_parameters()},
+            names=lambda: {parameter: name for name, parameter in reshard(module()).named_parameters()},
         )
         self._steps = steps
         self._shown = None
@@ -104,15 +105,20 @@ class CenterSession:
             with_buffers=self._owner.has_common_buffers,
             strategy=self._name,
         )
-        self._finite = FiniteValues(self.outside.tensors) if self._owner.on_nonfinite == "reset" else None
+        outside = self.outside
+        self._finite = (
+            FiniteValues(lambda: {name: local(tensor) for name, tensor in outside.tensors().items()})
+            if self._owner.on_nonfinite == "reset"
+            else None
+        )
         self.steps_made = dict.fromkeys(self.averagers, 0)
 
     # What there is
 
     @property
     def module(self) -> nn.Module:
-        """The module; several as one."""
-        return self._module()
+        """The module; several as one. Its parameters are those of the optimizers."""
+        return reshard(self._module())
 
     @property
     def averagers(self) -> list[Averager]:
@@ -288,7 +294,7 @@ class CenterSession:
         self.averaging.assemble()
         tensors = self.outside.parameters() | self.outside.buffers()
         for name, value in self.averaging.common_values(tensors).values.items():
-            tensors[name].copy_(value)
+            local(tensors[name]).copy_(value)
 
     # The end
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_easgd.averagers import Averager
 from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, restore_buffers
+from lightning_easgd.tensors.shards import local, reshard, sharded_like
 
 __all__ = ["ShownWeights"]
 
@@ -17,7 +18,9 @@ __all__ = ["ShownWeights"]
 class ShownWeights:
     """Switches a module between the worker's parameters and buffers and those of the center, by copying.
 
-    The tensors keep their addresses, which compiled modules and CUDA graphs rely on.
+    The tensors keep their addresses, which compiled modules and CUDA graphs rely on. What FSDP2's modules have gathered
+    is given up before each switch: a forward pass without a backward pass leaves whole parameters there, which would be
+    computed with, and trained on, in place of what is switched to.
 
     Args:
         module: The module.
@@ -38,6 +41,7 @@ class ShownWeights:
     @torch.no_grad()
     def show_center(self, common: Mapping[str, Tensor]) -> None:
         """Show the center, with these values of buffers and parameters by their names, in place of the averagers'."""
+        reshard(self._module)
         self._worker_buffers = keep_buffers(self._module)  # first: one may be a view of a parameter
         # What has gone to another optimizer is shown by that one's averager: last.
         self._averagers = sorted(self._averagers, key=lambda averager: not averager.has_departed)
@@ -49,7 +53,7 @@ class ShownWeights:
             parameter: parameter.detach().clone() for parameter, _ in self._replaced() if id(parameter) not in kept
         }
         for parameter, value in self._replaced():
-            parameter.copy_(value)
+            local(parameter).copy_(local(value))
         load_buffers(self._module, common)
         self.center = True
 
@@ -69,20 +73,27 @@ class ShownWeights:
         if not self.center:
             yield
             return
+        reshard(self._module)
         shown = {parameter: parameter.detach().clone() for parameter in self.values()}
         buffers = keep_buffers(self._module)
         self._load_worker()
         try:
             yield
         finally:
+            reshard(self._module)
             restore_buffers(buffers)
             _load(shown)
 
     def _replaced(self) -> list[tuple[Tensor, Tensor]]:
         parameters = dict(self._module.named_parameters())
-        return [(parameters[name], value) for name, value in self._common.items() if name in parameters]
+        return [
+            (parameters[name], sharded_like(value, parameters[name]))
+            for name, value in self._common.items()
+            if name in parameters
+        ]
 
     def _load_worker(self) -> None:
+        reshard(self._module)
         restore_buffers(self._worker_buffers)
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
@@ -92,4 +103,4 @@ class ShownWeights:
 @torch.no_grad()
 def _load(values: Mapping[Tensor, Tensor]) -> None:
     for tensor, value in values.items():
-        tensor.copy_(value)
+        local(tensor).copy_(local(value))

@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule
-from lightning_easgd.strategies.common_start import broadcast_states
+from lightning_easgd.strategies.common_start import broadcast_states, check_whole
 from lightning_easgd.strategies.ddp_arguments import (
+    REFUSED_INSIDE,
+    REFUSED_WITHOUT,
     DDPArguments,
     check_ddp_arguments,
     takes_ddp_arguments,
@@ -24,12 +26,14 @@ from lightning_easgd.strategies.ddp_arguments import (
 from lightning_easgd.strategies.failures import is_of_process_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
-from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.roll_call import RollCall
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
-__all__ = ["DEFAULT_TIMEOUT", "StartMethod", "WorkerProcess"]
+__all__ = ["DEFAULT_TIMEOUT", "DevicesPerWorker", "StartMethod", "WorkerProcess"]
 
+DevicesPerWorker = int | Literal["node"]
 StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
@@ -68,9 +72,10 @@ else:
 
 
 class WorkerProcess(_Base):
-    """A worker: a process with a model of its own, one of p; mixed into the ``DDPStrategy`` of a class tree.
+    """A rank of a worker; mixed into the ``DDPStrategy`` of a class tree.
 
-    It keeps DDPStrategy's processes, ranks, samplers and collectives. What it needs of the tree below is in ``_Base``.
+    A worker is one process with a model of its own, or several whose gradients DDP reduces. It keeps DDPStrategy's
+    processes, ranks, samplers and collectives. What it needs of the tree below is in ``_Base``.
 
     Args:
         accelerator: As for ``DDPStrategy``.
@@ -81,13 +86,16 @@ class WorkerProcess(_Base):
         process_group_backend: As for ``DDPStrategy``.
         timeout: How long a collective operation may wait for the slowest rank before it fails; None for 30 minutes.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
-        ddp_comm_state: Refused unless None: it changes how DDP reduces gradients, and here they are not reduced.
-        ddp_comm_hook: Refused unless None, as ``ddp_comm_state``.
-        ddp_comm_wrapper: Refused unless None, as ``ddp_comm_state``.
-        model_averaging_period: Refused unless None, as ``ddp_comm_state``; ``tau`` is the period here.
+        devices_per_worker: Ranks of a worker, or "node" for those of a node. Where it is not 1 the arguments of the DDP
+            wrapper have their effect inside of each worker.
+        ddp_comm_state: Refused for workers of one rank: it changes how DDP reduces gradients, and there they are not
+            reduced. None, or a state whose process group is None, is given the group of the worker's ranks.
+        ddp_comm_hook: As ``ddp_comm_state``.
+        ddp_comm_wrapper: As ``ddp_comm_state``.
+        model_averaging_period: Refused unless None; ``tau`` is the period here.
         broadcast_buffers: False: each rank's buffers stay its own; checkpoints hold rank 0's.
         forward_sync_buffers: What newer releases of torch call ``broadcast_buffers``.
-        find_unused_parameters: Of the DDP wrapper: no effect.
+        find_unused_parameters: Of the DDP wrapper: no effect for workers of one rank.
         static_graph: Of the DDP wrapper: no effect.
         gradient_as_bucket_view: Of the DDP wrapper: no effect.
         init_sync: Of the DDP wrapper: no effect, all ranks start with rank 0's weights.
@@ -122,6 +130,8 @@ class WorkerProcess(_Base):
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
+    _inside: OwnGroup | None = None  # the worker's ranks, where there are several, while something is wrapped
+
     @takes_ddp_arguments
     def __init__(
         self,
@@ -134,12 +144,16 @@ class WorkerProcess(_Base):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
+        devices_per_worker: DevicesPerWorker = 1,
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
+        _check_devices(type(self).__name__, devices_per_worker)
+        self.devices_per_worker = devices_per_worker
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         _check_timeout(type(self).__name__, timeout)
-        given = check_ddp_arguments(type(self), ddp_arguments)
-        super().__init__(
+        wraps = devices_per_worker != 1
+        given = check_ddp_arguments(type(self), ddp_arguments, REFUSED_INSIDE if wraps else REFUSED_WITHOUT)
+        self._init_lightning(
             accelerator,
             parallel_devices,
             cluster_environment,
@@ -150,19 +164,28 @@ class WorkerProcess(_Base):
             start_method=start_method,
             **given,
         )
-        without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
-        warn_without_effect(type(self).__name__, without_effect)
+        if not wraps:
+            without_effect = {name: given[name] for name in given if name not in self._ddp_arguments_with_effect}
+            warn_without_effect(type(self).__name__, without_effect)
+
+    def _init_lightning(self, *arguments: Any, **keywords: Any) -> None:
+        """Initialize Lightning's strategy below, with the arguments of ``DDPStrategy``."""
+        super().__init__(*arguments, **keywords)
 
     def setup_environment(self) -> None:
         """Become a rank, which the process that only spawns or forks the ranks never does; set up the process group.
 
         And what tells who is missing if a collective operation fails.
         """
-        super().setup_environment()
+        self._set_up_groups()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
             with suppress(StoreLostError):  # a run without it names nobody
                 self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+
+    def _set_up_groups(self) -> None:
+        """Set up the process group, and what else Lightning's strategy below makes of the ranks."""
+        super().setup_environment()
 
     # What a method says
 
@@ -199,6 +222,39 @@ class WorkerProcess(_Base):
     # The process
 
     @property
+    def layout(self) -> WorkerLayout:
+        """Which ranks make up which worker; known once Trainer or Fabric has this strategy.
+
+        Raises:
+            ValueError: If the number of ranks cannot be cut into such workers.
+        """
+        ranks, per_worker = self.num_nodes * self.num_processes, self.devices_per_worker
+        if per_worker == "node":
+            per_worker = self.num_processes
+        if ranks % per_worker:
+            raise ValueError(
+                f"{type(self).__name__}(devices_per_worker={per_worker}): {ranks} ranks ({self.num_nodes} nodes of"
+                f" {self.num_processes} devices) cannot be cut into workers of {per_worker}; give a number that divides"
+                f" {ranks}."
+            )
+        return WorkerLayout(ranks, per_worker)
+
+    @property
+    def worker_shape(self) -> tuple[int, ...]:
+        """How the ranks of a worker are arranged; one worker's state is another's where these are the same."""
+        return (self.layout.per_worker,)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of a worker has its own part of the parameters."""
+        return False
+
+    @property
+    def workers(self) -> int:
+        """p, the number of workers."""
+        return self.layout.workers
+
+    @property
     def only_launches(self) -> bool:
         """Whether this process only spawned or forked the ranks, or is to do so."""
         return self._start_method != "popen" and not self._is_rank
@@ -213,9 +269,37 @@ class WorkerProcess(_Base):
         return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
     def _share_start(self, module: nn.Module) -> None:
-        """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only."""
+        """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only.
+
+        Raises:
+            TypeError: If this rank has only a part of them.
+        """
+        check_whole(type(self).__name__, module)
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
+
+    @contextmanager
+    def _reducing_inside(self, module: nn.Module) -> Iterator[None]:
+        """Context in which DDP wraps a module: gradients are reduced inside of this worker alone."""
+        self._inside = self._inside or OwnGroup(
+            self.process_group_backend or "gloo",
+            Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing),
+            self.layout.inside,
+        )
+        for part in module.modules():
+            if isinstance(part, nn.SyncBatchNorm) and part.process_group is None:
+                part.process_group = self._inside.group
+        self._ddp_kwargs["process_group"] = self._inside.group
+        try:
+            yield
+        finally:
+            del self._ddp_kwargs["process_group"]  # it cannot go to another process
+
+    def _leave_inside(self) -> None:
+        """Give back the group of the worker's ranks; nothing is wrapped any more."""
+        inside, self._inside = self._inside, None
+        if inside is not None:
+            inside.close()
 
     def _who_is_missing(self) -> str:
         """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
@@ -237,7 +321,8 @@ class WorkerProcess(_Base):
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process is of no run: it has no store to call the roll on.
         state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
-        state.pop("_roll_call", None)
+        for name in ("_roll_call", "_inside"):
+            state.pop(name, None)
         return state
 
     def __repr__(self) -> str:
@@ -254,6 +339,7 @@ class WorkerProcess(_Base):
                     " too); elsewhere the order of the copies beside the gradient has not been shown to hold. Use"
                     " Trainer(accelerator='cpu')."
                 )
+        _ = self.layout  # before any process starts
         super()._configure_launcher()
         self._check_interactive()
         launcher = self._make_launcher()
@@ -283,6 +369,18 @@ class WorkerProcess(_Base):
     def _registered_name(self) -> str | None:
         """The name under which this strategy is registered with these arguments, as far as it is."""
         return None
+
+
+def _check_devices(strategy: str, devices: object) -> None:
+    if devices == "node":
+        return
+    if not isinstance(devices, int) or isinstance(devices, bool):
+        raise TypeError(
+            f"{strategy}(devices_per_worker={devices!r}): give the number of ranks of a worker, or 'node' for those of"
+            " a node."
+        )
+    if devices < 1:
+        raise ValueError(f"{strategy}(devices_per_worker={devices}): a worker has at least 1 rank.")
 
 
 def _check_timeout(strategy: str, timeout: object) -> None:

@@ -6,6 +6,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lightning_easgd.tensors.shards import local
+
 __all__ = ["checksum"]
 
 _WORD = 4
@@ -29,11 +31,13 @@ def checksum(tensor: Tensor) -> int:
 
     Args:
         tensor: Of any dtype, shape and layout (of a sparse one, indices and values count as they are stored), on any
-            device. A tensor that is not contiguous is copied; else no more than a megabyte or two is allocated.
+            device; of a shard this rank's part counts. A tensor that is not contiguous is copied; else no more than a
+            megabyte or two is allocated.
 
     Returns:
         An integer of 64 bits with sign. Asking for it waits for the tensor's device.
     """
+    tensor = local(tensor)
     described = hashlib.blake2b(f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode(), digest_size=8)
     total = int.from_bytes(described.digest(), "little")
     for part in _dense_parts(tensor.detach()):

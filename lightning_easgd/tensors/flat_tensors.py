@@ -8,6 +8,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_easgd.tensors.shards import local, sharded_like
+
 __all__ = ["FlatTensors", "all_finite", "as_parameter", "as_real", "center_dtype"]
 
 
@@ -20,13 +22,18 @@ def center_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def as_real(tensor: Tensor) -> Tensor:
-    """A view of a complex tensor as a real one, whose last dimension is 2; a real tensor as it is."""
+    """A view of a complex tensor as a real one, whose last dimension is 2; a real tensor as it is.
+
+    Of a shard it is this rank's part.
+    """
+    tensor = local(tensor)
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
 
 
 def as_parameter(value: Tensor, parameter: Tensor) -> Tensor:
-    """A value of the center in the parameter's shape: for a complex parameter a complex copy, else the value itself."""
-    return torch.view_as_complex(value.contiguous().clone()) if parameter.is_complex() else value
+    """A value of the center in the parameter's form: for a complex parameter a complex copy, else the value itself."""
+    value = torch.view_as_complex(value.contiguous().clone()) if parameter.is_complex() else value
+    return sharded_like(value, parameter)
 
 
 def all_finite(tensors: Sequence[Tensor], norms: Sequence[Tensor] | None = None) -> bool:

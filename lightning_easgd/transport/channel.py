@@ -2,10 +2,10 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ __all__ = [
     "Channel",
     "ExchangeError",
     "Failure",
+    "LoneChannel",
     "MessageChannel",
     "MessageTransfer",
     "OwnGroup",
@@ -69,12 +70,41 @@ class Channel(ABC):
         The result is bitwise the same on all workers.
         """
 
+    def share(self, buffer: Tensor, source: int) -> Transfer:
+        """Start to replace ``buffer`` on every worker by that of one of them, and return at once.
+
+        Args:
+            buffer: Of one shape and dtype on all.
+            source: The worker's number.
+        """
+        if source != self.rank:
+            buffer.zero_()
+        return self.sum(buffer)
+
     def bytes_sent(self, nbytes: int) -> int:
         """Bytes that this worker hands over for a sum of so many: as a ring all-reduce does, 2 (p - 1) / p of them."""
         return round(2 * (self.size - 1) / self.size * nbytes)
 
     def close(self) -> None:  # noqa: B027 - most channels own nothing
         """Give back what the channel holds. No reduction may be under way."""
+
+
+@final
+class LoneChannel(Channel):
+    """The line of a worker that is alone."""
+
+    rank, size = 0, 1
+
+    @override
+    def sum(self, buffer: Tensor) -> Transfer:
+        return _Done()
+
+
+@final
+class _Done(Transfer):
+    @override
+    def wait(self) -> None:
+        pass
 
 
 class MessageTransfer(Transfer):
@@ -208,12 +238,17 @@ class OwnGroup:
     Args:
         backend: ``"gloo"``, ``"nccl"``, … as for :func:`torch.distributed.new_group`.
         failure: What the error of an operation says.
+        ranks: The ranks of each of the groups, of which this is the one that has this process; None for all in one.
     """
 
-    def __init__(self, backend: str, failure: Failure) -> None:
+    def __init__(self, backend: str, failure: Failure, ranks: Sequence[Sequence[int]] | None = None) -> None:
         # NCCL's own watchdog ends the process without an error of ours; it must not come first.
         timeout = failure.timeout + _WATCHDOG_DELAY if "nccl" in backend else failure.timeout
-        self.group = dist.new_group(backend=backend, timeout=timeout)
+        self.group: dist.ProcessGroup
+        if ranks is None:
+            self.group = dist.new_group(backend=backend, timeout=timeout)
+        else:
+            self.group = _own_of([*map(list, ranks)], backend, timeout)
         self._backend = backend
         self._failure = failure
         self._last: WorkTransfer | None = None
@@ -238,6 +273,11 @@ class OwnGroup:
             dist.destroy_process_group(self.group)
 
 
+def _own_of(ranks: list[list[int]], backend: str, timeout: timedelta) -> Any:
+    own, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, backend=backend)  # type: ignore[no-untyped-call]
+    return own
+
+
 class _OnProcessGroups:
     """A channel on process groups of its own, so that nothing else queues on them.
 
@@ -248,18 +288,25 @@ class _OnProcessGroups:
         timeout: How long an operation may wait for the slowest worker.
         user: The name of who exchanges on it, for errors; the channel's own if None.
         who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
+        ranks: The ranks of each of several such channels, of which this is the one that has this process; None for all
+            in one.
     """
 
     _GROUPS: ClassVar[int]
 
     def __init__(
-        self, backend: str, timeout: timedelta, user: str | None = None, who_is_missing: Callable[[], str] = str
+        self,
+        backend: str,
+        timeout: timedelta,
+        user: str | None = None,
+        who_is_missing: Callable[[], str] = str,
+        ranks: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.user = user or type(self).__name__
         failure = Failure(timeout, self.user, who_is_missing)
-        self._groups = [OwnGroup(backend, failure) for _ in range(self._GROUPS)]
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+        self._groups = [OwnGroup(backend, failure, ranks) for _ in range(self._GROUPS)]
+        self.rank = dist.get_rank(self._groups[0].group)
+        self.size = dist.get_world_size(self._groups[0].group)
 
     def close(self) -> None:
         """Give the groups back. Nothing may be under way."""
@@ -277,6 +324,12 @@ class ProcessGroupChannel(_OnProcessGroups, Channel):
     def sum(self, buffer: Tensor) -> Transfer:
         (group,) = self._groups
         return group.transfer(dist.all_reduce(buffer, group=group.group, async_op=True), buffer)
+
+    @override
+    def share(self, buffer: Tensor, source: int) -> Transfer:
+        (group,) = self._groups
+        rank = dist.get_global_rank(group.group, source)
+        return group.transfer(dist.broadcast(buffer, rank, group=group.group, async_op=True), buffer)
 
 
 @final

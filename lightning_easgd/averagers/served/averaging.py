@@ -26,6 +26,7 @@ from lightning_easgd.averagers.served.averager import CenterPart, ServedAverager
 from lightning_easgd.averagers.served.loss_policy import FailOnLoss, LossPolicy
 from lightning_easgd.averagers.served.parameters import ServedParameters
 from lightning_easgd.averagers.served.turns import FreeOrder, RoundRobin, Turns
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import ServedExchange
 from lightning_easgd.served_center import CenterTimeoutError, ServedCenter, WorkerLostError, open_center
@@ -113,6 +114,7 @@ class ServedAveraging(Averaging):
     ) -> None:
         self.control = control
         self._wire_dtype = wire_dtype
+        self.worker = WorkerRanks.one(control)
         self.statistics = Statistics()
         self.strategy = strategy
         self._node = node

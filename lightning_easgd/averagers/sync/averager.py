@@ -19,6 +19,7 @@ from lightning_easgd.averagers.sync.choice import MakeSum
 from lightning_easgd.averagers.sync.finiteness import make_finiteness
 from lightning_easgd.averagers.sync.pull import Pull, PullToOld
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.elastic import elastic_difference_, elastic_pull_
 from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
@@ -136,7 +137,7 @@ class SynchronousAverager(Averager):
         if self._line.agree():  # nobody begins another exchange
             return
         self._begun_at = self.clock
-        rates = self._rates.of_groups(self._optimizer, self._line.control.size, self.clock)
+        rates = self._rates.of_groups(self._optimizer, self._line.worker.workers, self.clock)
         if self._averaged.have_changed:
             agreement = *self._averaged.changed, self._rates.common(rates), repr(self._rule)
             finite = self.is_finite()
@@ -178,7 +179,7 @@ class SynchronousAverager(Averager):
             self._extend()
         if not (self._take_difference() and finite):
             self._start_again()
-        self._start(self._rates.of_groups(self._optimizer, self._line.control.size, self.clock))
+        self._start(self._rates.of_groups(self._optimizer, self._line.worker.workers, self.clock))
         self._pull_worker()
         self.complete()
 
@@ -215,7 +216,8 @@ class SynchronousAverager(Averager):
 
     @override
     def is_finite(self) -> bool:
-        return self.finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+        finite = self.finiteness.known() and all_finite(self.parameters) and self._position.is_finite()
+        return self._line.worker.is_finite(finite)
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
@@ -232,7 +234,9 @@ class SynchronousAverager(Averager):
 
     @override
     def elastic_distance(self) -> float | None:
-        return float(torch.linalg.vector_norm(torch.stack(self._distance))) if self._distance else None
+        if not self._distance:
+            return None
+        return self._line.worker.norm(float(torch.linalg.vector_norm(torch.stack(self._distance))))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -288,7 +292,7 @@ class SynchronousAverager(Averager):
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
         self._distance = self._sum.norms()
-        return self.finiteness.judge(wire.flat, self._distance)
+        return self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
@@ -311,7 +315,7 @@ class SynchronousAverager(Averager):
             shares = [1.0] * len(rates)
         else:
             alphas = [alpha for alpha, _ in rates]
-            shares = [beta / self._line.control.size for _, beta in rates]
+            shares = [beta / self._line.worker.workers for _, beta in rates]
         self._in_flight = self.has_exchanged = True
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
@@ -347,21 +351,18 @@ class SynchronousAverager(Averager):
         values = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
         pairs = list(zip(parameters, origins, strict=True))
         values.load_([self._averaged.entered_with(p) if origin is None else p for p, origin in pairs])
-        self._take_from_rank_zero([v for v, origin in zip(values.views, origins, strict=True) if origin is None])
+        self._take_from_first_worker([v for v, origin in zip(values.views, origins, strict=True) if origin is None])
         center = ReplicatedCenter(values, self._rule)
         if known:
             center.take_over(self.center, origins)
         self.center = center
         return origins
 
-    def _take_from_rank_zero(self, values: list[Tensor]) -> None:
+    def _take_from_first_worker(self, values: list[Tensor]) -> None:
         if not values:
             return
-        control = self._line.control
         flat = torch.cat([value.flatten() for value in values]).cpu()
-        if control.rank != 0:
-            flat.zero_()
-        control.sum(flat).wait()
+        self._line.worker.from_first_worker(flat)
         if not all_finite([flat]):
             raise NonFiniteError(
                 f"{self._line.strategy}: the optimizer has parameters that are not finite on rank 0, where their center"
@@ -376,7 +377,7 @@ class SynchronousAveraging(Averaging):
     """Synchronous EASGD of all optimizers of a fit, on one line of exchanges.
 
     Args:
-        control: The channel of the headers.
+        control: The channel of the headers, of all ranks.
         make_sum: Makes what sums up the differences.
         tau: τ, the communication period of each optimizer, in its own steps.
         rates: α and β.
@@ -385,6 +386,7 @@ class SynchronousAveraging(Averaging):
         position: What the workers exchange.
         center_device: Where the center and the differences are; None for where the parameters are.
         on_astray: What a worker whose difference is not finite means to the run.
+        worker: This worker's ranks; None where each rank is a worker.
         strategy: Name of the strategy, for errors.
     """
 
@@ -400,13 +402,15 @@ class SynchronousAveraging(Averaging):
         position: Callable[[Optimizer], Position] = ParameterPosition,
         center_device: str | None = None,
         on_astray: AstrayPolicy | None = None,
+        worker: WorkerRanks | None = None,
         strategy: str = "EASGDStrategy",
     ) -> None:
         self.strategy = strategy
+        self.worker = worker or WorkerRanks.one(control)
         self._center_device = center_device
         self.control = control
         self.on_astray = on_astray or FailIfAstray(strategy)
-        self._line = ExchangeLine(control, strategy, on_astray=self.on_astray)
+        self._line = ExchangeLine(control, strategy, self.worker, on_astray=self.on_astray)
         self._make_sum = make_sum
         self.statistics = self._line.statistics
         self._tau = tau
@@ -483,7 +487,7 @@ class SynchronousAveraging(Averaging):
 
     def _hear_of_last(self, averagers: Sequence[SynchronousAverager]) -> None:
         """Hear of differences that were not finite, and that no exchange after theirs has told of."""
-        astray = [averager for averager in averagers if not averager.finiteness.known()]
+        astray = [each for each in averagers if not self.worker.is_finite(each.finiteness.known())]
         header = Header(self.control, finite=not astray, strategy=self.strategy)
         header.wait()
         if header.astray is not None:
@@ -504,4 +508,5 @@ class SynchronousAveraging(Averaging):
     def close(self) -> None:
         for averager in self._synchronous.values():
             averager.close()
-        self.control.close()
+        for channel in dict.fromkeys((self.worker.across, self.worker.inside, self.control)):
+            channel.close()

@@ -7,13 +7,15 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch.distributed.distributed_c10d import Store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_easgd.averagers.sync.all_reduced_sum import AllReducedSum
 from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
+from lightning_easgd.averagers.sync.sliced_sum import SlicedSum
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import Codec, WireDtype, make_codec
 from lightning_easgd.transport.channel import (
     Channel,
@@ -23,6 +25,7 @@ from lightning_easgd.transport.channel import (
 )
 from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 from lightning_easgd.transport.shared_vectors import shared_vectors
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
     "Choice",
@@ -33,6 +36,7 @@ __all__ = [
     "compressed_sums",
     "make_channel",
     "shared_sums",
+    "sliced_sums",
 ]
 
 MakeSum = Callable[[ReplicatedCenter], DifferenceSum]
@@ -74,6 +78,16 @@ def shared_sums(store: Store, control: Channel, timeout: timedelta, otherwise: M
         return otherwise(center) if vectors is None else SharedSum(center, vectors)
 
     return make
+
+
+def sliced_sums(make_channel: Callable[[], Channel], make_sum: MakeSum) -> MakeSum:
+    """Sums of which each rank of a worker makes a slice, for workers whose ranks all hold all of the center.
+
+    Args:
+        make_channel: Makes a channel of this worker's ranks; all ranks call it at the same point.
+        make_sum: Makes the sum of a slice.
+    """
+    return lambda center: SlicedSum(center, make_sum, make_channel())
 
 
 @dataclass(frozen=True)
@@ -133,32 +147,61 @@ def choose(setting: Setting) -> Choice:
 
 
 def make_channel(
-    setting: Setting, store: Store, timeout: timedelta, strategy: str, who_is_missing: Callable[[], str] = str
-) -> tuple[Channel, MakeSum]:
-    """Open the channel of the announcements; all ranks call it at the same point.
+    setting: Setting,
+    store: Store,
+    timeout: timedelta,
+    strategy: str,
+    who_is_missing: Callable[[], str] = str,
+    *,
+    layout: WorkerLayout,
+    rank: int,
+    is_sharded: bool = False,
+    judges_together: bool = False,
+) -> tuple[Channel, MakeSum, WorkerRanks]:
+    """Open the channels on which all ranks announce, and those of equal coordinate exchange.
+
+    All ranks call it at the same point.
 
     Args:
         setting: What the choice depends on.
-        store: The workers' store.
-        timeout: How long to wait for another worker.
+        store: The ranks' store.
+        timeout: How long to wait for another rank.
         strategy: Name of the strategy, for errors.
         who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
+        layout: Which ranks make up which worker.
+        rank: This one.
+        is_sharded: As for :class:`WorkerRanks`.
+        judges_together: As for :class:`WorkerRanks`.
 
     Returns:
-        The channel, and what makes the sum of an optimizer: the first two arguments of ``SynchronousAveraging``.
+        The channel of the announcements, what makes the sum of an optimizer, and this worker's ranks:
+        ``SynchronousAveraging`` takes them.
     """
     choice = choose(setting)
-    channel: Channel = ProcessGroupChannel("gloo", timeout, strategy, who_is_missing)
+    control: Channel = ProcessGroupChannel("gloo", timeout, strategy, who_is_missing)
     if choice.announces_in_memory:
         # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
-        channel = shared_channel(store, channel, timeout, 2 * (setting.optimizers + 1))
+        control = shared_channel(store, control, timeout, 2 * (setting.optimizers + 1))
+    alone = layout.per_worker == 1
+    columns = None if alone else layout.across
+    worker = WorkerRanks.one(control)
+    if not alone:
+        store = PrefixStore(f"easgd/coordinate/{layout.coordinate_of(rank)}", store)
+        across, inside = (
+            ProcessGroupChannel("gloo", timeout, strategy, who_is_missing, ranks)
+            for ranks in (layout.across, layout.inside)
+        )
+        worker = WorkerRanks(across, inside, is_sharded, judges_together)
     if choice.sum == "compressed":
         assert setting.wire_dtype is not None
-        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing)
-        return channel, compressed_sums(messages, partial(make_codec, setting.wire_dtype))
-    reduced = all_reduced_sums(
-        partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing), choice.spread
-    )
-    if choice.sum == "shared" and isinstance(channel, SharedChannel):  # where they can share memory at all
-        return channel, shared_sums(store, channel, timeout, otherwise=reduced)
-    return channel, reduced
+        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
+        make_sum = compressed_sums(messages, partial(make_codec, setting.wire_dtype))
+    else:
+        reduced = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
+        make_sum = all_reduced_sums(reduced, choice.spread)
+        if choice.sum == "shared" and isinstance(control, SharedChannel):  # where they can share memory at all
+            make_sum = shared_sums(store, worker.across, timeout, otherwise=make_sum)
+    if not (alone or is_sharded):
+        within = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=layout.inside)
+        make_sum = sliced_sums(within, make_sum)
+    return control, make_sum, worker

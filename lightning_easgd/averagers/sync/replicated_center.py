@@ -35,6 +35,13 @@ class ReplicatedCenter:
             self.stores.append(own)
         self.version = 0
 
+    @classmethod
+    def of_stores(cls, stores: Sequence[FlatTensors], rule: CenterRule) -> "ReplicatedCenter":
+        """A center whose stores are these, taken over."""
+        center = cls(stores[0], rule)
+        center.stores = list(stores)
+        return center
+
     @property
     def values(self) -> FlatTensors:
         r""":math:`\tilde x`."""

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, Protocol, final
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -26,10 +27,25 @@ from lightning_easgd.strategies.worker_state import (
 )
 from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import DDPStrategy
-
 __all__ = ["TrainerCheckpoints"]
+
+
+class Strategy(Protocol):
+    """What checkpoints ask of the strategy."""
+
+    precision_plugin: Any
+    optimizers: list[Any]
+
+    @property
+    def root_device(self) -> torch.device: ...
+    @property
+    def is_global_zero(self) -> bool: ...
+    @property
+    def is_sharded(self) -> bool: ...
+    @property
+    def lightning_module(self) -> Any: ...
+    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+    def own_optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[Any]: ...
 
 
 @final
@@ -48,7 +64,7 @@ class TrainerCheckpoints:
         ranks: This rank's fit.
     """
 
-    def __init__(self, strategy: "DDPStrategy", keeper: StateKeeper, session: CenterSession, ranks: FreeRanks) -> None:
+    def __init__(self, strategy: Strategy, keeper: StateKeeper, session: CenterSession, ranks: FreeRanks) -> None:
         self._strategy = strategy
         self._keeper = keeper
         self._of_session: CenterSession | None = session  # until the fit is torn down, as the ranks
@@ -86,7 +102,8 @@ class TrainerCheckpoints:
 
     def note_state(self, state: Mapping[str, Any] | None) -> None:
         """The module's state at a meeting, which a checkpoint that is saved next may hold; None if there is none."""
-        self._sums = StateSums(state) if state is not None and self._strategy.is_global_zero else None
+        checks = self._strategy.is_global_zero and not self._strategy.is_sharded
+        self._sums = StateSums(state) if state is not None and checks else None
 
     def save(
         self, checkpoint: dict[str, Any], path: str, write: Callable[[], None], *, training: bool, alone: bool
@@ -112,7 +129,7 @@ class TrainerCheckpoints:
                 states = self._keeper.states()
                 kept = states.save(self._own_state(checkpoint, averaging), path)
                 checkpoint[KEY] = averaging["common"] | kept
-                if self._strategy.is_global_zero:
+                if self._strategy.is_global_zero and not self._strategy.is_sharded:
                     written = checkpoint["state_dict"]
                     checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
                     checkpoint[KEY]["fingerprints"] = fingerprints(_progress(checkpoint))
@@ -123,19 +140,24 @@ class TrainerCheckpoints:
         """Keep what a later checkpoint of this fit needs; the module shows the center, or what callbacks want there."""
         if not self._keeper.keeps_workers:
             common = self._keeper.common(self._session, self._center())
-            self._final = apply_to_collection({"common": common, "tensors": {}, "averagers": []}, Tensor, _copy_on_host)
+            state: dict[str, Any] = {"common": common, "parts": {}, "tensors": {}, "averagers": []}
+            self._final = apply_to_collection(state, Tensor, _copy_on_host)
             return
         with self._session.worker():
             state = self._averaging_state()
             # Callbacks such as EMA may yet leave something else than the center in the module.
-            state["common"]["center"] = self._session.averaging.center_state_dict()
+            state["parts" if self._strategy.is_sharded else "common"]["center"] = (
+                self._session.averaging.center_state_dict()
+            )
             self._final = apply_to_collection(state, Tensor, _copy_on_host)
 
     def _averaging_state(self) -> dict[str, Any]:
         """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""
         session, wanted = self._session, self._keeper.keeps_workers
+        center, sharded = self._center(), self._strategy.is_sharded
         return {
-            "common": self._keeper.common(session, self._center()),
+            "common": self._keeper.common(session, {} if sharded else center),
+            "parts": {"center": center, "layouts": self._keeper.layouts(session)} if sharded else {},
             "tensors": self._keeper.own_tensors(session) if wanted else {},
             "averagers": [averager.state_dict() for averager in session.averagers] if wanted else [],
         }
@@ -149,7 +171,9 @@ class TrainerCheckpoints:
         return {
             "tensors": averaging["tensors"],
             "averagers": averaging["averagers"],
+            **({"parts": averaging["parts"]} if averaging["parts"] else {}),
             **_progress(checkpoint),
+            "optimizer_states": self._strategy.own_optimizer_states(checkpoint),
             "precision": self._strategy.precision_plugin.state_dict(),
             "random": self._random_outside or random_state(self._strategy.root_device),
             "fetching_draws": self._fetching.draws,
@@ -172,7 +196,9 @@ class TrainerCheckpoints:
         if not kept.clocks:  # it was saved by another strategy
             steps = checkpoint.get("global_step", 0) // max(1, len(optimizers))
             kept = replace(kept, clocks=[steps] * len(optimizers))
-        kept = self._resumed = self._keeper.with_edits(kept, _progress(checkpoint))
+        if kept.fingerprints is not None:
+            kept = self._keeper.with_edits(kept, _progress(checkpoint))
+        self._resumed = kept
         if kept.sums is not None and self._strategy.is_global_zero:
             module = self._strategy.lightning_module
             assert module is not None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import ExchangeError, Meeting, Statistics, WorkersStoppedError
@@ -93,6 +94,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._own_callbacks: list[Any] = []
         self._training = False  # while exchanges may happen
         self._validating = False
+        self._is_saving = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._checkpoints: TrainerCheckpoints | None = None  # of the latest fit
         self._calibrate: Callable[[], None] | None = None
@@ -169,12 +171,28 @@ class TrainerStrategy(WorkerProcess, _Base):
             self.prepare_optimizer(optimizer)
 
     def configure_ddp(self) -> None:
-        """Leave the module as it is, as there are no gradients to reduce, but give all ranks rank 0's weights.
+        """Give all ranks rank 0's weights, as DDP's constructor does; wrap the module where workers have several ranks.
 
-        DDP's constructor does so; here it comes before the optimizers, which may copy the parameters.
+        With one rank there are no gradients to reduce. It comes before the optimizers, which may copy the parameters.
         """
-        assert self.lightning_module is not None
-        self._share_start(self.lightning_module)
+        module = self.lightning_module
+        assert module is not None
+        self._share_start(module)
+        if self.layout.per_worker > 1:
+            with self._reducing_inside(module):
+                super().configure_ddp()
+
+    def _register_ddp_hooks(self) -> None:
+        """Register a communication hook, on a CPU too; it reduces inside of the worker."""
+        if self._ddp_comm_hook is None:
+            return
+        assert self._inside is not None
+        state: Any = self._inside.group if self._ddp_comm_state is None else self._ddp_comm_state
+        if getattr(state, "process_group", state) is None:
+            state.process_group = self._inside.group
+        hook = self._ddp_comm_hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(self._ddp_comm_hook)
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.register_comm_hook(state, hook)
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDPStrategy does; for a fit, let the ranks run freely, and make what averages them.
@@ -340,11 +358,20 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
-        write = partial(super().save_checkpoint, checkpoint, filepath, storage_options)
+        write = partial(self._write_checkpoint, checkpoint, filepath, storage_options)
         if self._checkpoints is None:
             write()
         else:
             self._checkpoints.save(checkpoint, str(filepath), write, training=self._training, alone=self._is_alone)
+
+    def _write_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any) -> None:
+        """Write what has been made ready, as Lightning does it."""
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def own_optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[Any]:
+        """This worker's own optimizer states, of a checkpoint that Lightning has made on this rank."""
+        states: list[Any] = checkpoint["optimizer_states"]
+        return states
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, and the files beside it."""
@@ -427,6 +454,7 @@ class TrainerStrategy(WorkerProcess, _Base):
                 ranks.end()
             self._ranks = self._roll_call = None
             super().teardown()
+            self._leave_inside()
 
     def _leave_center(self) -> None:
         session = self._session
@@ -499,7 +527,16 @@ class TrainerStrategy(WorkerProcess, _Base):
     @property
     def _is_averaging(self) -> bool:
         """Whether a step is one of a worker's, which counts."""
-        return self._training and not is_without_steps(self._trainer)
+        return self._training and not self._is_saving and not is_without_steps(self._trainer)
+
+    @contextlib.contextmanager
+    def _without_steps(self) -> Iterator[None]:
+        """Context in which a step is none of a worker's."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
 
     def _trained_optimizers(self) -> list[Optimizer]:
         """The optimizers, without Lightning's stand-in where configure_optimizers returns None."""

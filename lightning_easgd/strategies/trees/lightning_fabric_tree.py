@@ -4,14 +4,16 @@ from typing import final
 
 from lightning_fabric.strategies import STRATEGY_REGISTRY
 from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
 from lightning_easgd.registration import register
 from lightning_easgd.strategies.downpour_family import DownpourMethod
 from lightning_easgd.strategies.easgd import EASGDMethod
+from lightning_easgd.strategies.fabric_model_parallel import fabric_model_parallel_strategy
 from lightning_easgd.strategies.fabric_strategy import FabricStrategy
 from lightning_easgd.strategies.local import LocalMethod
 
-__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
+__all__ = ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy"]
 
 
 @final
@@ -28,5 +30,8 @@ class EASGDStrategy(EASGDMethod, FabricStrategy, DDPStrategy):  # noqa: D101
 class DownpourStrategy(DownpourMethod, FabricStrategy, DDPStrategy):  # noqa: D101
     __doc__ = DownpourMethod.__doc__
 
+
+EASGDModelParallelStrategy = fabric_model_parallel_strategy(ModelParallelStrategy)
+EASGDModelParallelStrategy.__module__ = __name__
 
 register(STRATEGY_REGISTRY, EASGDStrategy, DownpourStrategy)

@@ -3,7 +3,7 @@
 from typing import final
 
 from pytorch_lightning import Callback
-from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -13,9 +13,10 @@ from lightning_easgd.strategies.easgd import EASGDMethod
 from lightning_easgd.strategies.local import LocalMethod
 from lightning_easgd.strategies.trainer.hooks import CenterHooks
 from lightning_easgd.strategies.trainer.launching import RankLauncher
+from lightning_easgd.strategies.trainer.model_parallel import model_parallel_strategy
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
 
-__all__ = ["DownpourStrategy", "EASGDStrategy", "LocalStrategy"]
+__all__ = ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy"]
 
 
 @final
@@ -49,4 +50,13 @@ class DownpourStrategy(DownpourMethod, TrainerStrategy, DDPStrategy):  # noqa: D
     tree = _TREE
 
 
+EASGDModelParallelStrategy = model_parallel_strategy(ModelParallelStrategy, _TREE)
+EASGDModelParallelStrategy.__module__ = __name__
+
 register(StrategyRegistry, EASGDStrategy, DownpourStrategy)
+StrategyRegistry.register(
+    "easgd_model_parallel",
+    EASGDModelParallelStrategy,
+    description="EASGD whose workers are sharded over the devices of a node",
+    override=True,
+)

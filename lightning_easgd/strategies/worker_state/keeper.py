@@ -1,6 +1,7 @@
 """Keeping each worker's own state with a checkpoint, under a Trainer and under Fabric: the one owner of the format."""
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -29,6 +30,8 @@ from lightning_easgd.strategies.worker_state import (
     with_edits,
 )
 from lightning_easgd.tensors.flat_tensors import as_real
+from lightning_easgd.tensors.shards import local
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["KEY", "Kept", "StateKeeper", "WorkerState", "edited_tensors", "named_tensors"]
 
@@ -49,6 +52,12 @@ class Ranks(Protocol):
     def world_size(self) -> int: ...
     @property
     def global_rank(self) -> int: ...
+    @property
+    def layout(self) -> WorkerLayout: ...
+    @property
+    def worker_shape(self) -> tuple[int, ...]: ...
+    @property
+    def is_sharded(self) -> bool: ...
     def broadcast(self, obj: Any, src: int = 0) -> Any: ...
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
 
@@ -120,18 +129,24 @@ class StateKeeper:
     def common(self, session: CenterSession, center: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds under :data:`KEY` whether or not the workers' own states are kept."""
         module, averagers = session.module, session.averagers
+        shape = self._ranks.worker_shape
         return {
             "format": _FORMAT,
             "method": self._method,
             "world_size": self._ranks.world_size,
+            **({} if shape == (1,) else {"worker_shape": list(shape)}),
             "center": center,
             "exchanged": [averager.has_exchanged for averager in averagers],
             "trained": sorted(_names_of_averaged(module, averagers)),
             "stores": list(self._ranks.rule.names),
             "clocks": [averager.clock for averager in averagers],
-            "layouts": [list(layout) for layout in layouts_of(module, averagers)],
+            "layouts": self.layouts(session),
             "shared": sorted(_shared_tensors(session)),
         }
+
+    def layouts(self, session: CenterSession) -> list[list[tuple[str, int]]]:
+        """The layout of each optimizer's flat vectors on this rank."""
+        return [list(layout) for layout in layouts_of(session.module, session.averagers)]
 
     def own_tensors(self, session: CenterSession) -> dict[str, Tensor]:
         """The tensors that are each worker's own."""
@@ -143,7 +158,7 @@ class StateKeeper:
         if not self.keeps_workers or (self._ranks.world_size > 1 and not dist.is_initialized()):  # a worker is lost
             return NoStates()
         if self._worker_state == "embed":
-            return EmbeddedStates(self._name, self._timeout)
+            return EmbeddedStates(self._name, self._timeout, self._ranks.layout)
         return SidecarStates(
             self._name,
             self._ranks.global_rank,
@@ -184,29 +199,29 @@ class StateKeeper:
             rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
             return Kept(clocks=clocks)
         common = Kept(
-            center=saved["center"],
+            center={} if self._ranks.is_sharded else saved["center"],  # a rank's part of it is in that rank's own
             stores=saved.get("stores"),
             clocks=clocks,
             layouts=saved.get("layouts"),
             shared=frozenset(saved.get("shared", ())),
-            sums=saved.get("sums"),
+            sums=None if self._ranks.is_sharded else saved.get("sums"),
             exchanged=saved.get("exchanged"),
             trained=frozenset(saved.get("trained", ())),
-            fingerprints=saved.get("fingerprints"),
+            fingerprints=None if self._ranks.is_sharded else saved.get("fingerprints"),
         )
         if not self.keeps_workers:
             return common
-        if saved["world_size"] != self._ranks.world_size:
-            rank_zero_warn(
-                f"{at_center}: the checkpoint was saved by {saved['world_size']} workers, and now there are"
-                f" {self._ranks.world_size}."
-            )
+        before = _described(saved["world_size"], saved.get("worker_shape", [1]))
+        now = _described(self._ranks.world_size, self._ranks.worker_shape)
+        if before != now:
+            rank_zero_warn(f"{at_center}: the checkpoint was saved by {before}, and now there are {now}.")
             return common
         if "generation" in saved:
             self._generations[sidecar_folder(path)] = saved["generation"]
         state = read_worker_state(dict(saved), path, self._ranks.global_rank, weights_only)
         if self._ranks.reduce_boolean_decision(state is not None):
-            return replace(common, own=state)
+            assert state is not None
+            return replace(common, own=state, **state.get("parts", {}))
         what = (
             "the state of a worker is missing or torn"
             if "workers" in saved or "generation" in saved
@@ -293,13 +308,19 @@ class StateKeeper:
 def _forget_other_shapes(optimizers: Iterable[Optimizer], module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Let optimizers begin anew with parameters whose state has the shape that they had where it was saved."""
     for name, parameter in module.named_parameters():
-        before = saved[name].shape if name in saved else parameter.shape
-        if before == parameter.shape:
+        now = local(parameter).shape
+        before = saved[name].shape if name in saved else now
+        if before == now:
             continue
         for optimizer in optimizers:
             values = optimizer.state.get(parameter, {}).values()
             if any(isinstance(value, Tensor) and value.shape == before for value in values):
                 del optimizer.state[parameter]
+
+
+def _described(ranks: int, shape: Sequence[int]) -> str:
+    devices = "" if list(shape) == [1] else f" of {' x '.join(map(str, shape))} devices"
+    return f"{ranks // math.prod(shape)} workers{devices}"
 
 
 def _clocks(saved: Mapping[str, Any]) -> list[int]:
@@ -347,8 +368,8 @@ def _names_of_averaged(module: nn.Module, averagers: Sequence[Averager]) -> set[
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also those that are not part of the module's state."""
-    return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
+    """Parameters and buffers, also those that are not part of the module's state; of shards this rank's parts."""
+    return {name: local(value).detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
 
 
 def _shared_tensors(session: CenterSession) -> frozenset[str]:

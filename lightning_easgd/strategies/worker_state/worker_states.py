@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_easgd.strategies.worker_state.gathering import gather_states
 from lightning_easgd.strategies.worker_state.interning import interned
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
     "EmbeddedStates",
@@ -59,23 +60,30 @@ class NoStates(WorkerStates):
 class EmbeddedStates(WorkerStates):
     """Inside the checkpoint; rank 0 needs memory for the states of all workers while it is written.
 
-    What all workers have in common, such as buffers that are no part of the module's state, is there once.
+    What all workers have in common, such as buffers that are no part of the module's state, is there once; and so is
+    what the ranks of one worker have in common.
 
     Args:
         strategy: The strategy's name, for errors.
         timeout: How long to wait for the slowest worker.
+        layout: Which ranks make up which worker.
     """
 
-    def __init__(self, strategy: str, timeout: timedelta) -> None:
+    def __init__(self, strategy: str, timeout: timedelta, layout: WorkerLayout) -> None:
         self._strategy = strategy
         self._timeout = timeout
+        self._layout = layout
 
     @override
     def save(self, state: dict[str, Any], path: str) -> dict[str, Any]:
         states = gather_states(state, self._timeout, f"{self._strategy}(worker_state='embed')")
         if states is None:
             return {}
-        return {"workers": [states[0], *(interned(each, states[0]) for each in states[1:])]}
+        for ranks in self._layout.inside:
+            states[ranks[0]] = interned(states[ranks[0]], states[0])
+            for rank in ranks[1:]:
+                states[rank] = interned(states[rank], states[ranks[0]])
+        return {"workers": states}
 
 
 @final

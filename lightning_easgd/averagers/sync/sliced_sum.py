@@ -1,0 +1,123 @@
+"""The sum of workers whose ranks all hold all of the center: each rank exchanges a slice of it for its worker."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.tensors.flat_tensors import FlatTensors
+from lightning_easgd.transport.channel import Channel
+
+__all__ = ["SlicedSum"]
+
+
+@final
+class SlicedSum(DifferenceSum):
+    r"""A sum of which rank c of a worker's k makes the c-th k-th, with the ranks of this coordinate of other workers.
+
+    The ranks of a worker have the same parameters, bit for bit, and so the same :math:`\Delta^i`. What goes from worker
+    to worker is a k-th on each rank, and each k-th once; when the center has been moved there, the worker's ranks give
+    each other their parts of it, whole and as they are. The center is therefore bitwise the same on all ranks, also
+    where sums of different ranks would not be, as NCCL's on different links. In this last part of :meth:`finish` all
+    ranks of the worker take part.
+
+    A sum that rounds keeps what the rounding drops on the rank that has that part. Where parameters come later, parts
+    that are cut otherwise then begin without it.
+
+    Args:
+        center: As for :class:`DifferenceSum`.
+        make_sum: Makes the sum of a slice.
+        inside: The channel of the worker's ranks, of tensors where the center is, for this sum alone.
+    """
+
+    def __init__(
+        self, center: ReplicatedCenter, make_sum: Callable[[ReplicatedCenter], DifferenceSum], inside: Channel
+    ) -> None:
+        super().__init__(center, center.values.like())
+        self._inside = inside
+        self._cuts = _cut(center.flat.numel(), inside.size)
+        self._slice = _sliced(center, self._cuts[inside.rank])
+        self._sum = make_sum(self._slice)
+        self._under_way = False
+
+    @override
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "SlicedSum":
+        cuts = _cut(center.flat.numel(), self._inside.size)
+        part = _sliced(center, cuts[self._inside.rank])
+        own = self._sum.renewed(part, [None] * len(part.values.views))
+        return SlicedSum(center, lambda _: own, self._inside)
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return self._sum.nbytes
+
+    @override
+    def make_room(self) -> None:
+        super().make_room()
+        self._sum.make_room()
+
+    @override
+    def start(self, shares: Sequence[float]) -> None:
+        self.norms()
+        self._slice.version = self.center.version  # it may have been loaded
+        self._sum.wire.flat.copy_(self.wire.flat[self._cuts[self._inside.rank]])
+        self._sum.start(shares)
+        self._under_way = True
+
+    @override
+    def advance(self) -> None:
+        self._sum.advance()
+
+    @override
+    def finish(self) -> None:
+        if not self._under_way:
+            return
+        self._sum.finish()
+        transfers = [
+            self._inside.share(store.flat[part], rank)
+            for store in self.center.stores
+            for rank, part in enumerate(self._cuts)
+            if part.start < part.stop
+        ]
+        for transfer in transfers:
+            transfer.wait()
+        self.center.end_exchange()
+        self._under_way = False
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._sum.state_dict()
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sum.load_state_dict(state)
+
+    @override
+    def close(self) -> None:
+        self._sum.close()
+        self._inside.close()
+
+
+def _cut(numel: int, parts: int) -> list[slice]:
+    size = -(-numel // parts)
+    return [slice(min(part * size, numel), min((part + 1) * size, numel)) for part in range(parts)]
+
+
+def _sliced(center: ReplicatedCenter, part: slice) -> ReplicatedCenter:
+    """A part of a center, in the same memory and with the same groups; its clock is its own."""
+    groups: list[list[Tensor]] = []
+    start = 0
+    for group in center.values.groups:
+        groups.append([])
+        for view in group:
+            stop = start + view.numel()
+            first, last = max(start, part.start), min(stop, part.stop)
+            if first < last:
+                groups[-1].append(center.flat[first:last])
+            start = stop
+    stores = [FlatTensors(groups, store.flat.dtype, memory=store.flat[part]) for store in center.stores]
+    return ReplicatedCenter.of_stores(stores, center.rule)

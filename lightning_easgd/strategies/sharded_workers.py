@@ -1,0 +1,248 @@
+"""Workers whose parameters are sharded over their ranks, under a Trainer and under Fabric."""
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.optim import Optimizer
+
+from lightning_easgd.strategies.common_start import broadcast_parts
+from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
+from lightning_easgd.tensors.shards import is_shard, local, sharded_like
+from lightning_easgd.transport.channel import Failure, OwnGroup
+from lightning_easgd.transport.worker_layout import WorkerLayout
+
+__all__ = [
+    "DOCUMENTATION",
+    "Size",
+    "inside",
+    "load_parts",
+    "make_mesh",
+    "of_sharded_workers",
+    "parts_of",
+    "resolve_sizes",
+    "sampler_arguments",
+]
+
+Size = int | Literal["auto"]
+
+DOCUMENTATION = """Elastic Averaging SGD whose workers are sharded over several devices, by FSDP2 or tensor parallelism.
+
+    It is to ``ModelParallelStrategy`` what ``EASGDStrategy`` is to ``DDPStrategy``: ``configure_model`` parallelizes
+    the module over ``self.device_mesh``, as Lightning's documentation has it, and that is the mesh of one worker.
+    Between the workers each rank averages its own shards with the ranks of its coordinate in the others, so that it
+    holds, sends and keeps a part of the center as it does of the parameters. Ranks are numbered worker by worker.
+    Data-parallel ranks of all workers draw their own data, and the ranks of tensor parallelism the same.
+
+    :attr:`center` has shards (``DTensor``), and all ranks of a worker ask for :meth:`elastic_distance` together. A
+    checkpoint is one of ``ModelParallelStrategy``'s, whose weights are the center. It cannot be written after an error
+    or in a signal handler, where no rank can wait for the others' shards.
+
+    Args:
+        data_parallel_size: Ranks of *one worker* over which data and parameters are sharded; "auto" for as many as make
+            a node a worker.
+        tensor_parallel_size: Ranks of one worker among which each layer's work is divided; "auto" for 1.
+        save_distributed_checkpoint: True for a folder, to which each rank of worker 0 writes its shards; False for one
+            file.
+        tau: As for ``EASGDStrategy``.
+        beta: As for ``EASGDStrategy``.
+        alpha: As for ``EASGDStrategy``; p is the number of workers.
+        rho: As for ``EASGDStrategy``.
+        momentum: As for ``EASGDStrategy``.
+        center_rule: As for ``EASGDStrategy``.
+        wire_dtype: As for ``EASGDStrategy``.
+        on_nonfinite: As for ``EASGDStrategy``.
+        center_device: As for ``EASGDStrategy``.
+        evaluate: As for ``EASGDStrategy``.
+        recalibrate_batchnorm: As for ``EASGDStrategy``.
+        worker_state: As for ``EASGDStrategy``: each rank's part, by default in files beside the checkpoint.
+        process_group_backend: As for ``ModelParallelStrategy``; else as for ``EASGDStrategy``.
+        timeout: As for ``EASGDStrategy``.
+
+    Raises:
+        TypeError: If a size or ``tau`` is not an int, or a rate neither number nor schedule.
+        ValueError: If a value is out of its range.
+    """
+"""What the class of each tree says of itself."""
+
+_METADATA = "meta.pt"  # Lightning's, in the folder of a distributed checkpoint
+_INSIDE = ("data_parallel", "tensor_parallel")
+
+
+def resolve_sizes(strategy: str, data_parallel: Size, tensor_parallel: Size, nodes: int, devices: int) -> list[int]:
+    """One worker's data-parallel and tensor-parallel sizes.
+
+    Args:
+        strategy: Name of the strategy, for errors.
+        data_parallel: As given; "auto" for as many as make a node a worker.
+        tensor_parallel: As given; "auto" for 1.
+        nodes: Number of nodes.
+        devices: Number of devices of a node.
+
+    Raises:
+        TypeError: If a size is no number.
+        ValueError: If the ranks cannot be cut into such workers.
+    """
+    for name, size in (("data_parallel_size", data_parallel), ("tensor_parallel_size", tensor_parallel)):
+        if size != "auto" and (not isinstance(size, int) or isinstance(size, bool)):
+            raise TypeError(f"{strategy}({name}={size!r}): give a number of ranks, or 'auto'.")
+        if size != "auto" and size < 1:
+            raise ValueError(f"{strategy}({name}={size}): a worker has at least 1 rank.")
+    tensor = 1 if tensor_parallel == "auto" else tensor_parallel
+    data = max(1, devices // tensor) if data_parallel == "auto" else data_parallel
+    if devices and (nodes * devices) % (data * tensor):
+        raise ValueError(
+            f"{strategy}(data_parallel_size={data}, tensor_parallel_size={tensor}): these are the sizes of one worker,"
+            f" and {nodes * devices} ranks ({nodes} nodes of {devices} devices) cannot be cut into workers of"
+            f" {data * tensor}; give sizes whose product divides {nodes * devices}."
+        )
+    return [data, tensor]
+
+
+def make_mesh(device: torch.device, layout: WorkerLayout, shape: Sequence[int], timeout: timedelta) -> DeviceMesh:
+    """The mesh of all ranks, with the dimensions "workers", "data_parallel" and "tensor_parallel".
+
+    Args:
+        device: Of this rank.
+        layout: Which ranks make up which worker.
+        shape: The shape of a worker.
+        timeout: How long a collective operation on it may wait for the slowest rank.
+    """
+    mesh = init_device_mesh(device.type, (layout.workers, *shape), mesh_dim_names=("workers", *_INSIDE))
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)  # a new group has torch's own
+    return mesh
+
+
+def inside(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh of this rank's worker."""
+    return mesh[_INSIDE]
+
+
+def sampler_arguments(mesh: DeviceMesh, layout: WorkerLayout, rank: int) -> dict[str, int]:
+    """How data are shared out: data-parallel ranks draw their own, and those of tensor parallelism the same."""
+    data = mesh["data_parallel"]
+    return {
+        "num_replicas": layout.workers * data.size(),
+        "rank": layout.worker_of(rank) * data.size() + data.get_local_rank(),
+    }
+
+
+def parts_of(state: Any) -> Any:
+    """A nested state with this rank's parts in place of the shards in it."""
+    return apply_to_collection(state, Tensor, local)
+
+
+def load_parts(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load into an optimizer what :func:`parts_of` has made of its state."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def whole(number: int, value: Any) -> Any:
+        parameter = parameters[number]
+        part = isinstance(value, Tensor) and is_shard(parameter) and value.shape == local(parameter).shape
+        return sharded_like(value.to(parameter.device), parameter) if part else value
+
+    states = {
+        number: {name: whole(number, value) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": states})
+
+
+def of_sharded_workers(cls: type) -> type:
+    """Decorate a strategy of sharded workers: give it what a Trainer's and Fabric's have in common.
+
+    It has ``_given_sizes``, data-parallel and tensor-parallel.
+    """
+    for name, member in vars(_ShardedRanks).items():
+        if not name.startswith("__"):
+            setattr(cls, name, member)
+    return cls
+
+
+class _ShardedRanks(WorkerProcess):
+    """The ranks of sharded workers: their arrangement, their mesh, and the checkpoint that worker 0 writes."""
+
+    _given_sizes: tuple[Size, Size]
+    _mesh: DeviceMesh | None = None
+    _device_mesh: DeviceMesh | None
+
+    @property
+    def worker_shape(self) -> tuple[int, ...]:
+        """One worker's data-parallel and tensor-parallel sizes."""
+        name = type(self).__name__
+        return tuple(resolve_sizes(name, *self._given_sizes, nodes=self.num_nodes, devices=self.num_processes))
+
+    @property
+    def layout(self) -> WorkerLayout:
+        """Which ranks make up which worker; known once Trainer or Fabric has this strategy."""
+        return WorkerLayout(self.num_nodes * self.num_processes, math.prod(self.worker_shape))
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank of a worker has its own part of the parameters."""
+        return True
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh of all ranks: "workers", "data_parallel", "tensor_parallel"; ``device_mesh`` is the worker's.
+
+        Raises:
+            RuntimeError: If the processes have not been initialized.
+        """
+        if self._mesh is None:
+            raise RuntimeError(f"{type(self).__name__}.mesh: it is there when the processes have been initialized.")
+        return self._mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """How data are shared out: each data-parallel rank of each worker draws its own."""
+        return sampler_arguments(self.mesh, self.layout, self.global_rank)
+
+    def _check_interactive(self) -> None:
+        """Leave it to Lightning: it has no ranks that are forked."""
+
+    def _leave_inside(self) -> None:
+        """Keep it, as the mesh: a checkpoint may be saved after the fit."""
+
+    def _set_up_mesh(self) -> None:
+        if self._mesh is None:
+            layout, timeout = self.layout, self._timeout or DEFAULT_TIMEOUT
+            self._mesh = make_mesh(self.root_device, layout, self.worker_shape, timeout)
+            failure = Failure(timeout, type(self).__name__, self._who_is_missing)
+            self._inside = OwnGroup("gloo", failure, layout.inside)
+        self._device_mesh = inside(self._mesh)
+
+    def _share_parts(self, module: nn.Module) -> None:
+        """Give the ranks of each coordinate what the one in worker 0 has."""
+        if self.layout.workers > 1:
+            broadcast_parts(module, self.mesh.get_group("workers"))
+
+    def _write_shards(self, path: Path, state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Write a distributed checkpoint as Lightning does, but of worker 0 alone.
+
+        In one save with another worker's, equal names would count as replicas, and what is written would be partly the
+        one's and partly the other's.
+        """
+        from torch.distributed import checkpoint  # noqa: PLC0415 - it takes its time
+
+        assert self._inside is not None
+        if self.layout.worker_of(self.global_rank) == 0:
+            if self.global_rank == 0:
+                if path.is_file():
+                    path.unlink()
+                path.mkdir(parents=True, exist_ok=True)
+            dist.barrier(self._inside.group)
+            checkpoint.save(  # type: ignore[attr-defined]
+                state, checkpoint_id=path, process_group=self._inside.group
+            )
+        if self.global_rank == 0:
+            torch.save(metadata, path / _METADATA)

@@ -1,0 +1,369 @@
+"""Workers that are sharded: FSDP2 and tensor parallelism inside, elastic averaging between them."""
+
+import os
+from contextlib import nullcontext
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback
+from ranks import end_ranks, run_ranks
+from reference import grouped_trace
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils.data import DataLoader
+from toys import TwoLayers, quiet_trainer
+
+from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning"),
+]
+RUN = {"tau": 3, "alpha": 0.3, "beta": 0.8}
+SGD = {"momentum": 0.9}
+
+
+class Sharded(TwoLayers):
+    """As in Lightning's documentation."""
+
+    reshards = True
+
+    def configure_model(self):
+        mesh = self.device_mesh
+        if mesh["tensor_parallel"].size() > 1:
+            plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in ("first", "second")}
+            parallelize_module(self.net, mesh["tensor_parallel"], plan)
+        if mesh["data_parallel"].size() > 1:
+            options = {} if self.reshards else {"reshard_after_forward": False}
+            fully_shard(self.net.first, mesh=mesh["data_parallel"], **options)
+            fully_shard(self.net, mesh=mesh["data_parallel"], **options)  # the root holds the second layer
+
+
+def whole(tensors):
+    return [getattr(t, "full_tensor", lambda t=t: t)().detach().clone().numpy() for t in tensors]
+
+
+def parts(tensors):
+    return [getattr(t, "to_local", lambda t=t: t)().detach().clone().numpy() for t in tensors]
+
+
+def close(left, right, tolerance=1e-12):
+    return all(np.abs(a - b).max(initial=0) <= tolerance for a, b in zip(left, right, strict=True))
+
+
+def equal(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def reference(workers, size, **arguments):
+    module = TwoLayers()
+    arguments = {"steps": 20, "accumulate": 2, "clip": 0.5, **SGD, **RUN, **arguments}
+    rows = module.rows(arguments["steps"] * arguments["accumulate"] * workers * size).numpy()
+    start = [parameter.detach().numpy() for parameter in module.parameters()]
+    return grouped_trace(rows, start, workers=workers, size=size, **arguments)
+
+
+class End(Callback):
+    """Keeps the worker, its momentum and the center at the end: whole, and this rank's parts."""
+
+    def on_train_end(self, trainer, module):
+        strategy = trainer.strategy
+        state = trainer.optimizers[0].state
+        with strategy.worker_weights():
+            self.worker, self.worker_parts = whole(module.parameters()), parts(module.parameters())
+            momentum = [state[parameter]["momentum_buffer"] for parameter in module.parameters()]
+        self.momentum, self.momentum_parts = whole(momentum), parts(momentum)
+        self.center = whole(strategy.center.values())
+        (averager,) = strategy._averagers
+        self.elements = averager.center.flat.numel(), averager._sum.wire.flat.numel()
+        self.distance = strategy.elastic_distance()
+
+
+def fit(shape, arguments=None, module=None, **trainer):
+    end = End()
+    strategy = EASGDModelParallelStrategy(*shape, **{**RUN, **(arguments or {})})
+    module = Sharded(accumulate=2, **SGD) if module is None else module
+    given = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "limit_val_batches": 0} | trainer
+    path = given.pop("ckpt_path", None)
+    callbacks = [end, *given.pop("callbacks", [])]
+    quiet_trainer(strategy=strategy, devices=int(os.environ["WORLD_SIZE"]), callbacks=callbacks, **given).fit(
+        module, ckpt_path=path
+    )
+    return end, whole(module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("count", "shape", "backend"),
+    [(2, (2, 1), None), (2, (2, 1), "gloo"), (2, (1, 2), None), (2, (4, 1), None), (1, (2, 2), None)],
+    ids=["FSDP2", "FSDP2, gloo", "TP", "FSDP2 with an empty shard", "FSDP2 and TP"],
+)
+def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
+    data, tensor = shape
+    workers, momenta, center = reference(count, data)
+    before_last, _, center_then = reference(count, data, steps=18)
+
+    def train():
+        end, module = fit(shape, {"process_group_backend": backend})
+        return end.worker, end.momentum, end.center, module, end.elements, end.distance
+
+    results = run_ranks(train, count * data * tensor)
+    for rank, (worker, momentum, own_center, module, elements, distance) in enumerate(results):
+        number = rank // (data * tensor)
+        assert close(worker, workers[number])
+        assert close(momentum, momenta[number])
+        assert close(own_center, center)
+        assert equal(module, own_center)
+        assert equal(own_center, results[0][2])
+        assert elements[0] == elements[1]
+        squares = [(x - c) ** 2 for x, c in zip(before_last[number], center_then, strict=True)]
+        assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
+    # Center and wire of all ranks: as many elements as the parameters of all workers have.
+    assert sum(elements[0] for *_, elements, _ in results) == 21 * count
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after a number of steps, at the end of an epoch, and keeps the center of then."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            with trainer.strategy.center_weights():
+                self.center = whole(module.parameters())
+            state = trainer.optimizers[0].state
+            self.momentum = whole(state[parameter]["momentum_buffer"] for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("distributed", "reshards", "wire_dtype"), [(True, True, None), (False, False, None), (True, False, "int8")]
+)
+def test_validation_changes_nothing_and_a_resumed_run_goes_on_bitwise(distributed, reshards, wire_dtype, tmp_path):
+    """Of each worker: its parameters and its momentum; the checkpoint itself is the center."""
+    arguments = {"save_distributed_checkpoint": distributed, "wire_dtype": wire_dtype}
+    path = tmp_path / "10.ckpt"
+
+    def run(shape=(2, 1), **trainer):
+        module = Sharded(steps=10, **SGD)
+        module.reshards = reshards
+        end, _ = fit(shape, arguments, module, accumulate_grad_batches=1, max_epochs=2, **trainer)
+        return end.worker_parts, end.momentum_parts, end.center
+
+    def train():
+        saver = SaveAt(10, path)
+        plain = run()
+        watched = run(limit_val_batches=4, val_check_interval=5, callbacks=[saver])
+        resumed = run(ckpt_path=path)
+        said = r"saved by 2 workers of 2 x 1 devices, and now there are 1 workers of 4 x 1 devices"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            run((4, 1), ckpt_path=path)
+        return plain, watched, resumed, saver.center, saver.momentum
+
+    results = run_ranks(train, 4)
+    for plain, watched, resumed, saved, _ in results:
+        for kind in range(3):
+            assert equal(plain[kind], watched[kind])
+            assert equal(plain[kind], resumed[kind])
+        assert equal(plain[2], results[0][0][2])
+        assert equal(saved, results[0][3])
+    assert not equal(results[0][0][1], results[2][0][1])  # the momentum of another worker
+    if distributed:
+        dcp_to_torch_save(path, tmp_path / "whole.ckpt")
+        path = tmp_path / "whole.ckpt"
+    saved = torch.load(path, weights_only=True)
+    single = TwoLayers()
+    single.load_state_dict(saved["state_dict"])
+    assert equal(whole(single.parameters()), results[0][3])
+    states = (saved["optimizer_0"] if distributed else saved["optimizer_states"][0])["state"]
+    assert equal(whole(state["momentum_buffer"] for state in states.values()), results[0][4])  # worker 0's
+
+
+def test_a_worker_of_which_a_part_has_gone_astray_starts_again_as_a_whole():
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if (trainer.global_rank, index) == (3, 5):
+                with torch.no_grad():
+                    module.net.second.bias.to_local().fill_(float("nan"))
+
+    def train():
+        again = os.environ["RANK"] in "23"
+        with pytest.warns(RuntimeWarning, match="starts again") if again else nullcontext():
+            end, module = fit(
+                (2, 1),
+                {"on_nonfinite": "reset"},
+                Sharded(**SGD),
+                callbacks=[Break()],
+                accumulate_grad_batches=1,
+                gradient_clip_val=None,
+            )
+        return end.worker, end.center, module
+
+    results = run_ranks(train, 4)
+    for rank, (worker, center, module) in enumerate(results):
+        assert all(np.isfinite(part).all() for part in worker)
+        assert equal(worker, results[rank // 2 * 2][0])
+        assert equal(center, module)
+        assert equal(center, results[0][1])
+
+
+class Blocks(L.LightningModule):
+    """Two blocks as in a transformer: compiled, checkpointed and sharded one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU()) for _ in "ab"))
+
+    def configure_model(self):
+        if isinstance(self.blocks, FSDPModule):  # it is called for each of a Trainer's runs
+            return
+        for number, block in enumerate(self.blocks):
+            self.blocks[number] = checkpoint_wrapper(torch.compile(block, backend="eager"))
+            fully_shard(self.blocks[number], mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.blocks, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch):
+        return (self.blocks(batch) - batch).square().mean()
+
+    def training_step(self, batch, index):
+        return self.loss(batch)
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    test_step = validation_step
+
+    def predict_step(self, batch, index):
+        return self.blocks(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return DataLoader(torch.randn(40, 4), batch_size=2)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_what_lightning_does_with_such_a_module(tmp_path):
+    """Mixed precision, compiled and checkpointed blocks; and validate, test and predict with its checkpoint."""
+
+    def train():
+        L.seed_everything(0)
+        strategy = EASGDModelParallelStrategy(2, tau=2, momentum=None)
+        given = {"devices": 4, "precision": "bf16-mixed", "use_distributed_sampler": False}
+        trainer = quiet_trainer(strategy=strategy, **given)
+        module = Blocks()
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        loss = trainer.validate(module)[0]["val_loss"]
+        other = quiet_trainer(strategy=EASGDModelParallelStrategy(2), limit_predict_batches=1, **given)
+        tested = other.test(Blocks(), ckpt_path=tmp_path / "end.ckpt")[0]["val_loss"]
+        (predicted,) = other.predict(module)
+        return loss, tested, whole(module.parameters()), strategy.mesh.mesh_dim_names, predicted.shape
+
+    results = run_ranks(train, 4)
+    for loss, tested, module, names, shape in results:
+        assert loss == tested
+        assert equal(module, results[0][2])
+        assert names == ("workers", "data_parallel", "tensor_parallel")
+        assert shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"data_parallel_size": 0}, "data_parallel_size=0.*at least 1"),
+        ({"tensor_parallel_size": "all"}, "tensor_parallel_size='all'.*or 'auto'"),
+        ({"tau": 0}, "tau=0"),
+    ],
+)
+def test_what_is_refused(arguments, says):
+    with pytest.raises((TypeError, ValueError), match=f"EASGDModelParallelStrategy.*{says}"):
+        EASGDModelParallelStrategy(**arguments)
+
+
+@pytest.mark.parametrize(("devices", "nodes", "shape"), [(4, 1, (3, 1)), (4, 1, (2, 4)), (2, 3, (4, 1))])
+def test_ranks_that_cannot_be_cut_are_refused_before_processes_start(devices, nodes, shape):
+    with pytest.raises(ValueError, match=rf"sizes of one worker, and {devices * nodes} ranks"):
+        quiet_trainer(strategy=EASGDModelParallelStrategy(*shape), devices=devices, num_nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices", "nodes", "resolved", "workers"),
+    [((), 4, 2, (4, 1), 2), (("auto", 2), 4, 2, (2, 2), 2), ((2,), 4, 1, (2, 1), 2), ((8,), 4, 2, (8, 1), 1)],
+)
+def test_a_worker_is_a_node_by_default(shape, devices, nodes, resolved, workers):
+    strategy = EASGDModelParallelStrategy(*shape)
+    quiet_trainer(strategy=strategy, devices=devices, num_nodes=nodes)
+    assert (strategy.worker_shape, strategy.workers) == (resolved, workers)
+
+
+def test_a_sharded_module_is_refused_where_ranks_have_all_parameters():
+    def train():
+        module = Sharded()
+        module._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        fully_shard(module.net, mesh=module._device_mesh["data_parallel"])
+        quiet_trainer(strategy=EASGDStrategy(), devices=1).fit(module)
+
+    (outcome,) = end_ranks(train, 1)
+    assert "TypeError: EASGDStrategy: the parameter net.first.weight is a shard (DTensor)" in outcome.error
+    assert "EASGDModelParallelStrategy" in outcome.error
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_fabric(distributed, tmp_path):
+    def parallelize(module, mesh):
+        for part in (module.net.first, module.net):
+            fully_shard(part, mesh=mesh["data_parallel"])
+        return fully_shard(module, mesh=mesh["data_parallel"])
+
+    def steps(fabric, model, optimizer, first, last):
+        rows = model.rows(20 * 2 * 4)
+        for batch in range(first, last):
+            with fabric.no_backward_sync(model, enabled=batch % 2 == 0):
+                fabric.backward(model(rows[4 * batch + fabric.global_rank][None]) / 2)
+            if batch % 2:
+                fabric.clip_gradients(model, optimizer, max_norm=0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        return parts(model.parameters())
+
+    def train():
+        strategy = FabricEASGDModelParallelStrategy(parallelize, 2, save_distributed_checkpoint=distributed, **RUN)
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+        fabric.launch()
+
+        def made():
+            model = fabric.setup(TwoLayers(**SGD))
+            return model, fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.1, **SGD))
+
+        model, optimizer = made()
+        steps(fabric, model, optimizer, 0, 20)
+        fabric.save(tmp_path / "10.ckpt", {"model": model, "optimizer": optimizer})
+        own = steps(fabric, model, optimizer, 20, 40)
+        worker = whole(model.parameters())
+        with strategy.center_weights(model):
+            center = whole(model.parameters())
+        strategy.finalize()
+        assert equal(center, whole(model.parameters()))
+        model, optimizer = made()
+        fabric.load(tmp_path / "10.ckpt", {"model": model, "optimizer": optimizer})
+        again = steps(fabric, model, optimizer, 20, 40)
+        strategy.finalize()
+        return worker, center, own, again
+
+    workers, _, center = reference(2, 2)
+    for rank, (worker, own_center, own, again) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
+        assert equal(own, again)

@@ -1,0 +1,372 @@
+"""Workers of several ranks: DDP inside, elastic averaging between them."""
+
+import os
+import signal
+from contextlib import nullcontext
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback
+from ranks import end_ranks, run_ranks
+from reference import grouped_trace
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from toys import TwoLayers, fitted, quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.transport.worker_layout import WorkerLayout
+
+pytestmark = pytest.mark.timeout(120)
+RUN = {"tau": 3, "alpha": 0.3, "beta": 0.8}
+SGD = {"momentum": 0.9}
+
+
+def arrays(tensors):
+    return [tensor.detach().clone().numpy() for tensor in tensors]
+
+
+def equal(left, right):
+    return all(np.array_equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def close(left, right, tolerance=1e-12):
+    return all(np.abs(a - b).max(initial=0) <= tolerance for a, b in zip(left, right, strict=True))
+
+
+def reference(workers, size, **arguments):
+    module = TwoLayers()
+    arguments = {"steps": 20, "accumulate": 2, "clip": 0.5, **SGD, **RUN, **arguments}
+    rows = module.rows(arguments["steps"] * arguments["accumulate"] * workers * size).numpy()
+    return grouped_trace(rows, arrays(module.parameters()), workers=workers, size=size, **arguments)
+
+
+class End(Callback):
+    """Keeps the worker, its momentum and the center at the end."""
+
+    def on_train_end(self, trainer, module):
+        strategy = trainer.strategy
+        with strategy.worker_weights():
+            self.worker = arrays(module.parameters())
+        state = trainer.optimizers[0].state
+        self.momentum = arrays(state[parameter]["momentum_buffer"] for parameter in module.parameters())
+        self.center = arrays(strategy.center.values())
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("ranks", "size", "inside", "across"),
+        [
+            (4, 1, [[0], [1], [2], [3]], [[0, 1, 2, 3]]),
+            (4, 2, [[0, 1], [2, 3]], [[0, 2], [1, 3]]),
+            (4, 4, [[0, 1, 2, 3]], [[0], [1], [2], [3]]),
+            (6, 2, [[0, 1], [2, 3], [4, 5]], [[0, 2, 4], [1, 3, 5]]),
+            (1, 1, [[0]], [[0]]),
+        ],
+    )
+    def test_groups(self, ranks, size, inside, across):
+        layout = WorkerLayout(ranks, size)
+        assert (layout.inside, layout.across) == (inside, across)
+        assert layout.workers == len(inside)
+        for worker, members in enumerate(inside):
+            assert [layout.worker_of(rank) for rank in members] == [worker] * size
+            assert [layout.coordinate_of(rank) for rank in members] == list(range(size))
+
+    @pytest.mark.parametrize(("ranks", "size"), [(4, 3), (4, 8), (4, 0)])
+    def test_ranks_that_cannot_be_cut(self, ranks, size):
+        with pytest.raises(ValueError, match=f"{ranks} ranks cannot be cut into workers of {size}"):
+            WorkerLayout(ranks, size)
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ({"devices_per_worker": 0}, "devices_per_worker=0.*at least 1"),
+            ({"devices_per_worker": True}, "devices_per_worker=True.*number of ranks"),
+            ({"devices_per_worker": "host"}, "devices_per_worker='host'.*'node'"),
+            ({"devices_per_worker": 2, "mode": "async"}, "mode='async'.*use mode='sync'"),
+            ({"devices_per_worker": 2, "model_averaging_period": 4}, "every tau steps"),
+            ({"devices_per_worker": 2, "process_group": object()}, "makes the group of each worker"),
+            ({"ddp_comm_hook": bf16_compress_hook}, "gradients are not reduced"),
+        ],
+    )
+    def test_what_is_refused(self, arguments, says):
+        with pytest.raises((TypeError, ValueError), match=says):
+            EASGDStrategy(**arguments)
+
+    def test_workers_of_a_served_center_are_ranks(self):
+        with pytest.raises(TypeError, match=r"DownpourStrategy\(devices_per_worker=2\): here every rank is a worker"):
+            DownpourStrategy(devices_per_worker=2)
+
+    @pytest.mark.parametrize(("devices", "nodes", "given"), [(4, 1, 3), (4, 2, 3), (3, 1, 2), (2, 1, 4)])
+    def test_ranks_that_cannot_be_cut_are_refused_before_processes_start(self, devices, nodes, given):
+        with pytest.raises(ValueError, match=rf"devices_per_worker={given}\): {devices * nodes} ranks"):
+            quiet_trainer(strategy=EASGDStrategy(devices_per_worker=given), devices=devices, num_nodes=nodes)
+        with pytest.raises(ValueError, match=rf"devices_per_worker={given}\): {devices * nodes} ranks"):
+            Fabric(
+                accelerator="cpu",
+                strategy=FabricEASGDStrategy(devices_per_worker=given),
+                devices=devices,
+                num_nodes=nodes,
+            )
+
+    @pytest.mark.parametrize(
+        ("given", "devices", "nodes", "workers"), [("node", 4, 2, 2), ("node", 1, 3, 3), (2, 4, 2, 4), (1, 4, 1, 4)]
+    )
+    def test_the_number_of_workers(self, given, devices, nodes, workers):
+        strategy = EASGDStrategy(devices_per_worker=given)
+        quiet_trainer(strategy=strategy, devices=devices, num_nodes=nodes)
+        assert strategy.workers == workers
+        assert strategy.rates.instability(workers) is None
+
+    def test_arguments_of_the_wrapper_have_their_effect_and_do_not_warn(self, recwarn):
+        EASGDStrategy(devices_per_worker=2, find_unused_parameters=True, static_graph=False)
+        assert not recwarn
+
+
+def trained(arguments, **trainer):
+    end = End()
+    strategy = EASGDStrategy(**{"devices_per_worker": 2, **RUN, **arguments})
+    module = TwoLayers(accumulate=2, **SGD)
+    wrapped = []
+
+    class See(Callback):
+        def on_train_start(self, trainer, module):
+            wrapped.append(trainer.strategy.model)
+
+    given = {"gradient_clip_val": 0.5, "accumulate_grad_batches": 2, "limit_val_batches": 0} | trainer
+    fitted(module, strategy, int(os.environ["WORLD_SIZE"]), callbacks=[end, See()], **given)
+    assert isinstance(wrapped[0], DistributedDataParallel)
+    return end.worker, end.momentum, end.center, arrays(module.parameters()), strategy.communication.bytes_sent
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}],
+    ids=["shared", "gloo, alpha is beta / p", "on host"],
+)
+def test_workers_of_two_ranks_are_the_two_of_the_reference(arguments):
+    workers, momenta, center = reference(2, 2, alpha=arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2)
+    results = run_ranks(trained, 4, arguments)
+    for rank, (worker, momentum, own_center, module, _) in enumerate(results):
+        assert close(worker, workers[rank // 2])
+        assert close(momentum, momenta[rank // 2])
+        assert close(own_center, center)
+        assert equal(module, own_center)
+        assert equal(own_center, results[0][2])
+        assert equal(worker, results[rank // 2 * 2][0])
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after a number of steps, at the end of an epoch."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_epoch_end(self, trainer, module):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+class Sums(Callback):
+    """Keeps what was sent."""
+
+    def on_train_end(self, trainer, module):
+        (averager,) = trainer.strategy._averagers
+        self.sent = trainer.strategy.communication.bytes_sent
+        self.exchanges = trainer.strategy.communication.exchanges
+        self.header = averager._line.control.bytes_sent(72)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "bfloat16", "int8"])
+def test_a_resumed_run_goes_on_bitwise_and_validation_changes_nothing(wire_dtype, tmp_path):
+    """And each rank sends a half of what it would as a worker of its own."""
+    given = {"wire_dtype": wire_dtype, "devices_per_worker": 2, "process_group_backend": "gloo", **RUN}
+
+    def fit(size, **arguments):
+        end, sums = End(), Sums()
+        callbacks = [end, sums, *arguments.pop("callbacks", [])]
+        strategy = EASGDStrategy(**given | {"devices_per_worker": size})
+        ckpt_path = arguments.pop("ckpt_path", None)
+        trainer = quiet_trainer(strategy=strategy, devices=4, callbacks=callbacks, max_epochs=2, **arguments)
+        trainer.fit(TwoLayers(steps=10, **SGD), ckpt_path=ckpt_path)
+        sent = (sums.sent - sums.exchanges * sums.header) / sums.exchanges
+        return end.worker, end.momentum, end.center, sent
+
+    def train():
+        path = tmp_path / "10.ckpt"
+        plain = fit(2, limit_val_batches=0)
+        watched = fit(2, val_check_interval=5, callbacks=[SaveAt(10, path)])
+        resumed = fit(2, ckpt_path=path, limit_val_batches=0)
+        apart = fit(1, limit_val_batches=0, max_steps=5)
+        return plain, watched, resumed, apart[3]
+
+    results = run_ranks(train, 4)
+    for rank, (plain, watched, resumed, sent_alone) in enumerate(results):
+        for kind in range(3):
+            assert equal(plain[kind], watched[kind])
+            assert equal(plain[kind], resumed[kind])
+            assert equal(plain[kind], results[rank // 2 * 2][0][kind])
+        assert equal(plain[2], results[0][0][2])
+        # Of 21 elements, so that slices, and blocks of the codec, are not quite a half; (p - 1) / p is another, too.
+        assert plain[3] <= 0.55 * sent_alone * (1 / 2) / (3 / 4) + 8
+    saved = torch.load(tmp_path / "10.ckpt", weights_only=True)["easgd"]
+    assert (saved["world_size"], saved["worker_shape"]) == (4, [2])
+    first, second, third, fourth = (state["tensors"]["net.first.weight"] for state in saved["workers"])
+    assert first.data_ptr() == second.data_ptr()
+    assert third.data_ptr() == fourth.data_ptr()
+    assert not torch.equal(first, third)
+
+
+def test_other_workers_start_at_the_center_and_say_so(tmp_path):
+    def train():
+        path = tmp_path / "2.ckpt"
+        trainer = quiet_trainer(strategy=EASGDStrategy(devices_per_worker=2, tau=2), devices=4, limit_val_batches=0)
+        trainer.fit(TwoLayers(steps=5, **SGD))
+        trainer.save_checkpoint(path)
+        other = quiet_trainer(strategy=EASGDStrategy(tau=2), devices=4, limit_val_batches=0, max_epochs=2)
+        module = TwoLayers(steps=5, **SGD)
+        said = "saved by 2 workers of 2 devices, and now there are 4 workers"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            other.fit(module, ckpt_path=path)
+        return arrays(module.parameters())
+
+    first, *others = run_ranks(train, 4)
+    assert all(equal(first, other) for other in others)
+
+
+class Stop(Callback):
+    def __init__(self, rank):
+        self.rank, self.end = rank, None
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if (trainer.global_rank, index) == (self.rank, 9):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_exception(self, trainer, module, exception):
+        self.end = type(exception).__name__, trainer.global_step
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_a_stop_request_on_any_rank_stops_all_at_the_same_step(rank):
+    def train():
+        stop = Stop(rank)
+        strategy = EASGDStrategy(tau=4, devices_per_worker=2, timeout=timedelta(seconds=20))
+        try:
+            fitted(TwoLayers(steps=40, **SGD), strategy, 4, callbacks=[stop])
+        except SystemExit:
+            return stop.end
+        return None
+
+    assert run_ranks(train, 4) == [("SIGTERMException", 17)] * 4
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_dead_rank_ends_all(rank):
+    class Die(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if (trainer.global_rank, index) == (rank, 9):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def train():
+        strategy = EASGDStrategy(tau=4, devices_per_worker=2, timeout=timedelta(seconds=6))
+        fitted(TwoLayers(steps=40, **SGD), strategy, 4, callbacks=[Die()])
+
+    outcomes = end_ranks(train, 4, timeout=40)
+    assert all(outcome.exitcode != 0 for outcome in outcomes)
+
+
+def test_arguments_of_ddp_count_inside_of_a_worker():
+    """A communication hook without a group of its own would reduce over all workers."""
+    seen = []
+
+    def hook(state, bucket):
+        seen.append(dist.get_world_size(state))
+        return bf16_compress_hook(state, bucket)
+
+    def train():
+        strategy = EASGDStrategy(
+            devices_per_worker=2, ddp_comm_hook=hook, find_unused_parameters=True, gradient_as_bucket_view=True, **RUN
+        )
+        model = []
+
+        class See(Callback):
+            def on_train_start(self, trainer, module):
+                model.append(trainer.strategy.model)
+
+        class Unused(TwoLayers):
+            def __init__(self):
+                super().__init__(**SGD)
+                self.unused = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+        module = fitted(Unused(), strategy, 4, callbacks=[See()])
+        assert model[0].find_unused_parameters
+        assert model[0].gradient_as_bucket_view
+        assert strategy.model is module
+        assert strategy._inside is None
+        return arrays(module.parameters()), set(seen)
+
+    results = run_ranks(train, 4)
+    _, _, center = reference(2, 2, accumulate=1, clip=None)
+    for module, sizes in results:
+        assert sizes == {2}
+        assert equal(module, results[0][0])
+        assert close(module[1:], center, 0.05)  # gradients have three digits
+    assert not close(results[0][0][1:], center)
+
+
+def test_a_worker_that_has_gone_astray_starts_again_on_all_of_its_ranks():
+    class Break(Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if index == 5 and trainer.global_rank in (2, 3):
+                with torch.no_grad():
+                    next(module.parameters()).fill_(float("nan"))
+
+    def train():
+        end = End()
+        strategy = EASGDStrategy(devices_per_worker=2, on_nonfinite="reset", **RUN)
+        module = TwoLayers(**SGD)
+        with pytest.warns(RuntimeWarning, match="starts again") if os.environ["RANK"] in "23" else nullcontext():
+            fitted(module, strategy, 4, callbacks=[end, Break()])
+        return end.worker, end.center
+
+    results = run_ranks(train, 4)
+    for rank, (worker, center) in enumerate(results):
+        assert all(np.isfinite(part).all() for part in worker)
+        assert equal(worker, results[rank // 2 * 2][0])
+        assert equal(center, results[0][1])
+
+
+def test_fabric():
+    def train():
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=FabricEASGDStrategy(devices_per_worker=2, **RUN))
+        fabric.launch()
+        module = TwoLayers(**SGD)
+        rows = module.rows(20 * 2 * 4)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1, **SGD))
+        for batch in range(40):
+            with fabric.no_backward_sync(model, enabled=batch % 2 == 0):
+                loss = model(rows[4 * batch + fabric.global_rank][None])
+                fabric.backward(loss / 2)
+            if batch % 2:
+                fabric.clip_gradients(model, optimizer, max_norm=0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+        worker = arrays(module.parameters())
+        with fabric.strategy.center_weights(model):
+            center = arrays(module.parameters())
+        state = arrays(fabric.strategy.get_module_state_dict(model).values())
+        fabric.strategy.finalize()
+        return worker, center, state, arrays(module.parameters())
+
+    workers, _, center = reference(2, 2)
+    for rank, (worker, own_center, state, final) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
+        assert equal(own_center, state)
+        assert equal(own_center, final)
