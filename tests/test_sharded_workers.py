@@ -129,6 +129,19 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
     assert sum(elements[0] for *_, elements, _ in results) == 21 * count
 
 
+def test_sharded_workers_are_pulled_to_the_new_center():
+    arguments = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
+    workers, _, center = reference(2, 2, **arguments)
+
+    def train():
+        end, _ = fit((2, 1), arguments)
+        return end.worker, end.center
+
+    for rank, (worker, own_center) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
+
+
 class SaveAt(Callback):
     """Saves a checkpoint after a number of steps, at the end of an epoch, and keeps the center of then."""
 

@@ -129,6 +129,9 @@ class TestArguments:
         assert not recwarn
 
 
+NEW = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
+
+
 def trained(arguments, **trainer):
     end = End()
     strategy = EASGDStrategy(**{"devices_per_worker": 2, **RUN, **arguments})
@@ -147,11 +150,13 @@ def trained(arguments, **trainer):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}],
-    ids=["shared", "gloo, alpha is beta / p", "on host"],
+    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}, NEW],
+    ids=["shared", "gloo, alpha is beta / p", "on host", "new center"],
 )
 def test_workers_of_two_ranks_are_the_two_of_the_reference(arguments):
-    workers, momenta, center = reference(2, 2, alpha=arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2)
+    family = arguments if arguments is NEW else {}
+    rates = {"alpha": arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2}
+    workers, momenta, center = reference(2, 2, **rates | family)
     results = run_ranks(trained, 4, arguments)
     for rank, (worker, momentum, own_center, module, _) in enumerate(results):
         assert close(worker, workers[rank // 2])
