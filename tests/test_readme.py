@@ -210,9 +210,9 @@ LANGUAGES = {
 
 def run_train(arguments: list[str], folder: Path) -> None:
     epochs = [] if "max_epochs" in "".join(arguments) else ["trainer.max_epochs=1"]
-    before = set(folder.rglob("accuracy.csv"))
+    before = set(folder.rglob("time.csv"))
     done = run([python(), "-m", "lightning_easgd.lab.train", *arguments, *CHEAP, *epochs], folder)
-    runs = set(folder.rglob("accuracy.csv")) - before
+    runs = {path for path in folder.rglob("time.csv") if "earlier" not in path.parts} - before
     jobs = len(re.findall(r"\[HYDRA\] \t#", done.stdout)) or 1
     assert len(runs) == jobs == done.stdout.count("run directory")
 
