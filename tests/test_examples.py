@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 
 import pytest
 from application import ROOT, run_process
@@ -68,3 +69,17 @@ def test_sharded_workers_on_two_nodes():
     assert accuracy > 80
     assert exchanges == (steps - 1) // 8
     assert held == pytest.approx(total / 2, rel=0.01)
+
+
+@pytest.mark.timeout(300)
+def test_ray():
+    """Ray starts real interpreters."""
+    pytest.importorskip("ray")
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    settings = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, str(ROOT / "examples" / "ray_train.py")]
+    done = subprocess.run(command, env=clean | settings, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"accuracy at the center of 2 workers: (\d+\.\d)%", done.stdout)
+    assert found is not None
+    assert float(found[1]) > 80

@@ -85,6 +85,8 @@ class End(Callback):
         (averager,) = strategy._averagers
         self.elements = averager.center.flat.numel(), averager._sum.wire.flat.numel()
         self.distance = strategy.elastic_distance()
+        spent = strategy.communication
+        self.sent = spent.bytes_sent - spent.exchanges * averager._line.control.bytes_sent(72)  # without announcements
 
 
 def fit(shape, arguments=None, module=None, **trainer):
@@ -112,10 +114,10 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
 
     def train():
         end, module = fit(shape, {"process_group_backend": backend})
-        return end.worker, end.momentum, end.center, module, end.elements, end.distance
+        return end.worker, end.momentum, end.center, module, end.elements, end.distance, end.sent
 
     results = run_ranks(train, count * data * tensor)
-    for rank, (worker, momentum, own_center, module, elements, distance) in enumerate(results):
+    for rank, (worker, momentum, own_center, module, elements, distance, sent) in enumerate(results):
         number = rank // (data * tensor)
         assert close(worker, workers[number])
         assert close(momentum, momenta[number])
@@ -123,10 +125,11 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
         assert equal(module, own_center)
         assert equal(own_center, results[0][2])
         assert elements[0] == elements[1]
+        assert count == 1 or sent == 6 * 8 * elements[0]  # of two workers each sends all of it, in double, six times
         squares = [(x - c) ** 2 for x, c in zip(before_last[number], center_then, strict=True)]
         assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
     # Center and wire of all ranks: as many elements as the parameters of all workers have.
-    assert sum(elements[0] for *_, elements, _ in results) == 21 * count
+    assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
 
 
 def test_sharded_workers_are_pulled_to_the_new_center():

@@ -375,3 +375,29 @@ def test_fabric():
         assert close(own_center, center)
         assert equal(own_center, state)
         assert equal(own_center, final)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "int8"])
+def test_parameters_that_come_later(wire_dtype):
+    """The slices are cut anew; every rank has the center of the others, and the workers' mean is in it."""
+
+    class Late(TwoLayers):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.first.parameters(), lr=self.lr)
+
+        def on_train_batch_start(self, batch, index):
+            if index == 7:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.net.second.parameters())})
+
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, wire_dtype=wire_dtype, find_unused_parameters=True, **RUN)
+        module = fitted(Late(), strategy, 4, limit_val_batches=0)
+        return arrays(strategy.center.values()), arrays(module.parameters())
+
+    results = run_ranks(train, 4)
+    start = arrays(TwoLayers().parameters())
+    for center, module in results:
+        assert equal(center, results[0][0])
+        assert equal(center, module)
+        assert len(center) == 3
+        assert not any(np.array_equal(a, b) for a, b in zip(center, start, strict=True))
