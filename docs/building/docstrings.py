@@ -1,5 +1,7 @@
 """Docstrings as Markdown: the roles, formulas, tables and code blocks of reStructuredText that this package uses."""
 
+import ast
+import inspect
 import re
 from typing import Any
 
@@ -24,6 +26,10 @@ class MarkdownDocstrings(griffe.Extension):
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Rewrite all docstrings, and give the strategies those of their methods, as Python does when it runs."""
+        # Made by a function, for each class tree: to a reader of the source it is a value.
+        made = pkg["strategies.trees.lightning_tree.EASGDModelParallelStrategy"]
+        text = inspect.cleandoc(ast.literal_eval(str(pkg["strategies.sharded_workers.DOCUMENTATION"].value)))
+        made.docstring = griffe.Docstring(text, parent=made)
         self._rewrite(pkg)
         for name, method in METHODS.items():
             pkg[f"strategies.trees.lightning_tree.{name}"].docstring = pkg[method].docstring
