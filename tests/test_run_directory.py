@@ -2,6 +2,7 @@
 
 import sys
 
+import application  # noqa: F401  # asks for the platform once
 import pytest
 import torch
 from omegaconf import OmegaConf
