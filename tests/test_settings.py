@@ -35,6 +35,15 @@ QUICK = ("strategy=single", "trainer.max_epochs=1", "trainer.limit_train_batches
          "trainer.log_every_n_steps=1", "on_divergence=report")  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """Lightning writes LOCAL_RANK and its like into the environment of a process that trains."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def available(monkeypatch, name, answer):
     flag = {"wandb": "wandb._WANDB_AVAILABLE", "mlflow": "mlflow._MLFLOW_AVAILABLE", "comet": "comet._COMET_AVAILABLE"}
     monkeypatch.setattr(f"lightning.pytorch.loggers.{flag[name]}", answer)
