@@ -1,14 +1,17 @@
 """Workers that are sharded: FSDP2 and tensor parallelism inside, elastic averaging between them."""
 
+import importlib
 import os
 from contextlib import nullcontext
 
+import jsonargparse
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -370,3 +373,24 @@ def test_fabric(distributed, tmp_path):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [("lightning.pytorch", "lightning_easgd"), ("pytorch_lightning", "lightning_easgd.pl")]
+)
+def test_the_name_is_known_in_both_trees(package, module):
+    trainer = importlib.import_module(package).Trainer(
+        strategy="easgd_model_parallel", accelerator="cpu", devices=2, logger=False, enable_progress_bar=False
+    )
+    assert type(trainer.strategy) is importlib.import_module(module).EASGDModelParallelStrategy
+    assert trainer.strategy.worker_shape == (2, 1)
+    ours = [cls for cls in type(trainer.strategy).__mro__ if cls.__module__.startswith("lightning_easgd")]
+    assert len(ours) <= 5
+
+
+def test_lightning_cli_knows_its_arguments():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--strategy", type=Strategy)
+    path = "lightning_easgd.EASGDModelParallelStrategy"
+    given = parser.parse_args([f"--strategy={path}", "--strategy.tau=4", "--strategy.data_parallel_size=2"])
+    assert (given.strategy.init_args.tau, given.strategy.init_args.data_parallel_size) == (4, 2)
