@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from toys import TwoLayers, fitted, quiet_trainer
 
-from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -99,9 +99,11 @@ class TestArguments:
         with pytest.raises((TypeError, ValueError), match=says):
             EASGDStrategy(**arguments)
 
-    def test_workers_of_a_served_center_are_ranks(self):
-        with pytest.raises(TypeError, match=r"DownpourStrategy\(devices_per_worker=2\): here every rank is a worker"):
-            DownpourStrategy(devices_per_worker=2)
+    @pytest.mark.parametrize("strategy", [DownpourStrategy, LocalStrategy])
+    def test_workers_of_other_methods_are_ranks(self, strategy):
+        says = rf"{strategy.__name__}\(devices_per_worker=2\): here every rank is a worker"
+        with pytest.raises(TypeError, match=says):
+            strategy(devices_per_worker=2)
 
     @pytest.mark.parametrize(("devices", "nodes", "given"), [(4, 1, 3), (4, 2, 3), (3, 1, 2), (2, 1, 4)])
     def test_ranks_that_cannot_be_cut_are_refused_before_processes_start(self, devices, nodes, given):

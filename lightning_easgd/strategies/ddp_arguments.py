@@ -22,14 +22,11 @@ __all__ = [
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-REFUSED_WITHOUT = {
-    **dict.fromkeys(
-        ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"),
-        "this argument changes how DDP reduces gradients, and here gradients are not reduced; remove it, or use"
-        " strategy='ddp'.",
-    ),
-    "devices_per_worker": "here every rank is a worker; EASGDStrategy(mode='sync') has workers of several devices.",
-}
+REFUSED_WITHOUT = dict.fromkeys(
+    ("ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"),
+    "this argument changes how DDP reduces gradients, and here gradients are not reduced; remove it, or use"
+    " strategy='ddp'.",
+)
 """The arguments that are refused where nothing is wrapped, and why."""
 
 REFUSED_INSIDE = {
@@ -108,7 +105,7 @@ def check_ddp_arguments(
     """
     strategy, given = cls.__name__, {}
     for name, value in arguments.items():
-        if name not in known_ddp_arguments() and name not in refused:
+        if name not in known_ddp_arguments():
             known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
             hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
             raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
