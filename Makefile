@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What the tests of the documentation and of the release need beside it; make train does without.
+CHECKS_STAMP := $(VENV)/.installed-checks
 # Workers are processes: more threads in each only fight over the cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -23,11 +25,12 @@ CLIENTS_STAMP := $(CLIENTS)/.installed
 # What a machine with a GPU may lack, and cannot fetch: pure Python, about 2 MB.
 GPU_WHEELS := .gpu-wheels
 
-.PHONY: help train test test-fast test-oldest test-clients test-gpu gpu-wheels lint clean
+.PHONY: help train docs test test-fast test-oldest test-clients test-gpu gpu-wheels lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
+	@echo 'make docs    the documentation site, in site/'
 	@echo 'make test    lint, types, all tests; on JOBS processes, $(JOBS) unless you say otherwise'
 	@echo 'make test-fast  the tests that start no processes; two minutes'
 	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
@@ -45,8 +48,16 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+$(CHECKS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs,release]'
+	@touch $@
+
 train: $(STAMP)
 	$(BIN)/easgd-train $(ARGS)
+
+# The variable silences an announcement of MkDocs Material about another program.
+docs: $(CHECKS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -54,7 +65,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Many tests wait, for a timeout or a process: more of them at once than cores. Those that measure time run alone.
-test: lint
+test: lint $(CHECKS_STAMP)
 	$(BIN)/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]  # none is left of ARGS
 
@@ -65,7 +76,7 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	grep -vE '^(lightning|pytorch-lightning|fsspec|packaging|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) --editable '.[dev]'
+		lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) --editable '.[dev,docs,release]'
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP)
@@ -93,5 +104,5 @@ gpu-wheels:
 	@ls $(GPU_WHEELS)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(GPU_WHEELS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) $(CLIENTS) $(GPU_WHEELS) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find lightning_easgd conf tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         LocalStrategy,
     )
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it, and a test compares CITATION.cff and CHANGELOG.md
 _CLASSES = ("DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy")
 __all__ = [
     "DownpourStrategy",

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import signal
 import subprocess
 from pathlib import Path
@@ -15,8 +16,10 @@ from omegaconf import DictConfig, open_dict
 from preloaded import python
 from torch import nn
 
+import lightning_easgd.lab.configuration  # noqa: F401  # of this clone
 from lightning_easgd.lab.models import Classifier
 
+platform.platform()  # starts a process, the first time: not within a test that is to start none
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 

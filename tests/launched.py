@@ -1,4 +1,4 @@
-"""A user's script: train with one of the names, and write down what each process holds in the end.
+"""A user's script: train with one of the names, or with workers that are nodes; write down what each process holds.
 
 python launched.py NAME FOLDER [DEVICES] [NODES]
 """
@@ -17,8 +17,10 @@ if __name__ == "__main__":
     name, folder, *sizes = sys.argv[1:]
     devices, nodes = map(int, sizes or (2, 1))
     module = Regression(batches=35)  # three exchanges
-    trainer = quiet_trainer(strategy=name, devices=devices, num_nodes=nodes)
+    strategy = lightning_easgd.EASGDStrategy(devices_per_worker="node") if name == "easgd_nodes" else name
+    trainer = quiet_trainer(strategy=strategy, devices=devices, num_nodes=nodes)
     trainer.fit(module)
-    state = {"state": module.state_dict(), "version": lightning_easgd.__version__}
+    workers = getattr(trainer.strategy, "workers", None)
+    state = {"state": module.state_dict(), "workers": workers, "version": lightning_easgd.__version__}
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", "parent")))
     torch.save(state, Path(folder, f"{rank}.pt"))

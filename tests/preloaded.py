@@ -7,6 +7,7 @@ or ``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes
 is `python()` again, so that ranks which Lightning or torchrun start are forked too. It lives as long as that process,
 passes signals on, and ends as it ends; when it is killed the process is killed. Other command lines, such as
 ``-c CODE``, and processes that are spawned get the real interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone.
+With ``EASGD_WHOLE_EXIT=1`` a process takes its modules to pieces as it ends, as others need not.
 """
 
 import atexit
@@ -157,14 +158,36 @@ if "numpy" in sys.modules:
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(int(environment.get("OMP_NUM_THREADS", "0")) or os.cpu_count())
 import runpy
-if arguments[0] == "-m":
-    sys.path[0] = folder
-    sys.argv = arguments[1:]
-    runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+def run():
+    if arguments[0] == "-m":
+        sys.path[0] = folder
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+def end(code):
+    # As the interpreter ends, but for taking itself to pieces, which takes half a second of processor time.
+    import atexit, threading
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+if "EASGD_WHOLE_EXIT" in environment:
+    run()
 else:
-    sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
-    sys.argv = arguments
-    runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        run()
+    except SystemExit as how:
+        if how.code is not None and not isinstance(how.code, int):
+            print(how.code, file=sys.stderr)
+        end(how.code & 255 if isinstance(how.code, int) else int(how.code is not None))
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end(1)
+    end(0)
 """
 
 

@@ -114,8 +114,9 @@ class BlockingAverager:
 
 
 def grouped_trace(
-    rows, start, *, workers, size, steps, tau, alpha, beta, lr=0.1, momentum=0.0, clip=None, accumulate=1
-):
+    rows, start, *, workers, size, steps, tau, alpha, beta, lr=0.1, momentum=0.0, clip=None, accumulate=1,
+    outer_momentum=0.0, pull_to="old", delay=0,
+):  # fmt: skip
     """Synchronous EASGD of workers of ``size`` data-parallel ranks on the toy ``TwoLayers``.
 
     Batch b of replica r is ``rows[b · replicas + r]``. Returns the workers, their momentum buffers and the center after
@@ -124,7 +125,7 @@ def grouped_trace(
     shapes = [value.shape for value in start]
     ends = np.cumsum([value.size for value in start])[:-1]
     x = np.stack([np.concatenate([value.ravel() for value in start])] * workers)
-    buffers, center = np.zeros_like(x), x[0].copy()
+    buffers, center, velocity, due = np.zeros_like(x), x[0].copy(), np.zeros_like(x[0]), {}
 
     def parts(flat):
         return [part.reshape(shape) for part, shape in zip(np.split(flat, ends), shapes, strict=True)]
@@ -144,6 +145,16 @@ def grouped_trace(
             if clip is not None:
                 gradient *= min(1.0, clip / (np.linalg.norm(gradient) + 1e-6))
             buffers[w] = momentum * buffers[w] + gradient
-        x = x - lr * buffers - alpha * difference
-        center = center + beta * difference.mean(0)
+        x = x - lr * buffers
+        if pull_to == "old":
+            x = x - alpha * difference
+            if exchange:
+                velocity = outer_momentum * velocity + beta * difference.mean(0)
+                center = center + velocity
+        else:
+            if (t + 1) % tau == 0:
+                velocity = outer_momentum * velocity + beta * (x - center).mean(0)
+                center = center + velocity
+                due[t + delay] = alpha * (x - center)
+            x = x - due.pop(t, 0)
     return [parts(worker) for worker in x], [parts(each) for each in buffers], parts(center)

@@ -200,6 +200,15 @@ def test_monitor_cost(tmp_path):
 
 
 @pytest.mark.processes
+def test_worker_groups(tmp_path):
+    run("worker_groups", tmp_path, "--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4",
+        "--tau", "2")  # fmt: skip
+    table = {row["method"]: row for row in rows(tmp_path / "worker_groups.csv")}
+    assert list(table) == ["DDPInside", "easgd on DDPInside tau=2", "FSDPInside", "easgd on FSDPInside tau=2"]
+    assert float(table["DDPInside"]["ratio"]) == float(table["FSDPInside"]["ratio"]) == 1
+
+
+@pytest.mark.processes
 @pytest.mark.filterwarnings("ignore:verify=False")
 def test_batchnorm_statistics(tmp_path, monkeypatch):
     module = importlib.import_module("batchnorm_statistics")

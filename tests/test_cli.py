@@ -1,6 +1,7 @@
 """LightningCLI: arguments of the strategies on the command line, in YAML, and in the help."""
 
 import inspect
+import re
 from datetime import timedelta
 
 import lightning.pytorch.cli
@@ -116,7 +117,9 @@ def test_help_explains_every_argument(name, capsys, monkeypatch, parsed):
     assert end.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     for argument in arguments(name):
-        entries = [number for number, line in enumerate(lines) if line.startswith(f"  --trainer.strategy.{argument} ")]
+        entries = [
+            number for number, line in enumerate(lines) if re.match(rf"  --trainer\.strategy\.{argument}[ ,]", line)
+        ]
         text = " ".join(lines[entries[-1] : entries[-1] + 2]).split("(type:")[0]
         assert len(text.split()) >= 4, text  # name, placeholder and words
 

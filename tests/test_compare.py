@@ -20,7 +20,7 @@ from test_configs import SINGLE_RUNS, available
 
 from lightning_easgd.callbacks import LocalEnergyMonitor
 from lightning_easgd.lab.command_errors import UsageError, explain
-from lightning_easgd.lab.compare import plot_command, runs
+from lightning_easgd.lab.compare import compare_command, plot_command, runs
 from lightning_easgd.lab.compare.compare_command import compare, planned
 from lightning_easgd.lab.compare.curves import Panel, energy_curves, mean_curves, panels
 from lightning_easgd.lab.compare.grid import cells
@@ -288,6 +288,25 @@ def test_finished_runs_with_other_settings_are_refused(tmp_path, fake):
     config.grid.steps = 11
     with pytest.raises(UsageError, match=r"other settings \(trainer.max_steps=10, trainer.max_steps=11\)"):
         compare(config, planned(config, []))
+
+
+@pytest.mark.processes
+def test_a_sweep_of_comparisons_ends_with_a_table_of_all(tmp_path, fake, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "experiment=quick", "grid.only=[easgd,msgd]", "grid.tau=[4],[8]", "hydra.sweep.dir=sweep"]
+    monkeypatch.setattr(sys, "argv", ["easgd-compare", *words])
+    compare_command.main()
+    found = {
+        (row["grid.tau"], row["method"], row["tau"]): row["test error"]
+        for row in rows(tmp_path / "sweep" / "sweep.csv")
+    }
+    assert found == {
+        ("[4]", "easgd", "4"): "50.00%", ("[4]", "msgd", ""): "50.00%",
+        ("[8]", "easgd", "8"): "50.00%", ("[8]", "msgd", ""): "50.00%",
+    }  # fmt: skip
+    assert "error_by_seconds.png" in {path.name for path in (tmp_path / "sweep" / "1").iterdir()}
+    assert capsys.readouterr().out.splitlines()[-2:] == ["  sweep/sweep.csv", "  sweep/sweep.png"]
+    assert (tmp_path / "sweep" / "sweep.png").exists()
 
 
 # From runs to tables

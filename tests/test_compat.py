@@ -70,12 +70,13 @@ def test_private_hooks_that_the_strategies_share_with_lightning():
     theirs = private(DDPStrategy(), _MultiProcessingLauncher(DDPStrategy()))
     assert {name for path in strategies for name in used(path, on_self=True)} & theirs == {
         "_configure_launcher",
-        "_ddp_comm_hook",  # of post-local SGD, as the two below
+        "_ddp_comm_hook",
         "_ddp_comm_state",
+        "_ddp_comm_wrapper",
         "_ddp_kwargs",
         "_launcher",
         "_layer_sync",
-        "_model_averager",
+        "_model_averager",  # of post-local SGD
         "_start_method",
         "_strategy",  # the launcher's
         "_timeout",

@@ -2,10 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from application import ROOT, run_process
 from preloaded import python
+from ranks import free_port
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,8 +30,56 @@ def test_gan():
     assert exchanges == 79 + 39  # 800 steps of the discriminator, 400 of the generator, tau = 10
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "easgd", "easgd_async"])
-def test_an_existing_project_switches_by_one_line(strategy):
-    found = re.search(rf"{strategy}: test accuracy (\d\d\.\d)%", output("existing_project.py", "--strategy", strategy))
+def test_an_existing_project_switches_by_one_line():
+    """With ddp and easgd it is among the documentation's commands."""
+    found = re.search(
+        r"easgd_async: test accuracy (\d\d\.\d)%", output("existing_project.py", "--strategy", "easgd_async")
+    )
     assert found is not None
     assert float(found[1]) > 90
+
+
+def test_sharded_workers_on_two_nodes():
+    """Two torchrun agents, as on two nodes of two devices."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    place = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    script = str(ROOT / "examples" / "sharded_transformer.py")
+    nodes = [
+        subprocess.Popen(
+            [python(), "-m", "torch.distributed.run", *place, f"--node-rank={node}", script],
+            env=clean | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    found = re.search(
+        r"center of 2 workers: (\d+\.\d)%\n(\d+) exchanges in (\d+) steps\nrank 0 holds (\d+) of the center's (\d+)",
+        outputs[0],
+    )
+    assert found is not None, outputs[0]
+    accuracy, exchanges, steps, held, total = map(float, found.groups())
+    assert accuracy > 80
+    assert exchanges == (steps - 1) // 8
+    assert held == pytest.approx(total / 2, rel=0.01)
+
+
+@pytest.mark.timeout(300)
+def test_ray():
+    """Ray starts real interpreters."""
+    pytest.importorskip("ray")
+    clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
+    settings = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, str(ROOT / "examples" / "ray_train.py")]
+    done = subprocess.run(command, env=clean | settings, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"accuracy at the center of 2 workers: (\d+\.\d)%", done.stdout)
+    assert found is not None
+    assert float(found[1]) > 80

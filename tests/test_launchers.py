@@ -103,6 +103,28 @@ def test_slurm(name, reference, tmp_path):
     assert same(first, reference) == (name == "easgd")
 
 
+def test_slurm_with_workers_that_are_nodes(tmp_path):
+    """Four tasks on two nodes of two."""
+    shared = {
+        "SLURM_NTASKS": "4",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "localhost",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    environments = [
+        shared | {"SLURM_PROCID": str(task), "SLURM_NODEID": str(task // 2), "SLURM_LOCALID": str(task % 2)}
+        for task in range(4)
+    ]
+    launch_all([[python(), str(SCRIPT), "easgd_nodes", str(tmp_path), "2", "2"]] * 4, environments)
+    first, *others = states(tmp_path)
+    assert len(others) == 3
+    assert all(same(first, other) for other in others)
+    assert {torch.load(file, weights_only=True)["workers"] for file in tmp_path.iterdir()} == {2}
+
+
 @pytest.mark.parametrize("name", ["easgd", "easgd_async"])
 def test_two_nodes(name, reference, tmp_path):
     """Two torchrun agents, which see each other over the loopback interface only."""

@@ -8,19 +8,21 @@ import pytest
 import torch
 from ranks import run_ranks
 from reference import MINIMA, synchronous_trace
+from test_fabric import trace as fabric_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 
 LR = 0.1
 
 
 def family_trace(
-    workers, steps, *, tau, alpha, beta, mu=0.0, nesterov=False, pull_to="old", delay=0, asynchronous=False
+    workers, steps, *, tau, alpha, beta, mu=0.0, nesterov=False, pull_to="old", delay=0, asynchronous=False, delta=0.0
 ):
     """Rows (x_1, …, x_p, x̃) after each step, written after the equations; asynchronous workers take turns."""
     minima = np.array(MINIMA[:workers])
-    x, center, velocity = np.ones(workers), 1.0, 0.0
+    x, v, center, velocity = np.ones(workers), np.zeros(workers), 1.0, 0.0
     due, rows = [], []
 
     def move(mean):
@@ -50,7 +52,8 @@ def family_trace(
     for t in range(steps):
         if pull_to == "old" and t and t % tau == 0:
             exchange(t)
-        x = x - LR * (x - minima)
+        v = delta * v - LR * (x + delta * v - minima)
+        x = x + v
         if pull_to == "old":
             pull(t)
         else:
@@ -75,6 +78,7 @@ FAMILY = [
     {"alpha": 1, "beta": 0.7, "pull_to": "new", "outer_momentum": 0.9, "outer_nesterov": True},
     {"alpha": 0.9, "beta": 0.9, "pull_to": "new", "outer_momentum": 0.5, "delay": 1},
     {"alpha": 0.3, "beta": 0.6, "pull_to": "new", "delay": 2},
+    {"alpha": 0.8, "beta": 0.9, "pull_to": "new", "delay": 1, "outer_momentum": 0.4, "momentum": 0.9},
 ]
 
 
@@ -82,6 +86,7 @@ def reference_of(workers, steps, tau, arguments, **how):
     values = dict(arguments)
     mu, nesterov = values.pop("outer_momentum", 0.0), values.pop("outer_nesterov", False)
     values.setdefault("alpha", values["beta"] / workers)
+    values["delta"] = values.pop("momentum", 0.0)
     return family_trace(workers, steps, tau=tau, mu=mu, nesterov=nesterov, **values, **how)
 
 
@@ -99,17 +104,28 @@ def test_the_reference_holds_the_papers_method():
     )
 
 
-@pytest.mark.parametrize("arguments", FAMILY)
-@pytest.mark.parametrize(("workers", "tau"), [(2, 1), (2, 4), (3, 3)])
+SIZES = [(2, 1), (2, 4), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers", "tau"), [(a, *size) for a in FAMILY for size in SIZES if a.get("delay", 0) < size[1]]
+)
 @pytest.mark.parametrize("backend", [None, "gloo"])
 def test_synchronous_traces(arguments, workers, tau, backend):
-    if arguments.get("delay", 0) >= tau:
-        pytest.skip("the delay is below tau")
     steps = 3 * tau
     traces = run_ranks(
         train, workers, EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), steps, workers
     )
     check(traces, reference_of(workers, steps, tau, arguments))
+
+
+@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize("arguments", [FAMILY[3], FAMILY[4]])
+def test_fabric_with_and_without_closures(arguments, closure):
+    """The next gradient is taken at the pulled point, also where it is taken before the optimizer is called."""
+    rows = fabric_trace(2, 9, closure, FabricEASGDStrategy(tau=3, **arguments))
+    expected = reference_of(2, 9, 3, arguments)
+    assert np.column_stack([*rows[:, :, 0], rows[0, :, 1]]) == pytest.approx(expected, abs=2e-6)
 
 
 TURNS = {"mode": "async", "order": "round_robin"}

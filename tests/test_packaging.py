@@ -1,6 +1,7 @@
 """What is shipped: all packages, all configurations, and a wheel that works without the clone."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,12 @@ import pytest
 import yaml
 from application import CONF, ROOT, only_run
 
+import lightning_easgd
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+QUIETLY = ("--quiet", "--no-deps", "--no-build-isolation")
 
 
 def test_every_package_is_listed():
@@ -30,13 +36,44 @@ def test_configurations_are_found_through_the_package():
 
 
 def test_citation_and_changelog_agree_with_the_version():
-    version = PROJECT["project"]["version"]
+    """The version stands in one place; what repeats it is compared, and so is the date of the release."""
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert PROJECT["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "lightning_easgd.__version__"}
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert citation["version"] == version
+    assert citation["version"] == lightning_easgd.__version__
     assert [author["family-names"] for author in citation["preferred-citation"]["authors"]] == [
         "Zhang", "Choromanska", "LeCun",
     ]  # fmt: skip
-    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [Unreleased]\n\n## [{lightning_easgd.__version__}] - {citation['date-released']}\n" in changes
+
+
+def test_the_metadata_say_what_is_tested():
+    project = PROJECT["project"]
+    supported = {line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)}
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    tested = {entry["python"] for entry in workflow["jobs"]["test"]["strategy"]["matrix"]["include"]}
+    assert min(supported, key=lambda version: int(version[2:])) == project["requires-python"].removeprefix(">=")
+    assert supported <= tested
+    commands = [step.get("run", "") for step in workflow["jobs"]["package"]["steps"]]
+    assert "python -m build" in commands
+    assert "python -m twine check --strict dist/*" in commands
+    assert {"urls", "keywords", "license", "authors", "readme", "description"} <= project.keys()
+
+
+@pytest.mark.parametrize("name", ["python", "lightning", "licence"])
+def test_badges_are_true(name):
+    project = PROJECT["project"]
+    supported = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    lightning = next(line for line in project["dependencies"] if line.startswith("lightning>="))
+    facts = {
+        "python": ("Python", f"{supported[0]} to {supported[-1]}"),
+        "lightning": ("Lightning", f"{re.match(r'lightning>=([0-9.]+)', lightning)[1]} and later"),
+        "licence": ("licence", project["license"]),
+    }
+    picture = (ROOT / "docs" / "badges" / f"{name}.svg").read_text()
+    assert tuple(re.findall(r"<text[^>]*>([^<]*)</text>", picture)) == facts[name]
+    assert f"![{' '.join(facts[name])}](docs/badges/{name}.svg)" in (ROOT / "README.md").read_text()
 
 
 def test_makefile_names_the_problem_with_an_old_python(tmp_path):
@@ -67,6 +104,10 @@ def sources(folder: Path) -> Path:
     return folder
 
 
+def names_in(wheel: Path) -> set[str]:
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
 def run(*arguments: object, cwd: Path) -> str:
     outside = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(
@@ -80,13 +121,21 @@ def run(*arguments: object, cwd: Path) -> str:
 @pytest.mark.timeout(900)
 def test_wheel_works_outside_the_clone(tmp_path):
     (tmp_path / "sources").mkdir()
-    build = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    build = ("-m", "build", "--no-isolation", "--outdir", tmp_path)
     run(sys.executable, *build, sources(tmp_path / "sources"), cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = tmp_path.glob(f"lightning_easgd-{lightning_easgd.__version__}-py3-none-any.whl")
+    (archive,) = tmp_path.glob(f"lightning_easgd-{lightning_easgd.__version__}.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
     names = set(zipfile.ZipFile(wheel).namelist())
     configurations = {f"lightning_easgd/conf/{path.relative_to(CONF).as_posix()}" for path in CONF.rglob("*.yaml")}
     assert names >= configurations | {"lightning_easgd/py.typed"}
     assert not any(name.startswith(("conf/", "tests/")) for name in names)
+    # The wheel was made from the source distribution; the archive of a clone on a hosting site gives the same package.
+    (tmp_path / "clone").mkdir()
+    of_clone = shutil.make_archive(str(tmp_path / "clone-main"), "zip", sources(tmp_path / "clone"))
+    run(sys.executable, "-m", "pip", "wheel", *QUIETLY, "--wheel-dir", tmp_path / "of_clone", of_clone, cwd=ROOT)
+    (other,) = (tmp_path / "of_clone").glob("*.whl")
+    assert names_in(other) == names_in(wheel)
 
     venv.create(tmp_path / "venv", with_pip=True)
     scripts = tmp_path / "venv" / "bin"
@@ -97,6 +146,10 @@ def test_wheel_works_outside_the_clone(tmp_path):
     )  # fmt: skip
     work = tmp_path / "work"
     work.mkdir()
+    # Inside a clone its package shadows the installed one.
+    for module in ("train", "evaluate"):
+        shown = run(scripts / "python", "-m", f"lightning_easgd.{module}", "--cfg", "job", cwd=tmp_path / "sources")
+        assert "DigitsDataModule" in shown
     assert "EASGDStrategy" in run(scripts / "easgd-train", "--cfg", "job", cwd=work)
     run(scripts / "easgd-train", "experiment=digits_quick", cwd=work)
     checkpoint = only_run(work) / "checkpoints" / "last.ckpt"

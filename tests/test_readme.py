@@ -1,12 +1,18 @@
-"""Every code block of README.md is executed or compared with what it describes; a block without a rule fails."""
+"""Every code block of README.md and docs/ is executed or compared with what it describes; one without a rule fails.
 
+The Python blocks of a page are one script, and what stands on several pages is executed once.
+"""
+
+import contextlib
 import inspect
+import io
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +21,19 @@ import torch
 import yaml
 from application import ROOT
 from preloaded import python
+from ranks import free_port
 from test_configs import FROM_TRAINER
 from test_packaging import PROJECT, sources
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.lab import plots, report
+from lightning_easgd.lab.simulation import simulate_command
+from lightning_easgd.lab.stability import stability_command
 from lightning_easgd.method.elastic import elastic_pull_, elastic_push_
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# What README.md repeats is executed where it stands at length.
+DOCUMENTS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "SECURITY.md", ROOT / "CONTRIBUTING.md", ROOT / "README.md"]
 RESULTS = ROOT / "examples" / "results" / "digits"
 
 # What README's Python blocks take for granted, and a trainer that is cheap whatever a block asks for.
@@ -49,36 +60,68 @@ class Data(L.LightningDataModule):
         return DataLoader(TensorDataset(torch.randn(384, 4), torch.randint(3, (384,))), batch_size=8)
     train_dataloader = val_dataloader = test_dataloader = loader
 
-original = L.Trainer
+original, made = L.Trainer, []
 def cheap(**arguments):
-    changed = dict(accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_progress_bar=False,
-                   enable_checkpointing=False)
-    return original(**(arguments | changed))
+    changed = dict(accelerator="cpu", devices=1 if arguments.get("num_nodes", 1) > 1 else 2, logger=False,
+                   enable_progress_bar=False, enable_checkpointing=False)
+    made.append(original(**({"max_epochs": 1} | arguments | changed)))
+    return made[-1]
 L.Trainer = cheap
 model, data = Model(), Data()
 """
 EPILOGUE = """
-assert type(trainer.strategy).__name__ == "EASGDStrategy"
-assert trainer.strategy.communication.exchanges > 0
-if trainer.is_global_zero:
-    print("trained", trainer.global_step)
+assert type(made[-1].strategy).__module__.startswith("lightning_easgd.")
+assert made[-1].strategy.communication.exchanges > 0
+if made[-1].is_global_zero:
+    print("trained", made[-1].global_step)
 """
 CHEAP = ("trainer.devices=2", "trainer.limit_train_batches=20", "callbacks.progress_bar.refresh_rate=0", "plot=false")
-SUBSTITUTIONS = {"trainer.max_epochs=60": "trainer.max_epochs=2"}
+SUBSTITUTIONS = {"trainer.max_epochs=60": "trainer.max_epochs=2", "strategy.tau=4,16": "strategy.tau=4"}
 
 
 class Block(NamedTuple):
+    document: Path
     line: int
     language: str
     text: str
 
+    @property
+    def commands(self) -> list[str]:
+        return self.text.replace("\\\n", " ").splitlines()
 
-def blocks() -> list[Block]:
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [Block(README[: match.start()].count("\n") + 1, match[1], match[2]) for match in found]
+    @property
+    def name(self) -> str:
+        return f"{self.document.stem}_{self.line}_{self.language}"
 
 
-def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def blocks(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [Block(document, text[: match.start()].count("\n") + 1, match[1], match[2]) for match in found]
+
+
+def cases() -> list[Block]:
+    """What is to be executed: the blocks, without what is repeated."""
+    chosen: list[Block] = []
+    seen: set[tuple[str, str]] = set()
+    for document in DOCUMENTS:
+        scripts = []
+        for block in blocks(document):
+            parts = block.commands if block.language == "console" else [block.text]
+            new = {(block.language, part) for part in parts} - seen
+            seen |= new
+            if not new:
+                continue
+            if block.language != "python":
+                chosen.append(block)
+            elif "num_nodes=" not in block.text:  # else it is the script of a torchrun command
+                scripts.append(block.text + (EPILOGUE if ".fit(" in block.text else ""))
+        if scripts:
+            chosen.append(Block(document, 0, "python", "\n".join(scripts)))
+    return chosen
+
+
+def run(arguments: list[str], cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     # A `make test` around this would hand its own settings on to a make in here.
     environment = {
         key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS")
@@ -94,33 +137,42 @@ def run(arguments: list[str], cwd: Path, timeout: float = 120) -> subprocess.Com
 # Languages
 
 
-def run_script(text: str, folder: Path, interpreter: str | None = None) -> None:
+def run_script(block: Block, folder: Path) -> None:
+    script = folder / "script.py"
+    script.write_text(PREAMBLE + block.text)
+    done = run([python(), str(script)], folder)
+    assert done.stdout.count("trained ") == block.text.count("trained")
+
+
+def run_alone(text: str, folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(PREAMBLE + text + EPILOGUE)
-    assert "trained 24" in run([interpreter or python(), str(script)], folder).stdout
+    # A new interpreter: in the other one the names are there without the import.
+    assert "trained 24" in run([sys.executable, str(script)], folder).stdout
 
 
-def check_diff(text: str, folder: Path) -> None:
-    lines = text.splitlines()
+def check_diff(block: Block, folder: Path) -> None:
+    lines = block.text.splitlines()
     before = [line[1:] for line in lines if not line.startswith("+")]
     after = [line[1:] for line in lines if not line.startswith("-")]
     compile("\n".join(before), "before", "exec")
-    # A new interpreter: in the other one the names are there without the import.
-    run_script("\n".join(after), folder, sys.executable)
+    run_alone("\n".join(after), folder)
     without_import = "\n".join(line for line in after if "import lightning_easgd" not in line)
     with pytest.raises(AssertionError, match="invalid strategy name"):
-        run_script(without_import, folder, sys.executable)
+        run_alone(without_import, folder)
 
 
-def check_console(text: str, folder: Path) -> None:
-    for line in text.splitlines():
-        program, *arguments = shlex.split(line)
+def check_console(block: Block, folder: Path) -> None:
+    for command in block.commands:
+        program, *arguments = shlex.split(command, comments=True)
         assert program in PROGRAMS, f"no rule for the command {program!r} in tests/test_readme.py"
+        if program == "torchrun":
+            arguments.append(next(each.text for each in blocks(block.document) if "num_nodes=" in each.text))
         PROGRAMS[program]([SUBSTITUTIONS.get(argument, argument) for argument in arguments], folder)
 
 
-def check_update_rule(text: str, folder: Path) -> None:
-    assert text == "worker i:  xᵢ ← xᵢ − η gᵢ(xᵢ) − α (xᵢ − x̃)\ncenter:    x̃  ← x̃ + (β / p) Σᵢ (xᵢ − x̃)\n"
+def check_update_rule(block: Block, folder: Path) -> None:
+    assert block.text == "worker i:  xᵢ ← xᵢ − η gᵢ(xᵢ) − α (xᵢ − x̃)\ncenter:    x̃  ← x̃ + (β / p) Σᵢ (xᵢ − x̃)\n"
     alpha, beta, p, step = 0.3, 0.8, 3, 0.01
     workers, center = torch.tensor([1.0, -2.0, 4.0]), torch.tensor(0.5)
     moved, difference = (workers - step).clone(), workers - center
@@ -131,8 +183,17 @@ def check_update_rule(text: str, folder: Path) -> None:
     torch.testing.assert_close(pushed, center + (beta / p) * (workers - center).sum())
 
 
-def check_output(text: str, folder: Path) -> None:
-    assert text == report.render(RESULTS) + "\n"
+def check_output(block: Block, folder: Path) -> None:
+    """It is what the command before it prints, of a training what its files say."""
+    before = [each for each in blocks(block.document) if each.line < block.line and each.language == "console"][-1]
+    program, *arguments = shlex.split(before.text)
+    if program == "easgd-stability":
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert stability_command.run(arguments) == 0
+        assert block.text == printed.getvalue()
+    else:
+        assert program == "make"
+        assert block.text == report.render(RESULTS) + "\n"
 
 
 LANGUAGES = {
@@ -149,9 +210,9 @@ LANGUAGES = {
 
 def run_train(arguments: list[str], folder: Path) -> None:
     epochs = [] if "max_epochs" in "".join(arguments) else ["trainer.max_epochs=1"]
-    before = set(folder.rglob("accuracy.csv"))
+    before = set(folder.rglob("time.csv"))
     done = run([python(), "-m", "lightning_easgd.lab.train", *arguments, *CHEAP, *epochs], folder)
-    runs = set(folder.rglob("accuracy.csv")) - before
+    runs = {path for path in folder.rglob("time.csv") if "earlier" not in path.parts} - before
     jobs = len(re.findall(r"\[HYDRA\] \t#", done.stdout)) or 1
     assert len(runs) == jobs == done.stdout.count("run directory")
 
@@ -160,13 +221,19 @@ def run_evaluate(arguments: list[str], folder: Path) -> None:
     assert "test/accuracy" in run([python(), "-m", "lightning_easgd.lab.evaluate", *arguments], folder).stdout
 
 
+RECIPES = {
+    "test": ("ruff check", "mypy", "pytest"),
+    "test-fast": ("pytest -m 'not processes'",),
+    "lint": ("ruff check", "mypy"),
+    "docs": ("mkdocs build",),
+}
+
+
 def run_make(arguments: list[str], folder: Path) -> None:
-    """The recipe of the target is what README says of it; the training command is run, at less expense."""
+    """The recipe of the target is what is said of it; the training command is run, at less expense."""
     recipe = run(["make", "--dry-run", *arguments], ROOT).stdout.splitlines()
-    if arguments[0] == "test":
-        assert any("ruff check" in line for line in recipe)
-        assert any("mypy" in line for line in recipe)
-        assert "pytest" in recipe[-1]
+    if arguments[0] in RECIPES:
+        assert all(any(part in line for line in recipe) for part in RECIPES[arguments[0]])
         return
     program, *options = shlex.split(recipe[-1])
     assert Path(program).name == "easgd-train"
@@ -182,6 +249,35 @@ def run_python(arguments: list[str], folder: Path) -> None:
     expected = SCRIPTS[script]
     done = run([python(), str(ROOT / script), *options, *expected.cheap], folder)
     assert re.search(expected.output, done.stdout), done.stdout
+
+
+def run_torchrun(arguments: list[str], folder: Path) -> None:
+    """Both nodes are this one, with one rank each."""
+    *options, name, text = arguments
+    (folder / name).write_text(PREAMBLE + text + EPILOGUE)
+    endpoint = f"127.0.0.1:{free_port()}"
+    changed = [
+        option.partition("=")[0] + {"--nproc-per-node": "=1", "--rdzv-endpoint": f"={endpoint}"}.get(
+            option.partition("=")[0], "=" + option.partition("=")[2]
+        )
+        for option in options
+    ]  # fmt: skip
+    command = [python(), "-m", "torch.distributed.run", *changed, "--rdzv-id=docs", name]
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(run, command, folder) for _ in range(2)]
+        assert sum("trained 24" in node.result().stdout for node in nodes) == 1
+
+
+def run_simulate(arguments: list[str], folder: Path) -> None:
+    cheap = ("workers=2", "tau=10", "lr=0.1", "steps=50", "target=0.5")
+    with contextlib.chdir(folder):
+        assert simulate_command.run([*arguments, *cheap]) == 0
+    assert any(folder.rglob("*.png"))
+
+
+def run_stability(arguments: list[str], folder: Path) -> None:
+    with contextlib.chdir(folder):
+        assert stability_command.run([*arguments, *(["points=12"] if arguments[0] == "draw" else [])]) == 0
 
 
 def run_pip(arguments: list[str], folder: Path) -> None:
@@ -200,7 +296,10 @@ def run_pip(arguments: list[str], folder: Path) -> None:
 PROGRAMS = {
     "easgd-train": run_train,
     "easgd-evaluate": run_evaluate,
+    "easgd-simulate": run_simulate,
+    "easgd-stability": run_stability,
     "make": run_make,
+    "torchrun": run_torchrun,
     "python": run_python,
     "pip": run_pip,
 }
@@ -213,6 +312,11 @@ class Script(NamedTuple):
 
 SCRIPTS = {
     "examples/quickstart.py": Script((), r"accuracy at the center: 9\d\.\d%\n45 exchanges in 460 steps"),
+    "examples/existing_project.py": Script((), r"(ddp|easgd): test accuracy 9\d\.\d%"),
+    "examples/fabric_loop.py": Script((), r"accuracy at the end: 9\d\.\d%"),
+    "examples/cli.py": Script(
+        ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.max_epochs", "1"), r"val/accuracy"
+    ),
     "examples/benchmarks/run.py": Script(
         ("--parameters", "5000", "--rounds", "1", "--steps", "10", "--methods", "local", "easgd", "ddp"),
         r"parameters +method +ms_per_step +ratio",
@@ -225,20 +329,30 @@ SCRIPTS = {
 
 @pytest.mark.processes
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("block", blocks(), ids=lambda block: f"line_{block.line}_{block.language}")
+@pytest.mark.parametrize("block", cases(), ids=lambda block: block.name)
 def test_block(block, tmp_path):
     assert block.language in LANGUAGES, f"no rule for {block.language!r} blocks in tests/test_readme.py"
-    LANGUAGES[block.language](block.text, tmp_path)
+    LANGUAGES[block.language](block, tmp_path)
 
 
-def test_no_fence_escapes():
-    assert README.count("```") == 2 * len(blocks()) > 0
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_no_fence_escapes(document):
+    assert document.read_text(encoding="utf-8").count("```") == 2 * len(blocks(document))
+
+
+def test_readme_is_short():
+    assert README.count("\n") <= 150
+    first_screen = README.partition("## ")[0]
+    for part in ("pip install .", "```diff", "worker i:", "figure.png", "make train"):
+        assert part in first_screen, part
+    assert len(re.findall(r"!\[[^\]]*\]\(docs/badges/", README)) <= 4
 
 
 def test_arguments_are_those_of_the_strategy():
     named = inspect.signature(EASGDStrategy.__init__).parameters.values()
     signature = {p.name: p.default for p in named if p.kind == p.KEYWORD_ONLY and p.name not in FROM_TRAINER}
-    rows = README.partition("| argument of `EASGDStrategy` |")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "modes.md").read_text(encoding="utf-8")
+    rows = page.partition("| argument of `EASGDStrategy` |")[2].partition("\n\n")[0]
     table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", rows, re.MULTILINE))
     assert table.pop("timeout") == f"{signature.pop('timeout').total_seconds() / 60:.0f} minutes"
     assert table == {name: f"`{default!r}`" for name, default in signature.items()}
@@ -259,8 +373,9 @@ def test_links_lead_to_files():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"`make (\w+)", README)) | set(re.findall(r"^make (\w+)", README, re.MULTILINE))
-    assert {"train", "test"} <= targets
+    text = "\n".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    targets = set(re.findall(r"`make ([\w-]+)", text)) | set(re.findall(r"^make ([\w-]+)", text, re.MULTILINE))
+    assert {"train", "test", "docs"} <= targets
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

@@ -84,10 +84,6 @@ def test_figure_is_a_png(run):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_figure_of_a_run_without_files(tmp_path):
-    assert plots.draw(tmp_path).exists()
-
-
 def test_missing_matplotlib_is_one_clear_sentence(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -1,14 +1,18 @@
 """Workers that are sharded: FSDP2 and tensor parallelism inside, elastic averaging between them."""
 
+import importlib
 import os
 from contextlib import nullcontext
+from functools import partial
 
+import jsonargparse
 import lightning as L
 import numpy as np
 import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import Strategy
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -18,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
-from toys import TwoLayers, quiet_trainer
+from toys import Regression, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
@@ -85,6 +89,8 @@ class End(Callback):
         (averager,) = strategy._averagers
         self.elements = averager.center.flat.numel(), averager._sum.wire.flat.numel()
         self.distance = strategy.elastic_distance()
+        spent = strategy.communication
+        self.sent = spent.bytes_sent - spent.exchanges * averager._line.control.bytes_sent(72)  # without announcements
 
 
 def fit(shape, arguments=None, module=None, **trainer):
@@ -112,10 +118,10 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
 
     def train():
         end, module = fit(shape, {"process_group_backend": backend})
-        return end.worker, end.momentum, end.center, module, end.elements, end.distance
+        return end.worker, end.momentum, end.center, module, end.elements, end.distance, end.sent
 
     results = run_ranks(train, count * data * tensor)
-    for rank, (worker, momentum, own_center, module, elements, distance) in enumerate(results):
+    for rank, (worker, momentum, own_center, module, elements, distance, sent) in enumerate(results):
         number = rank // (data * tensor)
         assert close(worker, workers[number])
         assert close(momentum, momenta[number])
@@ -123,10 +129,24 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
         assert equal(module, own_center)
         assert equal(own_center, results[0][2])
         assert elements[0] == elements[1]
+        assert count == 1 or sent == 6 * 8 * elements[0]  # of two workers each sends all of it, in double, six times
         squares = [(x - c) ** 2 for x, c in zip(before_last[number], center_then, strict=True)]
         assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
     # Center and wire of all ranks: as many elements as the parameters of all workers have.
-    assert sum(elements[0] for *_, elements, _ in results) == 21 * count
+    assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
+
+
+def test_sharded_workers_are_pulled_to_the_new_center():
+    arguments = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
+    workers, _, center = reference(2, 2, **arguments)
+
+    def train():
+        end, _ = fit((2, 1), arguments)
+        return end.worker, end.center
+
+    for rank, (worker, own_center) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
 
 
 class SaveAt(Callback):
@@ -367,3 +387,63 @@ def test_fabric(distributed, tmp_path):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
+
+
+@pytest.mark.parametrize(
+    ("package", "module"), [("lightning.pytorch", "lightning_easgd"), ("pytorch_lightning", "lightning_easgd.pl")]
+)
+def test_the_name_is_known_in_both_trees(package, module):
+    trainer = importlib.import_module(package).Trainer(
+        strategy="easgd_model_parallel", accelerator="cpu", devices=2, logger=False, enable_progress_bar=False
+    )
+    assert type(trainer.strategy) is importlib.import_module(module).EASGDModelParallelStrategy
+    assert trainer.strategy.worker_shape == (2, 1)
+    ours = [cls for cls in type(trainer.strategy).__mro__ if cls.__module__.startswith("lightning_easgd")]
+    assert len(ours) <= 5
+
+
+def test_lightning_cli_knows_its_arguments():
+    parser = jsonargparse.ArgumentParser()
+    parser.add_argument("--strategy", type=Strategy)
+    path = "lightning_easgd.EASGDModelParallelStrategy"
+    given = parser.parse_args([f"--strategy={path}", "--strategy.tau=4", "--strategy.data_parallel_size=2"])
+    assert (given.strategy.init_args.tau, given.strategy.init_args.data_parallel_size) == (4, 2)
+
+
+class FrozenPart(Regression):
+    """BatchNorm behind a layer that does not train; every rank begins with weights of its own."""
+
+    def __init__(self):
+        super().__init__(batches=8)
+        self.frozen = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    def configure_model(self):
+        if self.device_mesh is None:
+            return
+        for part in (self.frozen, self.net[0], self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+    def loss(self, batch):
+        return super().loss(self.frozen(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("strategy", [EASGDModelParallelStrategy, partial(EASGDStrategy, devices_per_worker=2)])
+def test_batchnorm_and_frozen_weights_are_the_same_everywhere(strategy):
+    def train():
+        torch.manual_seed(int(os.environ["RANK"]))
+        module = FrozenPart()
+        given = {"data_parallel_size": 2} if strategy is EASGDModelParallelStrategy else {}
+        trainer = quiet_trainer(
+            strategy=strategy(tau=2, recalibrate_batchnorm=2, **given), devices=4, val_check_interval=3
+        )
+        trainer.fit(module)
+        return whole(module.state_dict().values()), float(trainer.callback_metrics["val_loss"])
+
+    results = run_ranks(train, 4)
+    for state, loss in results:
+        assert all(np.isfinite(value).all() for value in state)
+        assert equal(state, results[0][0])
+        assert loss == results[0][1]

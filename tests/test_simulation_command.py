@@ -38,8 +38,8 @@ def test_sweep_writes_a_table_and_its_figure(tmp_path, capsys):
     assert one["seconds_to_error"] == pytest.approx(scenario.run().time_to_error(0.01), rel=1e-5)
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     lines = best_times(rows, "workers")
-    assert sorted(lines) == ["sync", "tree"]
-    assert lines["sync"][8] == min(
+    assert sorted(lines) == [("sync", ""), ("tree", "")]
+    assert lines["sync", ""][8] == min(
         row["seconds_to_error"] for row in rows if (row["schedule"], row["workers"]) == ("sync", 8)
     )
     capsys.readouterr()

@@ -609,3 +609,29 @@ def test_the_analysis_needs_neither_torch_nor_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_tables_of_the_documentation():
+    page = (ROOT / "docs" / "outer_momentum.md").read_text()
+    new = {"alpha": 0.9, "beta": 0.9, "workers": 4, "tau": 16, "outer_momentum": 0.5, "pull_to": "new"}
+    for k in (0, 4, 8, 15):
+        radii = [float(outer.radius(s, **new, delay=k)) for s in (0.001, 0.01, 0.1, 1)]
+        limit = outer.largest_scaled_lr(**new, delay=k)
+        assert f"| {k} | {' | '.join(f'{each:.3f}' for each in radii)} | {limit:.2f} |" in page
+    rows = {
+        "EASGD": [(0.225, 0.9, {})],
+        "local SGD": [
+            (1, 1, {"pull_to": "new"}),
+            (1, 0.7, {"pull_to": "new", "outer_momentum": 0.9, "outer_nesterov": True}),
+            (0.9, 0.9, {"pull_to": "new", "outer_momentum": 0.5}),
+        ],
+        "α = β = 0.9 with μ = 0.5 and the old": [(0.9, 0.9, {"outer_momentum": 0.5})],
+    }
+    for start, settings in rows.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {start}") and line.count("|") == 4]
+        for alpha, beta, family in settings:
+            limits = [
+                outer.largest_scaled_lr(alpha, beta, workers=4, tau=16, momentum=momentum, **family)
+                for momentum in (0.0, 0.9)
+            ]
+            assert row.endswith(f"| {limits[0]:.2f} | {limits[1]:.2f} |")

@@ -38,11 +38,13 @@ def test_a_run_leaves_everything_in_one_directory(tmp_path, start_method):
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
     assert names >= {
         "config.yaml", "versions.txt", "metrics.csv", "figure.png", "accuracy.csv", "time.csv", "communication.csv",
-        "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
+        "hparams.yaml", "elastic/rank_0.csv", "elastic/rank_1.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt",
     }  # fmt: skip
     for line in ("test accuracy at the center", "of worker 0", "of worker 1", "communication", "DDP:"):
         assert done.stdout.count(line) == 1, done.stdout
-    assert "Epoch 1: 100%" in done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("  ")[:2] for line in lines[:2]] == [["epoch 1/2", "step 24"], ["epoch 2/2", "step 48"]]
+    assert done.stderr == ""
     weights = {row["weights"] for row in rows(run / "accuracy.csv")}
     assert weights == {"center", "worker_0", "worker_1"}
     assert [int(row["exchanges"]) for row in rows(run / "communication.csv")] == [11, 11]
@@ -54,12 +56,15 @@ def test_evaluation_of_the_checkpoint_is_that_of_the_center(tmp_path):
     done = command("train", *SHORT, "model.network.width=4", "plot=false", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path)
-    center = [row for row in rows(run / "accuracy.csv") if (row["stage"], row["weights"]) == ("test", "center")]
     # The network's width is not the default: it comes from the run's saved configuration.
     evaluated = command("evaluate", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
-    printed = dict(line.split() for line in evaluated.stdout.splitlines() if line.startswith("  test/"))
-    assert float(printed["test/accuracy"]) == pytest.approx(float(center[0]["accuracy"]), abs=1e-4)
+    header, *lines = (line.rsplit(None, 2) for line in evaluated.stdout.splitlines() if line.startswith("  "))
+    assert [word.strip() for word in header] == ["weights", "test/loss", "test/accuracy"]
+    printed = {weights.strip().replace(" ", "_"): float(accuracy) for weights, _, accuracy in lines}
+    recorded = {row["weights"]: float(row["accuracy"]) for row in rows(run / "accuracy.csv") if row["stage"] == "test"}
+    assert set(recorded) == {"center", "worker_0", "worker_1"}
+    assert printed == pytest.approx(recorded, abs=1e-4), "each worker's own weights are scored as the run did"
 
 
 def test_a_run_goes_on_from_the_last_checkpoint(tmp_path):
@@ -83,13 +88,19 @@ def test_defaults_reach_97_percent_at_the_center(tmp_path):
 
 
 def test_a_sweep_with_spawn_trains_every_setting(tmp_path):
-    done = command(
-        "train", "-m", *SHORT[:3], "strategy.tau=4,8", "strategy.start_method=spawn", "plot=false", cwd=tmp_path
-    )
+    done = command("train", "-m", *SHORT[:3], "strategy.tau=4,8", "strategy.start_method=spawn", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (sweep,) = (tmp_path / "multirun").glob("*/*")
     exchanges = [rows(sweep / job / "communication.csv")[1]["exchanges"] for job in ("0", "1")]
     assert exchanges == ["11", "5"]
+    assert [(row["strategy.tau"], bool(row["test accuracy"])) for row in rows(sweep / "sweep.csv")] == [
+        ("4", True),
+        ("8", True),
+    ]
+    last = [line.split() for line in done.stdout.splitlines()[-5:]]
+    assert last[0][:4] == ["strategy.tau", "val", "accuracy", "test"]
+    assert [line[0] for line in last[1:3]] == ["4", "8"]
+    assert (sweep / "sweep.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +175,8 @@ def test_ranks_of_torchrun_write_one_directory(tmp_path):
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            "-m", "lightning_easgd.lab.train", *SHORT, "callbacks.elastic_monitor.every_n_exchanges=1",
+            "-m", "lightning_easgd.lab.train", "trainer=torchrun", "trainer.accelerator=cpu", *SHORT[1:],
+            "callbacks.elastic_monitor.every_n_exchanges=1",
         ],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=90,
         check=False,
@@ -209,7 +221,7 @@ def test_evaluate_needs_a_checkpoint(monkeypatch, tmp_path):
 def test_the_recorded_configuration_names_the_datas_place_only_if_it_was_given(tmp_path, monkeypatch, place):
     monkeypatch.setenv("EASGD_DATA", "/of/this/machine")
     given = [] if place is None else [f"paths.data={place}"]
-    train._record(composed(tmp_path, *given), tmp_path)
+    train._begin(composed(tmp_path, *given), tmp_path, None, 0)
     assert "/of/this/machine" not in (tmp_path / "config.yaml").read_text()
     loaded = OmegaConf.load(tmp_path / "config.yaml")
     monkeypatch.setenv("EASGD_DATA", "/of/another")

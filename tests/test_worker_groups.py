@@ -17,7 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 from toys import TwoLayers, fitted, quiet_trainer
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -99,6 +99,12 @@ class TestArguments:
         with pytest.raises((TypeError, ValueError), match=says):
             EASGDStrategy(**arguments)
 
+    @pytest.mark.parametrize("strategy", [DownpourStrategy, LocalStrategy])
+    def test_workers_of_other_methods_are_ranks(self, strategy):
+        says = rf"{strategy.__name__}\(devices_per_worker=2\): here every rank is a worker"
+        with pytest.raises(TypeError, match=says):
+            strategy(devices_per_worker=2)
+
     @pytest.mark.parametrize(("devices", "nodes", "given"), [(4, 1, 3), (4, 2, 3), (3, 1, 2), (2, 1, 4)])
     def test_ranks_that_cannot_be_cut_are_refused_before_processes_start(self, devices, nodes, given):
         with pytest.raises(ValueError, match=rf"devices_per_worker={given}\): {devices * nodes} ranks"):
@@ -125,6 +131,9 @@ class TestArguments:
         assert not recwarn
 
 
+NEW = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
+
+
 def trained(arguments, **trainer):
     end = End()
     strategy = EASGDStrategy(**{"devices_per_worker": 2, **RUN, **arguments})
@@ -143,11 +152,13 @@ def trained(arguments, **trainer):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}],
-    ids=["shared", "gloo, alpha is beta / p", "on host"],
+    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}, NEW],
+    ids=["shared", "gloo, alpha is beta / p", "on host", "new center"],
 )
 def test_workers_of_two_ranks_are_the_two_of_the_reference(arguments):
-    workers, momenta, center = reference(2, 2, alpha=arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2)
+    family = arguments if arguments is NEW else {}
+    rates = {"alpha": arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2}
+    workers, momenta, center = reference(2, 2, **rates | family)
     results = run_ranks(trained, 4, arguments)
     for rank, (worker, momentum, own_center, module, _) in enumerate(results):
         assert close(worker, workers[rank // 2])
@@ -366,3 +377,29 @@ def test_fabric():
         assert close(own_center, center)
         assert equal(own_center, state)
         assert equal(own_center, final)
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "int8"])
+def test_parameters_that_come_later(wire_dtype):
+    """The slices are cut anew; every rank has the center of the others, and the workers' mean is in it."""
+
+    class Late(TwoLayers):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.net.first.parameters(), lr=self.lr)
+
+        def on_train_batch_start(self, batch, index):
+            if index == 7:
+                self.trainer.optimizers[0].add_param_group({"params": list(self.net.second.parameters())})
+
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, wire_dtype=wire_dtype, find_unused_parameters=True, **RUN)
+        module = fitted(Late(), strategy, 4, limit_val_batches=0)
+        return arrays(strategy.center.values()), arrays(module.parameters())
+
+    results = run_ranks(train, 4)
+    start = arrays(TwoLayers().parameters())
+    for center, module in results:
+        assert equal(center, results[0][0])
+        assert equal(center, module)
+        assert len(center) == 3
+        assert not any(np.array_equal(a, b) for a, b in zip(center, start, strict=True))

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -44,6 +45,7 @@ from lightning_easgd import EASGDStrategy
 from lightning_easgd.callbacks import RecalibrateBatchNorm, gather
 from lightning_easgd.lab.data import CIFAR10DataModule, DataError
 from lightning_easgd.lab.models import Classifier, ResNet18, SmallImageStem
+from lightning_easgd.lab.simulation.sweep import read_rows as read_numbers
 from lightning_easgd.strategies.rehearsal import copy_batch
 from lightning_easgd.tensors.buffers import load_buffers
 
@@ -83,17 +85,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             # Written after every run: what is measured is not lost.
             tables = {"batchnorm_statistics": rows, "means": _means(rows)}
             write_results(options.output, tables, vars(options))
-    means = _means(rows)
-    print_table(means)
+    print_table(_means(rows))
+    draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its tables."""
+    means = read_numbers(results / "means.csv")
     draw_curves(
-        options.output / "figure.png",
+        results / "figure.png",
         {
-            f"ResNet-18, CIFAR-10, {options.ranks} workers, τ = {tau}": _curves(
-                row for row in means if row["tau"] == tau
-            )
+            f"ResNet-18, CIFAR-10, τ = {tau}": _curves(row for row in means if row["tau"] == tau)
             for tau in dict.fromkeys(row["tau"] for row in means)
         },
-        across="steps of each worker",
+        "Test error by source of BatchNorm's statistics",
+        across="training of a worker",
+        unit="steps",
     )
 
 

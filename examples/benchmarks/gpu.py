@@ -5,7 +5,7 @@
     bandwidth  an exchange of ResNet-50's parameters and its parts, against a copy of as many: of_copy by the bytes that
                the code moves, least_of_copy by the bytes that have to be moved at least
     memory     of the device, beyond local training, in float32 words for each parameter: at the peak and after a step,
-               beside what the README says
+               beside what docs/limits.md says
     stalls     calls in which the host waits for the device, in steps with an exchange and in others; per_exchange is
                what all steps of a period have beyond those of local training
     step_cost  seconds of a training step of ResNet-50, bf16-mixed: one rank over NCCL, two ranks that share the GPU
@@ -25,11 +25,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from harness.command import add_options, collect_turns, parser
-from harness.figures import Panel, draw_bars
+from harness.figures import draw_ratios, panels_of
 from harness.ranks import Place, RanksError, Send, run_ranks
 from harness.ratios import Row, every_turn, ratios
 from harness.results import print_table, write_results
@@ -39,6 +40,8 @@ from on_gpu.card import describe
 from on_gpu.memory import measure_memory, memory_table
 from on_gpu.stalls import measure_stalls
 from on_gpu.training import COMPRESSED, Setting, methods, model, settings
+
+from lightning_easgd.lab.report import read_rows
 
 PARTS = "bandwidth", "stalls", "memory", "step_cost"
 
@@ -159,7 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure_steps(options: argparse.Namespace, chosen: Sequence[Setting], report: _Report, deadline: float) -> None:
-    panels = []
     for number, setting in enumerate(chosen):
         # What remains is divided among the settings that are left; one that takes less leaves more to the others.
         limit = max(0.0, deadline - time.monotonic()) / (len(chosen) - number)
@@ -183,8 +185,17 @@ def _measure_steps(options: argparse.Namespace, chosen: Sequence[Setting], repor
         if len({turn.method for turn in turns}) < len(known) - len(COMPRESSED):
             report.failures.append(f"step_cost, {setting.title}: {len(turns)} turns; the error is in the log")
             report.write()
-        panels.append(Panel(setting.title, ratios(setting.columns, turns)))
-        draw_bars(options.output / "figure.png", panels, title="Step cost of ResNet-50, bf16")
+        draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its table."""
+    panels = panels_of(
+        read_rows(results / "step_cost.csv"),
+        ("ranks", "backend"),
+        lambda row: "one process" if int(row["ranks"]) == 1 else f"{row['ranks']} processes, {row['backend']}",
+    )
+    draw_ratios(results / "figure.png", panels, "Time of a training step of ResNet-50 in bf16 on a GPU")
 
 
 if __name__ == "__main__":

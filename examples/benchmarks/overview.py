@@ -14,24 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.command import parser
-from harness.figures import Panel, draw_bars
+from harness.figures import Panel, draw_ratios
 from harness.network import Link
 from harness.ratios import Row
 
 from lightning_easgd.lab.report import read_rows
 
-SHOWN = {
-    "easgd": "EASGD",
-    "easgd int8": "EASGD, int8",
-    "easgd_async": "EASGD, asynchronous",
-    "flat_local_sgd": "local SGD, one buffer",
-    "post_local_sgd": "post-local SGD",
-    "accelerate": "accelerate LocalSGD",
-    "torchft": "torchft LocalSGD",
-    "torchft_diloco": "torchft DiLoCo",
-    "ddp fp16": "DDP, fp16",
-    "ddp": "DDP",
-}
+SHOWN = (
+    "easgd", "easgd int8", "easgd_async", "flat_local_sgd", "post_local_sgd", "accelerate", "torchft", "torchft_diloco",
+    "ddp fp16", "ddp",
+)  # fmt: skip
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -61,12 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fast = _rows(options.fast / "step_cost.csv", on_host, options.fast_parameters, options.fast_tau)
     slow = _rows(options.slow / "slow_link.csv", on_network, options.slow_parameters, options.slow_tau)
     panels = [
-        Panel(f"one host ({_millions(fast)}, τ={options.fast_tau})", fast),
-        Panel(f"{Link(options.mbit, options.delay_ms).name} ({_millions(slow)}, τ={options.slow_tau})", slow),
+        Panel(f"one host, {_millions(fast)}, τ = {options.fast_tau}", fast),
+        Panel(f"{Link(options.mbit, options.delay_ms).name}, {_millions(slow)}, τ = {options.slow_tau}", slow),
     ]
-    present = {row["method"] for row in (*fast, *slow)}
-    names = {name: shown for name, shown in SHOWN.items() if name in present}
-    draw_bars(options.output, panels, names=names, title="Time of a training step, relative to no communication at all")
+    draw_ratios(options.output, panels, "Time of a training step", methods=SHOWN)
     print(f"figure: {options.output}")
 
 
@@ -82,7 +72,7 @@ def _rows(table: Path, wanted: dict[str, float], parameters: int | None, tau: in
 
 
 def _millions(rows: Sequence[Row]) -> str:
-    return f"{int(rows[0]['parameters']) / 1e6:g} M parameters"
+    return f"{int(rows[0]['parameters']) / 1e6:g} M"
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from harness.command import add_method_options, add_options, chosen_methods, collect_turns, parser
-from harness.figures import Panel, draw_bars
+from harness.figures import draw_ratios, panels_of
 from harness.methods import LOCAL, NAMES
 from harness.model import Task
 from harness.network import Link, NoNamespacesError, slow_network
 from harness.ratios import Row, every_turn, ratios
 from harness.results import print_table, write_results
 from harness.turns import Turns
+
+from lightning_easgd.lab.report import read_rows
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = _options(arguments)
     methods = chosen_methods(options)
-    rows, rounds, panels = [], [], []
+    rows, rounds = [], []
     for mbit, delay, ranks, parameters, tensors in itertools.product(
         options.mbit, options.delay_ms, options.ranks, options.parameters, options.tensors
     ):
@@ -68,14 +71,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except NoNamespacesError as error:
             print(f"skipped: {link.name}: {error}")
             continue
-        lines = _with_load(ratios(setting, turns), mbit)
-        panels.append(Panel(f"{link.name}, {parameters / 1e6:g} M in {tensors} tensors", lines))
-        rows += lines
+        rows += _with_load(ratios(setting, turns), mbit)
         rounds += every_turn(setting, turns)
         write_results(options.output, {"slow_link": rows, "rounds": rounds}, vars(options))
     print_table(rows)
-    if panels:
-        draw_bars(options.output / "figure.png", panels, title="Step cost over a slow network")
+    if rows:
+        draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its table."""
+    panels = panels_of(
+        read_rows(results / "slow_link.csv"),
+        ("mbit", "delay_ms", "ranks", "parameters", "tensors"),
+        lambda row: f"{Link(float(row['mbit']), float(row['delay_ms'])).name}, {row['tensors']} tensors",
+    )
+    draw_ratios(results / "figure.png", panels, "Time of a training step over a slow network")
 
 
 def _with_load(rows: Sequence[Row], mbit: float) -> list[Row]:

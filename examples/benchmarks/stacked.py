@@ -41,11 +41,12 @@ from harness.results import print_table, write_results
 from harness.stacked_gradients import StackedGradients, Way, fastest, measure
 from harness.stacked_images import StackedImages, read_cifar10, synthetic_images
 from harness.stacked_methods import PostLocal
-from harness.stacked_results import STYLES, best_curves, best_rates
+from harness.stacked_results import best_curves, best_rates
 from harness.stacked_runs import METHODS, Run, runs
 from torch import nn
 
 from lightning_easgd.lab.models.convnets import ConvNet7, StridedNet
+from lightning_easgd.lab.simulation.sweep import read_rows as read_numbers
 
 READINGS = 40  # of a run, about
 RESERVE = 8.0  # seconds for figure and tables at the end
@@ -184,12 +185,7 @@ class Stacked:
         options = {name: value for name, value in vars(self._options).items() if name != "data"}
         write_results(self._options.output, tables, options | found)
         print_table(best)
-        draw_curves(
-            self._options.output / "figure.png",
-            {f"p = {p}": best_curves(self.curves, best, p, METHODS) for p in self._options.workers},
-            across="steps of a worker",
-            styles=STYLES,
-        )
+        draw(self._options.output)
 
     def _measured(self) -> list[Row]:
         """The speed of all ways of computing gradients here; bfloat16 is timed for information, too."""
@@ -242,6 +238,14 @@ class Stacked:
 
     def _say(self, what: str) -> None:
         print(f"{time.perf_counter() - self._started:6.1f} s  {what}", flush=True)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its tables."""
+    curves, best = (read_numbers(results / f"{name}.csv") for name in ("curves", "best"))
+    workers = sorted({row["workers"] for row in best} - {1}) or [1]
+    panels = {f"p = {p} workers": best_curves(curves, best, p, METHODS) for p in workers}
+    draw_curves(results / "figure.png", panels, "Test error against steps", across="training of a worker", unit="steps")
 
 
 if __name__ == "__main__":

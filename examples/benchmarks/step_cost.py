@@ -20,15 +20,18 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from harness.command import add_method_options, add_options, chosen_methods, collect_turns, parser
-from harness.figures import Panel, draw_bars
+from harness.figures import draw_ratios, panels_of
 from harness.methods import NAMES
 from harness.model import Task
 from harness.ranks import one_host
 from harness.ratios import every_turn, ratios
 from harness.results import print_table, write_results
 from harness.turns import Turns
+
+from lightning_easgd.lab.report import read_rows
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = _options(arguments)
     methods = chosen_methods(options)
-    rows, rounds, panels = [], [], []
+    rows, rounds = [], []
     for ranks, batch_size, tensors, parameters in itertools.product(
         options.ranks, options.batch_size, options.tensors, options.parameters
     ):
@@ -58,14 +61,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             title=f"{ranks} ranks {batch_size:>4} {parameters:>10}",
             timeout=options.timeout,
         )
-        lines = ratios(setting, turns)
-        panels.append(Panel(f"{parameters / 1e6:g} M parameters, {ranks} ranks, batch {batch_size}", lines))
-        rows += lines
+        rows += ratios(setting, turns)
         rounds += every_turn(setting, turns)
         # Written after every setting: what is measured is not lost.
         write_results(options.output, {"step_cost": rows, "rounds": rounds}, vars(options))
     print_table(rows)
-    draw_bars(options.output / "figure.png", panels, title="Step cost on one host")
+    draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its table."""
+    panels = panels_of(
+        read_rows(results / "step_cost.csv"),
+        ("ranks", "batch_size", "tensors", "parameters"),
+        lambda row: f"{float(row['parameters']) / 1e6:g} M parameters, {row['ranks']} processes",
+    )
+    draw_ratios(results / "figure.png", panels, "Time of a training step on one host")
 
 
 if __name__ == "__main__":

@@ -25,16 +25,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 
 from harness.command import add_method_options, add_options, chosen_methods, collect_turns, parser
-from harness.figures import Panel, draw_bars
+from harness.figures import Panel, draw_ratios
 from harness.methods import LOCAL
 from harness.model import Task
 from harness.ranks import one_host
 from harness.ratios import Row, every_turn, median_and_range
 from harness.results import print_table, write_results
 from harness.turns import Turn, Turns
+
+from lightning_easgd.lab.report import read_rows
 
 UNDISTURBED, STRAGGLER, JITTER = "undisturbed", "straggler", "jitter"
 METHODS = ("local", "easgd", "easgd_async", "post_local_sgd", "flat_local_sgd", "ddp")
@@ -88,14 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds = [row for situation, own in turns.items() for row in every_turn({"situation": situation}, own)]
     write_results(options.output, {"straggler": rows, "rounds": rounds}, vars(options))
     print_table(rows)
+    draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its table."""
+    rows = read_rows(results / "straggler.csv")
     panels = [
         Panel(title, [row | _bar(row) for row in rows if row["situation"] == situation])
-        for situation, title in (
-            (STRAGGLER, f"beside a {options.slower:g}x slower rank"),
-            (JITTER, "all ranks pause at times"),
-        )
+        for situation, title in ((STRAGGLER, "one rank is slow"), (JITTER, "all ranks pause at times"))
     ]
-    draw_bars(options.output / "figure.png", panels, what="step time of the others / local training")
+    draw_ratios(results / "figure.png", panels, "Time of a training step of the other ranks")
 
 
 def _shares(situation: str, turns: Sequence[Turn], undisturbed: Sequence[Turn]) -> list[Row]:
@@ -128,7 +134,7 @@ def _seconds(turn: Turn, others: bool) -> float:
 
 def _bar(row: Row) -> Row:
     """Step time in place of step rate."""
-    low, middle, high = (row[f"rate_of_local{end}"] for end in ("_max", "", "_min"))
+    low, middle, high = (float(row[f"rate_of_local{end}"]) for end in ("_max", "", "_min"))
     return {"ratio": 1 / middle, "ratio_min": 1 / low, "ratio_max": 1 / high}
 
 

@@ -11,6 +11,7 @@ so that a time is known to the evaluation after it. One seed: this is a demonstr
 """
 
 import argparse
+import json
 import os
 import tempfile
 
@@ -35,6 +36,7 @@ from lightning_easgd.lab.data import CIFAR10DataModule, DataError
 from lightning_easgd.lab.models import Classifier, StridedNet
 from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
 from lightning_easgd.lab.report import read_rows
+from lightning_easgd.lab.simulation.sweep import read_rows as read_numbers
 
 NAMES = ("ddp", "post_local_sgd", "easgd", "eamsgd")
 MOMENTUM = 0.9
@@ -103,20 +105,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = _times(curves, options.target)
     write_results(options.output, {"time_to_accuracy": rows, "curves": curves}, vars(options))
     print_table(rows)
-    chosen = {(row["method"], row["lr"]) for row in rows}
+    draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the figure of a results directory from its tables."""
+    rows, curves = (read_numbers(results / f"{name}.csv") for name in ("time_to_accuracy", "curves"))
+    options = json.loads((results / "setting.json").read_text(encoding="utf-8"))["options"]
     draw_curves(
-        options.output / "figure.png",
+        results / "figure.png",
         {
-            f"CIFAR-10, {options.ranks} nodes, {Link(options.mbit, options.delay_ms).name}": {
+            f"CIFAR-10, {options['ranks']} nodes, {Link(options['mbit'], options['delay_ms']).name}": {
                 method: [
                     (point["seconds"], point["test_error"])
                     for point in curves
                     if (point["method"], point["lr"], point["round"]) == (method, lr, 0)
                 ]
-                for method, lr in sorted(chosen)
+                for method, lr in sorted({(row["method"], row["lr"]) for row in rows})
             }
         },
-        target=options.target,
+        "Test error against training time over a slow network",
+        target=options["target"],
     )
 
 

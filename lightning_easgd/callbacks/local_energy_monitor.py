@@ -96,7 +96,16 @@ class LocalEnergyMonitor(Callback):
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Starts anew, so that a second `fit` does not repeat the rows of the first."""
+        """Starts anew, so that a second `fit` does not repeat the rows of the first.
+
+        Raises:
+            TypeError: If the parameters are sharded.
+        """
+        if getattr(trainer.strategy, "is_sharded", False):
+            raise TypeError(
+                f"LocalEnergyMonitor(): {type(trainer.strategy).__name__} shards the parameters, and no rank can move"
+                " them alone; measure with the checkpoint, on one device."
+            )
         self._rows = []
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -16,6 +16,7 @@ from lightning_easgd.callbacks.recording import (
     own_weights,
     write_csv,
 )
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["ACCURACY_FILE", "WorkerEvaluation", "accuracy"]
 
@@ -43,7 +44,7 @@ class WorkerEvaluation(Callback):
 
     Lightning's validation splits the data over the ranks, each of which would score another worker on another
     part. Here every worker sees the whole set; the center, which is the same everywhere, is scored in equal
-    parts by all ranks. With a strategy without a center, the model that training returns (rank 0's) takes its
+    parts by all workers. With a strategy without a center, the model that training returns (rank 0's) takes its
     place.
 
     The data come from the datamodule's `val_dataloader` after each validation, and from its `test_dataloader`
@@ -86,17 +87,20 @@ class WorkerEvaluation(Callback):
 
     def _evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         batches = self._batches(trainer, stage)
-        strategy, rank, world = trainer.strategy, trainer.global_rank, trainer.world_size
+        strategy, rank = trainer.strategy, trainer.global_rank
+        layout = getattr(strategy, "layout", None) or WorkerLayout(trainer.world_size)
         with own_weights(strategy):
             worker = self._total(trainer, module, batches)
         model = worker if rank == 0 else (0.0, 0)
         if isinstance(strategy, ElasticStrategy):
             with strategy.center_weights():
-                model = self._total(trainer, module, batches[rank::world])
+                # The ranks of one worker score the same: they may have to compute together.
+                model = self._total(trainer, module, batches[layout.worker_of(rank) :: layout.workers])
         gathered = gather(trainer, [*worker, *model])
         model_sum, model_count = sum(row[2] for row in gathered), sum(row[3] for row in gathered)
         scores = {"center": model_sum / model_count}
-        scores |= {f"worker_{i}": row[0] / row[1] for i, row in enumerate(gathered)}
+        rows = [gathered[ranks[0]] for ranks in layout.inside]
+        scores |= {f"worker_{i}": row[0] / row[1] for i, row in enumerate(rows)}
         self.last_scores = scores
         self._record(trainer, stage, scores)
 

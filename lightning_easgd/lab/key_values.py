@@ -8,25 +8,44 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-__all__ = ["Actions", "Values", "build", "did_you_mean", "run_action"]
+from lightning_easgd import __version__
+
+__all__ = ["Actions", "Examples", "Values", "build", "check_new", "did_you_mean", "run_action"]
 
 _HELP = ("-h", "--help", "help")
+_SWITCH = {"true": True, "false": False}
 
 T = TypeVar("T")
 Values = Mapping[str, list[Any]]
 Actions = Mapping[str, Sequence[Callable[..., Any]]]
 """Of each action the function that does it, then the class whose arguments it gets as ``values``, if it wants any."""
+Examples = Mapping[str, Sequence[str]]
+"""Of each action the words that may follow it."""
 
 
-def run_action(command: str, actions: Actions, words: Sequence[str]) -> int | str:
+def run_action(command: str, purpose: str, actions: Actions, examples: Examples, words: Sequence[str]) -> int | str:
     """Run the action that the first word names; ``--help`` explains its keys as the docstrings do.
+
+    Args:
+        command: The command's name.
+        purpose: What it does, for the help.
+        actions: What it can do.
+        examples: How each action is called.
+        words: The command line.
 
     Returns:
         The exit status, or the sentence to end with.
     """
     usage = f"usage: {command} {{{','.join(actions)}}} [key=value ...]"
+    if "--version" in words:
+        print(f"{command} {__version__}")
+        return 0
     if not set(_HELP).isdisjoint(words):
-        print(usage, *(_help(name, kinds) for name, kinds in actions.items() if words[0] in (name, *_HELP)), sep="\n\n")
+        shown = [name for name in actions if words[0] in (name, *_HELP)]
+        print(usage, "\n".join(textwrap.wrap(f"{command} {purpose}", 100)), sep="\n\n")
+        for name in shown:
+            calls = "\n".join(f"  {command} {name} {words}".rstrip() for words in examples[name])
+            print("", _help(name, actions[name]), f"Examples:\n{calls}", sep="\n")
         return 0
     if not words or words[0] not in actions:
         return f"{usage}; {command} --help explains the keys"
@@ -38,6 +57,18 @@ def run_action(command: str, actions: Actions, words: Sequence[str]) -> int | st
     except (ValueError, ModuleNotFoundError, FileNotFoundError) as error:
         return f"{command}: {error}"
     return status
+
+
+def check_new(*files: Path, overwrite: bool) -> None:
+    """Refuse to write over results.
+
+    Raises:
+        ValueError: If one of the files is there already, and may not be overwritten.
+    """
+    if not overwrite and (there := [str(file) for file in files if file.exists()]):
+        raise ValueError(
+            f"{', '.join(there)}: this result is there already; give another place, or overwrite=true to replace it"
+        )
 
 
 def build(kind: Callable[..., T], values: Values) -> T:
@@ -72,10 +103,11 @@ def _read(words: Sequence[str], types: Mapping[str, type]) -> dict[str, list[Any
         if key not in types:
             raise ValueError(f"there is no key {key!r}; {did_you_mean(key, list(types))}")
         try:
-            values[key] = [types[key](value) for value in ([text] if types[key] is Path else text.split(","))]
-        except ValueError as error:
-            number = "whole number" if types[key] is int else "number"
-            raise ValueError(f"{key}={text}: this is no {number}") from error
+            parts = [text] if types[key] is Path else text.split(",")
+            values[key] = [_SWITCH[part] if types[key] is bool else types[key](part) for part in parts]
+        except (KeyError, ValueError) as error:
+            remedy = {int: "no whole number", bool: "neither true nor false"}.get(types[key], "no number")
+            raise ValueError(f"{key}={text}: this is {remedy}") from error
     return values
 
 

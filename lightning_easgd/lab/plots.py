@@ -1,60 +1,100 @@
 """The figure of a run, drawn from its CSV files only: `python -m lightning_easgd.plots RUN_DIRECTORY`."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_easgd.callbacks import ACCURACY_FILE, ELASTIC_DIRECTORY
-from lightning_easgd.lab.demo_extra import blank_figure
-from lightning_easgd.lab.report import CENTER, is_elastic, read_rows
+from lightning_easgd.lab.figure_style import (
+    CENTER_STYLE,
+    MODEL_STYLE,
+    WORKER_STYLE,
+    blank_figure,
+    legend_below,
+    percent,
+    plot,
+    save,
+)
+from lightning_easgd.lab.report import CENTER, is_elastic, whole_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE_FILE = "figure.png"
+_STEPS = "optimizer steps of a worker"
+_THIN: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.7}
+
+Rows = list[dict[str, str]]
 
 
-def draw(run: Path) -> Path:
-    """Draw validation accuracy of center and workers, and the elastic distance, over the steps; return the PNG file."""
-    figure, (accuracy, distance) = blank_figure((5, 4), 2)
-    _draw_accuracy(accuracy, run)
-    _draw_distance(distance, run)
-    path = run / FIGURE_FILE
-    figure.savefig(path, dpi=150)
-    return path
+def draw(run: Path) -> Path | None:
+    """Draw validation accuracy of center and workers, and the elastic distance, over the steps.
+
+    Returns:
+        The PNG file; None if there is nothing to draw.
+    """
+    scores = [row for row in whole_rows(run, ACCURACY_FILE) if row["stage"] == "val"]
+    distances = _distances(run)
+    panels: list[Callable[[Axes], None]] = []
+    if scores:
+        panels.append(lambda axes: _draw_accuracy(axes, scores, elastic=is_elastic(run)))
+    if distances:
+        panels.append(lambda axes: _draw_distances(axes, distances))
+    if not panels:
+        return None
+    compared = "The center and the workers" if is_elastic(run) else "The model"
+    figure, systems = blank_figure(len(panels), f"{compared} during training")
+    for axes, panel in zip(systems, panels, strict=True):
+        panel(axes)
+        axes.set_xlabel(_STEPS)
+    legend_below(figure)
+    return save(figure, run / FIGURE_FILE)
 
 
-def _draw_accuracy(axes: "Axes", run: Path) -> None:
-    rows = [row for row in read_rows(run / ACCURACY_FILE) if row["stage"] == "val"]
-    for weights in dict.fromkeys(row["weights"] for row in rows):
-        if weights == CENTER:
-            style = {"label": "center" if is_elastic(run) else "model", "color": "black", "linewidth": 2, "zorder": 3}
-        else:
-            style = {"label": weights.replace("_", " "), "linewidth": 1}
-        _plot(axes, [row for row in rows if row["weights"] == weights], "accuracy", style)
-    axes.set(xlabel="steps of a worker", ylabel="validation accuracy")
-    if rows:
-        axes.legend()
-
-
-def _draw_distance(axes: "Axes", run: Path) -> None:
+def _distances(run: Path) -> list[Rows]:
+    """Of each worker its rows with a distance; of workers that have some."""
     files = sorted((run / ELASTIC_DIRECTORY).glob("rank_*.csv"), key=lambda path: int(path.stem[5:]))
-    for path in files:
-        style = {"label": f"worker {path.stem[5:]}", "linewidth": 1}
-        _plot(axes, [row for row in read_rows(path) if row["distance"]], "distance", style)
-    axes.set(xlabel="steps of a worker", ylabel="elastic distance")
-    if files:
-        axes.legend()
-    else:
-        axes.text(0.5, 0.5, "no elastic averaging in this run", ha="center", transform=axes.transAxes)
+    found = [[row for row in whole_rows(run, f"{ELASTIC_DIRECTORY}/{path.name}") if row["distance"]] for path in files]
+    return [rows for rows in found if rows]
 
 
-def _plot(axes: "Axes", rows: list[dict[str, str]], column: str, style: dict[str, Any]) -> None:
-    axes.plot([int(row["step"]) for row in rows], [float(row[column]) for row in rows], **style)
+def _draw_accuracy(axes: "Axes", rows: Rows, *, elastic: bool) -> None:
+    curves = {weights: [row for row in rows if row["weights"] == weights] for weights in _weights(rows)}
+    center = _points(curves.pop(CENTER, []), "accuracy")
+    for own in curves.values():
+        worker = _points(own, "accuracy")
+        if elastic or worker != center:  # DDP: every rank has the same model
+            plot(axes, worker[0], percent(worker[1]), WORKER_STYLE, **_THIN)
+    if center[0]:
+        plot(axes, center[0], percent(center[1]), CENTER_STYLE if elastic else MODEL_STYLE, linewidth=2.2, zorder=3)
+    axes.set(title="accuracy on held-out data", ylabel="validation accuracy, %")
+
+
+def _weights(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["weights"] for row in rows))
+
+
+def _draw_distances(axes: "Axes", workers: list[Rows]) -> None:
+    for rows in workers:
+        steps, values = _points(rows, "distance")
+        plot(axes, steps, values, WORKER_STYLE, **_THIN)
+    axes.set(title="how far the workers are from it", ylabel="elastic distance ‖xᵢ − x̃‖")
+    axes.set_ylim(bottom=0)
+
+
+def _points(rows: Rows, column: str) -> tuple[list[int], list[float]]:
+    return [int(row["step"]) for row in rows], [float(row[column]) for row in rows]
 
 
 def main() -> None:
     """Draw the figure of the run whose directory the command line names."""
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY")
-    print(draw(Path(sys.argv[1])))
+    words = sys.argv[1:]
+    if len(words) != 1 or not Path(words[0]).is_dir():
+        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY, where that is the directory of a run")
+    run = Path(words[0])
+    print(draw(run) or f"there is nothing to draw: {run} has no {ACCURACY_FILE} and no {ELASTIC_DIRECTORY}")
+
+
+if __name__ == "__main__":
+    main()

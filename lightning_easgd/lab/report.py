@@ -1,6 +1,7 @@
 """The table that ends a run, made from the CSV files and the configuration in its directory."""
 
 import csv
+import math
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -11,7 +12,11 @@ from lightning_easgd.callbacks import ACCURACY_FILE, COMMUNICATION_FILE, TIME_FI
 
 CENTER = "center"
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.csv"
+EARLIER = "earlier"  # what a resumed run keeps of those before it: a folder by the step at which each was left
 _WORKER = "worker_"
+_AS_GUESSING = 1.5  # times the accuracy of guessing
+_FAR_FROM_GUESSING = 10  # times the loss of guessing
 # By strategy: what happens inside a batch. Nobody can tell from outside how long DDP waits there.
 _IN_A_BATCH = {
     "builtins.str": "compute",
@@ -34,14 +39,40 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def whole_rows(run: Path, name: str) -> list[dict[str, str]]:
+    """Read a CSV file of a run, after the rows of the runs that it has gone on from."""
+    legs = sorted((run / EARLIER).glob("[0-9]*"), key=lambda leg: int(leg.name))
+    return [row for folder in (*legs, run) for row in read_rows(folder / name)]
+
+
 def last_accuracy(run: Path, stage: str) -> dict[str, float]:
     """Return the last accuracy of each weights on the set "val" or "test", the center's first."""
     return {row["weights"]: float(row["accuracy"]) for row in read_rows(run / ACCURACY_FILE) if row["stage"] == stage}
 
 
-def render(run: Path) -> str:
-    """Format accuracy, time and traffic of a finished run."""
+def divergence(loss: float | None, accuracy: float | None, classes: int | None) -> str | None:
+    """Say how a training has diverged, None if it has not.
+
+    Args:
+        loss: The last loss that is known.
+        accuracy: The last accuracy.
+        classes: Number of classes, whose reciprocal is the accuracy of guessing.
+    """
+    if loss is not None and not math.isfinite(loss):
+        return f"the loss is not finite ({loss})"
+    if loss is None or accuracy is None or not classes:
+        return None
+    # A network that has hardly been trained may be a few times worse than a guess, and is right as often.
+    if accuracy <= _AS_GUESSING / classes and loss > _FAR_FROM_GUESSING * math.log(classes):
+        return f"the loss is {loss:.3g}, that of guessing {math.log(classes):.3g}; accuracy {accuracy:.2%}"
+    return None
+
+
+def render(run: Path, diverged: str | None = None) -> str:
+    """Format accuracy, time and traffic of a finished run, and how it has diverged if it has."""
     lines = [*_accuracy_lines(run), *_time_lines(run), *_traffic_lines(run)]
+    if diverged:
+        lines.insert(0, _Line("DIVERGED", "", diverged))
     if not lines:
         return f"  nothing to report: callbacks=default writes the CSV files that {run} lacks"
     width = max(len(line.label) for line in lines)

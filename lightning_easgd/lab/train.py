@@ -2,12 +2,15 @@
 
 import inspect
 import logging
+import math
 import os
 import platform
 import secrets
+import sys
 import warnings
+from collections.abc import Mapping
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +18,48 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_easgd.lab import plots, report
-from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+import lightning_easgd
+from lightning_easgd.lab import plots, rank_errors, report, resume
+from lightning_easgd.lab.command_errors import (
+    ReportedError,
+    UsageError,
+    before_training,
+    naming_the_key,
+    run_command,
+    shows_tracebacks,
+    usage_errors,
+)
+from lightning_easgd.lab.configuration import SEARCH_PATH
+from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.models import Classifier
+from lightning_easgd.lab.run_directory import VERSIONS_FILE, check_free, clear, saved_run, take_over
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 _COMMAND = "easgd-train"
+_CONFIGURATION = "train"
 CONFIG_FILE = report.CONFIG_FILE
-VERSIONS_FILE = "versions.txt"
-_PACKAGES = ("lightning_easgd", "lightning", "torch", "torchmetrics", "hydra-core", "numpy")
+_PACKAGES = ("lightning", "torch", "torchmetrics", "hydra-core", "numpy")
+_diverged: list[str] = []  # runs of this process, and how
 
 
 def main() -> None:
     """Run the command."""
-    run_command(_COMMAND, _hydra_main)
+    _diverged.clear()
+    run_command(_COMMAND, _run)
+    if _diverged:
+        sys.exit(f"{_COMMAND}: diverged: {'; '.join(_diverged)}; lower optimizer.lr, or set on_divergence=report")
+
+
+def _run() -> None:
+    name = resume.configuration(sys.argv[1:], _CONFIGURATION)
+    hydra.main(config_path=SEARCH_PATH, config_name=name, version_base="1.3")(_hydra_main)()
 
 
 def launch_name() -> str:
@@ -46,14 +72,23 @@ def launch_name() -> str:
     return str(os.getppid()) if launched_with_others else secrets.token_hex(2)
 
 
+_ON_DIVERGENCE = ("fail", "report")
+_WHOLE_NUMBERS = {"max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "accumulate_grad_batches": 1}
+_LOSSES = ("val/loss", "train/loss")
+
+
 # Cached: Hydra asks several times for the directory of one run.
 OmegaConf.register_new_resolver("easgd_launch", launch_name, use_cache=True, replace=True)
 
 
-@hydra.main(config_path="pkg://lightning_easgd.conf", config_name="train", version_base="1.3")
 def _hydra_main(config: DictConfig) -> float | None:
-    with usage_errors():
-        return train(config)
+    with usage_errors(_COMMAND):
+        try:
+            return train(config)
+        except ReportedError:
+            if HydraConfig.get().mode == RunMode.MULTIRUN or shows_tracebacks():
+                raise
+            sys.exit(1)
 
 
 def train(config: DictConfig) -> float | None:
@@ -62,23 +97,53 @@ def train(config: DictConfig) -> float | None:
     Returns:
         The last validation accuracy at the center, for Hydra's sweepers; None on other ranks than 0 and when
         the run did not measure it.
+
+    Raises:
+        ReportedError: If the training has failed.
     """
     quiet()
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    trainer = build_trainer(config)
-    _check_launch(config, trainer)
-    _check_optimizer(config, trainer.strategy)
-    datamodule = instantiate(config.data)
-    model = build_model(config)
-    _check_data(model, datamodule)
     run = Path(config.paths.run)
-    if trainer.is_global_zero:
-        _record(config, run)
-    trainer.fit(model, datamodule=datamodule, ckpt_path=config.ckpt_path)
-    if not trainer.is_global_zero:
+    checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
+    with before_training(_COMMAND):
+        _check_settings(config)
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        trainer = build_trainer(config)
+        is_first = trainer.is_global_zero
+        if is_first:
+            in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+            check_free(_COMMAND, run, overwrite=config.overwrite, resumed=checkpoint, in_sweep=in_sweep)
+        _check_launch(config, trainer)
+        optimizer = _check_optimizer(config, trainer.strategy)
+        datamodule = instantiate(config.data)
+        model = build_model(config)
+        _check_data(model, datamodule)
+        state: dict[str, Any] = {}
+        if checkpoint is not None and is_first:
+            state = resume.read_checkpoint(_COMMAND, checkpoint)
+            resume.check_resume(_COMMAND, checkpoint, state, config, trainer, model, optimizer)
+        trainer.callbacks.append(_LogSettings(config))  # type: ignore[attr-defined]
+        if checkpoint is not None:
+            trainer.callbacks.insert(0, _changed_settings(config, checkpoint))  # type: ignore[attr-defined]
+    if is_first:
+        try:
+            _begin(config, run, checkpoint, state.get("global_step", 0))
+        except OSError as error:
+            raise UsageError(
+                f"{_COMMAND}(paths.run={run}): nothing can be written there ({error.strerror}); choose another"
+                " directory"
+            ) from error
+    del state
+    try:
+        rank_errors.fit(trainer, run, _COMMAND, quiet, model=model, datamodule=datamodule, ckpt_path=config.ckpt_path)
+    except ReportedError:
+        if not rank_errors.is_divergence(run):
+            raise
+        if trainer.is_global_zero:
+            print(report.render(run, "the weights are not finite"))
+        if config.on_divergence == "fail":
+            raise
         return None
-    _conclude(config, run)
-    return report.last_accuracy(run, "val").get(report.CENTER)
+    return _conclude(config, run, trainer, model) if trainer.is_global_zero else None
 
 
 def build_model(config: DictConfig) -> L.LightningModule:
@@ -91,10 +156,13 @@ def build_model(config: DictConfig) -> L.LightningModule:
 def build_trainer(config: DictConfig) -> L.Trainer:
     """Build the trainer with strategy, callbacks and loggers."""
     loggers = [_build_logger(config.logger, name) for name in config.logger]
+    callbacks = _build_callbacks(config)
+    if not loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
+        raise UsageError(f"{_COMMAND}(logger=none): LearningRateMonitor writes to a logger; choose one, as logger=csv")
     trainer: L.Trainer = instantiate(
         config.trainer,
         strategy=build_strategy(config.strategy),
-        callbacks=_build_callbacks(config),
+        callbacks=callbacks,
         logger=loggers or False,
     )
     return trainer
@@ -103,11 +171,11 @@ def build_trainer(config: DictConfig) -> L.Trainer:
 def build_strategy(config: DictConfig) -> Any:
     """Build the strategy.
 
-    `tau` is left out where it means nothing, so that a sweep may set it for all. A `timeout` that is a number, as it
-    is written on a command line, means seconds.
+    `tau` and `start_method` are left out where they mean nothing, so that a sweep may set them for all. A `timeout`
+    that is a number, as it is written on a command line, means seconds.
     """
     initializer = inspect.getattr_static(get_class(config._target_), "__init__")
-    left_out = set() if "tau" in inspect.signature(initializer).parameters else {"tau"}
+    left_out = {"tau", "start_method"} - set(inspect.signature(initializer).parameters)
     return instantiate(
         OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]), **_timeout(config)
     )
@@ -129,11 +197,14 @@ def _build_callbacks(config: DictConfig) -> list[Any]:
         for prefix, switch in (("progress_bar", "enable_progress_bar"), ("checkpoint", "enable_checkpointing"))
         if config.trainer[switch] is False
     )
-    return [
-        instantiate(callback)
+    chosen = {
+        str(name): callback
         for name, callback in config.callbacks.items()
         if callback and not str(name).startswith(switched_off)
-    ]
+    }
+    if any(name.startswith("progress_bar_") for name in chosen):  # it takes the default's place
+        del chosen["progress_bar"]
+    return [instantiate(callback) for callback in chosen.values()]
 
 
 def _build_logger(config: DictConfig, name: str) -> Any:
@@ -151,12 +222,12 @@ def _build_logger(config: DictConfig, name: str) -> Any:
 def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
     """Refuses, before any process starts, what would train something else than was asked for."""
     settings = HydraConfig.get()
-    if settings.runtime.choices["strategy"] == "single" and trainer.world_size > 1:
+    if config.strategy._target_ == "builtins.str" and trainer.world_size > 1:
         raise UsageError(
             f"{_COMMAND}(strategy=single, trainer.devices={config.trainer.devices}): one process uses one "
             f"device; set trainer.devices=1 or choose another strategy"
         )
-    popen = config.strategy.get("start_method") == "popen"
+    popen = config.strategy.get("start_method", "popen") == "popen"
     environment = getattr(trainer.strategy, "cluster_environment", None)
     external = environment is not None and environment.creates_processes_externally
     if settings.mode == RunMode.MULTIRUN and popen and trainer.num_devices > 1 and not external:
@@ -167,49 +238,116 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
         )
 
 
-def _check_optimizer(config: DictConfig, strategy: object) -> None:
+def _check_settings(config: DictConfig) -> None:
+    """Refuse values of this command's own keys, and of those that would fail late."""
+    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UsageError(f"{_COMMAND}(seed={config.seed}): give a whole number from 0 to {2**32 - 1}")
+    for key in ("overwrite", "report", "plot"):
+        if not isinstance(config[key], bool):
+            raise UsageError(f"{_COMMAND}({key}={config[key]}): give true or false")
+    if config.on_divergence not in _ON_DIVERGENCE:
+        raise UsageError(
+            f"{_COMMAND}(on_divergence={config.on_divergence}): unknown; choose one of: {', '.join(_ON_DIVERGENCE)}"
+        )
+    for key, least in _WHOLE_NUMBERS.items():
+        value = config.trainer[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise UsageError(f"{_COMMAND}(trainer.{key}={value}): give a whole number from {least} on, or leave it out")
+
+
+def _check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimizer:
     """Build the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
     try:
-        optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
+        optimizer: torch.optim.Optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
         if isinstance(strategy, TrainerStrategy) and strategy.has_center:
             strategy.prepare_optimizer(optimizer)
+    except InstantiationException:
+        raise
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}") from error
+        raise UsageError(_of_the_optimizer(config, error)) from error
+    if config.get("scheduler"):
+        try:
+            scheduler = instantiate(config.scheduler)(optimizer)
+            optimizer.step()
+            scheduler.step()
+        except (TypeError, ValueError, ArithmeticError) as error:
+            raise UsageError(naming_the_key(_COMMAND, "scheduler", error)) from error
+    return optimizer
+
+
+def _of_the_optimizer(config: DictConfig, error: Exception) -> str:
+    if "Strategy(" in str(error):  # what the strategy says of the optimizer
+        return f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}"
+    return naming_the_key(_COMMAND, "optimizer", error)
 
 
 def _check_data(model: L.LightningModule, datamodule: object) -> None:
-    """Compare the model with the data before any process starts."""
+    """Compare the model with the data, and look for the data's files, before any process starts."""
     if isinstance(model, Classifier):
         try:
             model.check_data(datamodule)
         except ValueError as error:
             raise UsageError(f"{_COMMAND}: {error}") from error
+    if isinstance(datamodule, SplitDataModule):
+        datamodule.check_files()
 
 
-def _record(config: DictConfig, run: Path) -> None:
-    """Write what the run was made from: the resolved configuration and the versions."""
-    run.mkdir(parents=True, exist_ok=True)
-    (run / CONFIG_FILE).write_text(OmegaConf.to_yaml(_portable(config), resolve=True), encoding="utf-8")
-    lines = machine()
-    for package in _PACKAGES:
-        try:
-            lines.append(f"{package} {version(package)}")
-        except PackageNotFoundError:  # run from a clone that is not installed
-            lines.append(f"{package} unknown")
+def _changed_settings(config: DictConfig, checkpoint: Path) -> resume.ChangedSettings:
+    words = HydraConfig.get().overrides.task
+    optimizer, scheduler, strategy = (
+        resume.changed_settings(group, config, checkpoint, words) for group in ("optimizer", "scheduler", "strategy")
+    )
+    if config.strategy._target_.endswith("EASGDStrategy") and "momentum" in strategy:
+        own = {key: config.optimizer[key] for key in ("momentum", "nesterov")}
+        optimizer |= own if strategy["momentum"] is None else {"momentum": strategy["momentum"], "nesterov": True}
+    return resume.ChangedSettings(optimizer, scheduler)
+
+
+class _LogSettings(L.Callback):
+    """Gives the run's settings to the loggers, in the process that writes them."""
+
+    def __init__(self, config: DictConfig) -> None:
+        places = (str(config.paths.run), str(config.paths.data))  # of this machine, and not of the run
+        self._settings = {key: value for key, value in _flat(config).items() if not str(value).startswith(places)}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self._settings)
+
+
+def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that are values, by their dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | DictConfig):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return flat
+
+
+def _begin(config: DictConfig, run: Path, checkpoint: Path | None, step: int) -> None:
+    """Take the run's directory, and write what the run is made from: configuration and versions."""
+    saved = None if checkpoint is None else saved_run(checkpoint.absolute())
+    if saved is None:
+        clear(run)
+    else:
+        take_over(saved[0], run, step)
+    # Another run may have begun here since the directory was found to be free.
+    with (run / CONFIG_FILE).open("x", encoding="utf-8") as file:
+        file.write(OmegaConf.to_yaml(_record(config)))
+    lines = [*machine(), f"lightning_easgd {lightning_easgd.__version__}"]
+    lines += [f"{package} {version(package)}" for package in _PACKAGES]
     (run / VERSIONS_FILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _portable(config: DictConfig) -> DictConfig:
-    """A copy in which the data's place, if it comes from the environment, resolves to what the environment is asked.
-
-    Where the data lie is a fact of this machine and not of the run.
-    """
-    copy: DictConfig = config.copy()
-    place = OmegaConf.to_container(config.paths, resolve=False)["data"]  # type: ignore[call-overload, index]
-    if isinstance(place, str) and place.startswith("${oc.env:"):
-        with open_dict(copy):
-            copy.paths.data = "\\" + place  # an escaped interpolation is text
-    return copy
+def _record(config: DictConfig) -> DictConfig:
+    """What `--config-dir RUN --config-name config` runs again: where a run writes, and that it may, are not of it."""
+    record: DictConfig = config.copy()
+    with open_dict(record):
+        record.paths.run = "${hydra:runtime.output_dir}"
+        record.overwrite = False
+    return OmegaConf.merge({"defaults": [{"optional hydra": _CONFIGURATION}, "_self_"]}, record)  # type: ignore[return-value]
 
 
 def machine() -> list[str]:
@@ -226,25 +364,37 @@ def machine() -> list[str]:
     ]
 
 
-def _conclude(config: DictConfig, run: Path) -> None:
-    """Print the table and draws the figure; neither can spoil a run that is done."""
+def _conclude(config: DictConfig, run: Path, trainer: L.Trainer, model: L.LightningModule) -> float | None:
+    """Print the table and draw the figure; neither can spoil a run that is done."""
+    accuracy = report.last_accuracy(run, "val").get(report.CENTER)
+    losses = [float(trainer.callback_metrics[key]) for key in _LOSSES if key in trainer.callback_metrics]
+    loss = next((each for each in losses if not math.isfinite(each)), losses[0] if losses else None)
+    diverged = report.divergence(loss, accuracy, getattr(model, "num_classes", None))
+    if diverged and config.on_divergence == "fail":
+        _diverged.append(f"{run}: {diverged}")
     if config.report:
-        print(report.render(run))
+        print(report.render(run, diverged))
     if config.plot:
         try:
-            print(f"  figure: {plots.draw(run)}")
+            print(f"  figure: {plots.draw(run) or 'there is nothing to draw'}")
         except MissingExtraError as error:
             print(f"  no figure: {error}")
     print(f"  run directory: {run}")
+    return accuracy
 
 
 def quiet() -> None:
     """Silence what Lightning says about every run of this command and no user can act upon."""
-    # Filters are compared when they are added: calling this again adds nothing.
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
+    for name in ("lightning.pytorch", "lightning.fabric"):  # devices, ranks, and advertisements
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever sets one wants its report
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks
     for message in (
         # The shipped data sets are in memory, where loader processes only cost time.
         r".*does not have many workers which may be a bottleneck.*",
+        r"The number of training batches .* is smaller than the logging interval.*",
+        # The table says so.
+        r"Encountered `nan` values in tensor.*",
         # Hydra has just made the run's directory, and the CSV logger finds Hydra's files in it.
         r"Experiment logs directory .* exists and is not empty.*",
         r"Checkpoint directory .* exists and is not empty.*",
@@ -252,14 +402,12 @@ def quiet() -> None:
         r"The dirpath has changed from .*",
         # A checkpoint that is only tested does not need the callbacks of its training.
         r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint need to be provided.*",
+        # Of debug=overfit, which asks for the same batches again and again.
+        r"You requested to overfit but enabled train dataloader shuffling.*",
         # Lightning and the tested torch; nothing of ours.
         r"`isinstance\(treespec, LeafSpec\)` is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "litlogger" not in record.getMessage()
 
 
 if __name__ == "__main__":

@@ -75,9 +75,10 @@ class CenterMethod(WorkerProcess):
     def center(self) -> Mapping[str, Tensor]:
         """The center as it is now: read-only, parameter name → tensor of the parameter's shape.
 
-        The tensors are float32 (float64 for double parameters). Reading waits for the exchange under way; the next
-        one may change the tensors. After ``fit``, with Fabric after ``finalize``, it is the final center. With several
-        modules of Fabric's the names begin with a module's place in the order of their setup, as in ``"0.weight"``.
+        The tensors are float32 (float64 for double parameters). Reading waits for the exchange under way, for which all
+        ranks of a worker read together; the next one may change the tensors. After ``fit``, with Fabric after
+        ``finalize``, it is the final center. With several modules of Fabric's the names begin with a module's place in
+        the order of their setup, as in ``"0.weight"``.
 
         Raises:
             RuntimeError: If training has not started in this process.
@@ -112,7 +113,7 @@ class CenterMethod(WorkerProcess):
     def elastic_distance(self) -> float | None:
         r"""The distance :math:`\|x^i - \tilde x\|_2` of this worker at its last exchange, None before the first.
 
-        It makes no communication and waits for none.
+        It makes no communication and waits for none, except inside of a sharded worker, whose ranks ask together.
 
         Raises:
             RuntimeError: If this process only spawns or forks the ranks.

@@ -140,6 +140,7 @@ class EASGDMethod(CenterMethod):
     """
 
     method = "elastic averaging"
+    _may_have_many_ranks = True
 
     @takes_ddp_arguments
     def __init__(

@@ -12,7 +12,7 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
-from lightning_easgd.strategies.easgd import EASGDMethod
+from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fabric_strategy import FabricStrategy
 from lightning_easgd.strategies.sharded_workers import DOCUMENTATION, Size, of_sharded_workers, resolve_sizes
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
@@ -45,6 +45,10 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
             alpha: float | Schedule | None = None,
             rho: float | Schedule | None = None,
             momentum: float | None = None,
+            outer_momentum: float | None = None,
+            outer_nesterov: bool = False,
+            pull_to: PullTo = "old",
+            delay: int = 0,
             center_rule: CenterRule | None = None,
             wire_dtype: WireDtype | None = None,
             on_nonfinite: OnNonFinite = "fail",
@@ -62,6 +66,10 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
                 alpha=alpha,
                 rho=rho,
                 momentum=momentum,
+                outer_momentum=outer_momentum,
+                outer_nesterov=outer_nesterov,
+                pull_to=pull_to,
+                delay=delay,
                 center_rule=center_rule,
                 wire_dtype=wire_dtype,
                 on_nonfinite=on_nonfinite,

@@ -273,14 +273,11 @@ class FabricStrategy(WorkerProcess, _Base):
     def _own_state(self, session: CenterSession) -> dict[str, Any]:
         with session.worker():
             tensors = {name: tensor.clone() for name, tensor in self._keeper.own_tensors(session).items()}
+        center, layouts = self._center_beside(session), self._keeper.layouts(session)
         return {
+            **({"parts": {"center": center, "layouts": layouts}} if self.is_sharded else {}),
             "tensors": tensors,
             "averagers": [averager.state_dict() for averager in session.averagers],
-            "parts": (
-                {"center": self._center_beside(session), "layouts": self._keeper.layouts(session)}
-                if self.is_sharded
-                else {}
-            ),
             **self._optimizer_states(),
             "random": random_state(self.root_device),
         }

@@ -57,6 +57,10 @@ DOCUMENTATION = """Elastic Averaging SGD whose workers are sharded over several 
         alpha: As for ``EASGDStrategy``; p is the number of workers.
         rho: As for ``EASGDStrategy``.
         momentum: As for ``EASGDStrategy``.
+        outer_momentum: As for ``EASGDStrategy``.
+        outer_nesterov: As for ``EASGDStrategy``.
+        pull_to: As for ``EASGDStrategy``.
+        delay: As for ``EASGDStrategy``.
         center_rule: As for ``EASGDStrategy``.
         wire_dtype: As for ``EASGDStrategy``.
         on_nonfinite: As for ``EASGDStrategy``.

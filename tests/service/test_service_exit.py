@@ -1,5 +1,6 @@
 """Interpreters that end with threads of the center blocked in system calls: never a hang."""
 
+import os
 import subprocess
 import sys
 
@@ -50,10 +51,14 @@ def test_the_interpreter_ends(ending, codes, tmp_path):
     script.write_text(SCRIPT)
     # One that has imported torch already ends as any other does; the hardest case has a new one all the same.
     interpreter = sys.executable if ending == "exchanging" else python()
+    environment = os.environ | {"EASGD_WHOLE_EXIT": "1"}
     processes = [
-        subprocess.Popen([interpreter, script, str(rank), str(store.port), ending], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [interpreter, script, str(rank), str(store.port), ending],
+            stderr=subprocess.PIPE, text=True, env=environment,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     try:
         errors = [process.communicate(timeout=60)[1] for process in processes]
     finally:

@@ -1,19 +1,33 @@
-"""Step time relative to local training as bars, and test errors as curves."""
+"""Step time relative to local training, a line for each method, and test errors as curves."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from harness.methods import LOCAL
 from harness.ratios import Row
+from lightning_easgd.lab.demo_extra import MissingExtraError
+from lightning_easgd.lab.figure_style import (
+    METHODS,
+    LineStyle,
+    blank_figure,
+    fit_to_most,
+    legend_below,
+    method_styles,
+    percent,
+    plot,
+    readable_log,
+    save,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-__all__ = ["Panel", "draw_bars", "draw_curves"]
+__all__ = ["Panel", "draw_curves", "draw_ratios", "panels_of"]
 
-_OWN, _OTHERS, _LOCAL = "tab:blue", "tab:gray", "black"
+_LOG_BEYOND = 6  # times local training
 
 
 @dataclass(frozen=True)
@@ -22,74 +36,106 @@ class Panel:
 
     Attributes:
         title: Its title.
-        rows: What :func:`harness.ratios.ratios` returns for the setting.
+        rows: What :func:`harness.ratios.ratios` returns for the setting, or the same read from a table.
     """
 
     title: str
     rows: Sequence[Row]
 
 
-def draw_bars(
-    path: Path,
-    panels: Sequence[Panel],
-    *,
-    title: str = "",
-    what: str = "step time / local training",
-    names: dict[str, str] | None = None,
+def panels_of(rows: Sequence[Row], columns: Sequence[str], title: Callable[[Row], str]) -> list[Panel]:
+    """One panel for each setting: for the rows that agree in some columns."""
+    settings: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault(tuple(str(row[column]) for column in columns), []).append(row)
+    return [Panel(title(own[0]), own) for own in settings.values()]
+
+
+def draw_ratios(
+    path: Path, panels: Sequence[Panel], title: str, *, what: str = "time of a step", methods: Sequence[str] = ()
 ) -> None:
-    """Draw the ratios of each panel as horizontal bars beside each other; without matplotlib say so, and draw nothing.
+    """Draw the ratios of each panel, each from 1 to where it is; without matplotlib say so, and draw nothing.
+
+    Panels whose methods have several communication periods are drawn once for each.
 
     Args:
         path: The PNG file.
-        panels: From left to right.
+        panels: From left to right, at most two side by side.
         title: Above all of them.
-        what: What the bars are.
-        names: What methods are called in the figure, in their order; None shows all by their labels.
+        what: What the ratios are of.
+        methods: Which are shown, from top to bottom; all unless given.
     """
-    shown = names or {row["method"]: row["method"] for panel in panels for row in panel.rows}
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
-    height = 1.1 + 0.3 * len(shown)
-    figure = _figure((1.6 + 3.9 * columns, height * lines + 0.3 * bool(title)))
-    if figure is None:
+    panels = [part for part in _by_period(panels) if part.rows]
+    present = list(dict.fromkeys(row["method"] for panel in panels for row in panel.rows))
+    order = methods or sorted(present, key=lambda name: list(METHODS).index(name) if name in METHODS else -1)
+    shown = [method for method in order if method in present and method != LOCAL]
+    styles = method_styles(shown)
+    try:
+        figure, systems = blank_figure(len(panels), title, (3.6 if len(panels) > 1 else 5.6, 1.1 + 0.235 * len(shown)))
+    except MissingExtraError as error:
+        print(f"skipped: the figure: {error}")
         return
-    systems: Any = figure.subplots(lines, columns, sharey=True, squeeze=False).flat
-    for axes, panel in zip(systems, panels, strict=False):
-        _draw(axes, panel, shown, what)
-    for axes in list(systems)[len(panels) :]:
-        axes.set_visible(False)
-    figure.suptitle(title, fontweight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    for number, (axes, panel) in enumerate(zip(systems, panels, strict=True)):
+        rows = {row["method"]: row for row in panel.rows if row["method"] in styles}
+        _fit(axes, [float(row[end]) for row in rows.values() for end in ("ratio_min", "ratio_max")])
+        for place, method in enumerate(shown):
+            if method in rows:
+                _draw_ratio(axes, place, rows[method], styles[method])
+        axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(_in_two_lines(panel.title), fontsize="medium")
+        axes.set(xlabel=f"{what}, multiples of that\nwithout communication")
+        axes.set_yticks(range(len(shown)), [styles[method].label for method in shown] if number % 2 == 0 else [])
+        axes.set_ylim(len(shown) - 0.5, -0.5)  # the first on top
+        axes.grid(visible=False, axis="y")
+    save(figure, path)
 
 
-def _draw(axes: "Axes", panel: Panel, shown: dict[str, str], what: str) -> None:
-    rows = {row["method"]: row for row in panel.rows}
-    for place, method in enumerate(shown):
-        if method not in rows:
-            continue
-        ratio, low, high = (float(rows[method][name]) for name in ("ratio", "ratio_min", "ratio_max"))
-        color = _LOCAL if method.startswith("local") else _OWN if method.startswith("ea") else _OTHERS
-        axes.barh(place, ratio, color=color, xerr=[[ratio - low], [high - ratio]], error_kw={"ecolor": "0.3"})
-        axes.annotate(
-            f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}", (high, place), (4, 0), textcoords="offset points",
-            va="center", fontsize="small",
-        )  # fmt: skip
-    axes.set_yticks(range(len(shown)), list(shown.values()))
-    axes.set(title=panel.title, xlabel=what)
-    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first on top
-    axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--")
-    ratios = [float(row[name]) for row in rows.values() for name in ("ratio_min", "ratio_max")]
-    smallest, largest = min(ratios, default=1.0), max(ratios, default=1.0)
-    if largest > 6:
-        axes.set_xscale("log")
-        axes.set_xlim(min(0.7, 0.9 * smallest), largest * 2)
-        ticks = [tick for tick in (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500) if smallest / 2 < tick < largest * 2]
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.minorticks_off()
+def _in_two_lines(title: str) -> str:
+    """A long title: before its last comma, and after it."""
+    return title if len(title) <= 26 else ",\n".join(title.rsplit(", ", 1))
+
+
+def _draw_ratio(axes: "Axes", place: int, row: Row, style: LineStyle) -> None:
+    ratio, low, high = (float(row[name]) for name in ("ratio", "ratio_min", "ratio_max"))
+    axes.hlines(place, min(ratio, 1.0), max(ratio, 1.0), color=style.color, linewidth=5, alpha=0.35)
+    axes.errorbar(ratio, place, xerr=[[ratio - low], [high - ratio]], color=style.color, marker="o", markersize=5)
+    text = f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+    axes.annotate(
+        text, (max(high, 1.0), place), (6, 0), textcoords="offset points", va="center", fontsize="small"
+    )  # fmt: skip
+
+
+def _fit(axes: "Axes", ratios: Sequence[float]) -> None:
+    """Limits with room for the numbers beside the longest line."""
+    smallest, largest = min([1.0, *ratios]), max([1.0, *ratios])
+    if largest > _LOG_BEYOND:
+        axes.set_xlim(smallest / 1.15, largest * 2.2)
+        readable_log(axes.xaxis)
     else:
-        axes.set_xlim(0, largest * 1.2)
-    axes.spines[["top", "right"]].set_visible(False)
+        room = 0.3 * max(largest - smallest, 0.2)
+        axes.set_xlim(smallest - 0.15 * room, max(largest, smallest + 0.2) + room)
+
+
+def _by_period(panels: Sequence[Panel]) -> Iterator[Panel]:
+    """Each panel once for each communication period, all panels of the first period first; labels without it."""
+    periods = {id(panel): sorted({_period(row) for row in panel.rows} - {math.inf}) for panel in panels}
+    every = sorted({period for own in periods.values() for period in own}) or [math.inf]
+    for period in every:
+        for panel in panels:
+            own = periods[id(panel)]
+            if period in own or (not own and period == every[0]):
+                rows = [
+                    {**row, "method": row["method"].partition(" tau=")[0]}
+                    for row in panel.rows
+                    if _period(row) in (period, math.inf)
+                ]
+                at = "" if period == math.inf or "τ" in panel.title else f", τ = {period:g}"
+                yield Panel(panel.title + at, rows)
+
+
+def _period(row: Row) -> float:
+    tau: str = row["method"].partition(" tau=")[2]
+    return float(tau) if tau else math.inf
 
 
 Curves = Mapping[str, Sequence[tuple[float, float]]]
@@ -98,44 +144,36 @@ Curves = Mapping[str, Sequence[tuple[float, float]]]
 def draw_curves(
     path: Path,
     panels: Mapping[str, Curves],
+    title: str,
     *,
-    across: str = "seconds of training",
+    across: str = "training time",
+    unit: str = "s",
     target: float | None = None,
-    styles: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Draw curves of the test error; without matplotlib say so, and draw nothing.
 
     Args:
         path: The PNG file.
         panels: For each title the points of each curve by its label; systems of axes from left to right.
+        title: What is compared, above all of them.
         across: What the errors are drawn over.
+        unit: Its unit.
         target: The error to reach, a line.
-        styles: How the line of each label looks; then there is one legend, beside the axes.
     """
-    figure = _figure((0.6 + 4.6 * len(panels) + 1.6 * (styles is not None), 3.6))
-    if figure is None:
-        return
-    systems: Any = figure.subplots(1, len(panels), sharey=True, squeeze=False).flat
-    for axes, (title, curves) in zip(systems, panels.items(), strict=True):
-        for label, points in curves.items():
-            style = {"marker": "."} if styles is None else styles[label]
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-        if target is not None:
-            axes.axhline(target, color="black", linewidth=0.8, linestyle="--")
-        axes.set(title=title, xlabel=across, ylabel="test error")
-        if styles is None:
-            axes.legend(fontsize="small")
-    if styles is not None:
-        handles = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-        figure.legend(handles=list(handles.values()), loc="outside right upper", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-
-
-def _figure(inches: tuple[float, float]) -> "Figure | None":
+    styles = method_styles(label for curves in panels.values() for label in curves)
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ModuleNotFoundError:
-        print("skipped: the figure: matplotlib is not installed; pip install 'lightning_easgd[demo]'")
-        return None
-    return Figure(figsize=inches, layout="constrained")
+        figure, systems = blank_figure(len(panels), title)
+    except MissingExtraError as error:
+        print(f"skipped: the figure: {error}")
+        return
+    for axes, (heading, curves) in zip(systems, panels.items(), strict=True):
+        for label, points in curves.items():
+            x, errors = zip(*points, strict=True)
+            plot(axes, x, percent(errors), styles[label])
+        axes.set(title=heading, xlabel=f"{across}, {unit}", ylabel="test error, %")
+    fit_to_most(systems, unit, "%")
+    if target is not None:
+        for axes in systems:
+            axes.axhline(100 * target, color="black", linewidth=0.8, linestyle="--", label=f"target: {target:.0%}")
+    legend_below(figure)
+    save(figure, path)

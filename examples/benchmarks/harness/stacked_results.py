@@ -2,22 +2,12 @@
 
 import statistics
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from harness.ratios import Row
 
-__all__ = ["STYLES", "best_curves", "best_rates"]
+__all__ = ["best_curves", "best_rates"]
 
 LAST = 4  # readings whose mean is a run's result
-STYLES: dict[str, dict[str, Any]] = {
-    name: {"color": color, "linestyle": line}
-    for name, color, line in (
-        ("easgd", "tab:blue", "-"), ("eamsgd", "tab:blue", "--"), ("eamsgd_0.9", "tab:cyan", "--"),
-        ("downpour", "tab:red", "-"),
-        ("ddp", "tab:gray", "-"), ("ddp_momentum", "tab:gray", "--"), ("post_local_sgd", "tab:orange", "-"),
-        ("sgd", "black", "-"), ("msgd", "black", "--"),
-    )
-}  # fmt: skip
 
 
 def best_rates(curves: Sequence[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Memory of the device beside that of local training, against what the README's section "Limits" says it is."""
+"""Memory of the device beside that of local training, against what docs/limits.md says it is."""
 
 import argparse
 import gc
@@ -59,7 +59,7 @@ def memory_table(columns: dict[str, Any], measured: Iterable[tuple[str, int, flo
 
 
 def _formula(name: str, ranks: int, parameters: int, tau: int) -> float:
-    """What the README says of a method's device memory, in words of float32 for each parameter."""
+    """What docs/limits.md says of a method's device memory, in words of float32 for each parameter."""
     if name == "easgd":  # center, wire, and one bucket of the all-reduce
         return round(2 + 1 / max(1, min(tau, 4 * parameters // BUCKET_BYTES)), 3)
     if name == "easgd_async":

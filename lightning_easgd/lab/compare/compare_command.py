@@ -10,11 +10,15 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_easgd.lab.command_errors import UsageError, run_command, usage_errors
+from lightning_easgd.lab.command_errors import UsageError, before_training, run_command, usage_errors
 from lightning_easgd.lab.compare import runs
 from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
+from lightning_easgd.lab.configuration import SEARCH_PATH
+from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
 from lightning_easgd.lab.train import machine
 
@@ -32,15 +36,22 @@ def main() -> None:
     run_command(COMMAND, _hydra_main)
 
 
-@hydra.main(config_path="pkg://lightning_easgd.conf", config_name="compare", version_base="1.3")
+@hydra.main(config_path=SEARCH_PATH, config_name="compare", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
-    with usage_errors():
+    _give_jobs_directories_of_their_own(config)
+    with usage_errors(COMMAND):
         failures = compare(config, planned(config, HydraConfig.get().overrides.task))
     if failures:
         for name, failure in failures.items():
             print(f"  failed: {name}: {failure}")
         sys.exit(f"{COMMAND}: {len(failures)} run(s) failed; their output lies in {_directory(config) / runs.FAILED}")
+
+
+def _give_jobs_directories_of_their_own(config: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN and "directory" not in map(_key, hydra_config.overrides.task):
+        config.directory = hydra_config.runtime.output_dir
 
 
 def planned(config: DictConfig, overrides: Sequence[str]) -> list[Cell]:
@@ -72,7 +83,12 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
         from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415
         from lightning_easgd.lab.compare.tables import write_tables  # noqa: PLC0415
     directory = _directory(config)
+    with before_training(COMMAND):  # what each of the runs would say
+        data = instantiate(config.data)
+        if isinstance(data, SplitDataModule):
+            data.check_files()
     with runs.only_one(directory) as lock:
+        runs.check_same_comparison(directory, [str(label) for label in config.grid.methods])
         left = [cell for cell in every if not runs.is_finished(directory, cell)]
         (directory / _GRID_FILE).write_text(OmegaConf.to_yaml(config.grid, resolve=True), encoding="utf-8")
         (directory / _MACHINE_FILE).write_text("\n".join(machine()) + "\n", encoding="utf-8")

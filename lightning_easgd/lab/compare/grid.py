@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_easgd.lab.command_errors import UsageError
 
@@ -64,15 +64,26 @@ def cells(grid: DictConfig, common: Sequence[str] = ()) -> list[Cell]:
     Raises:
         UsageError: If the grid is empty, has no budget, or has two, or a method has an unknown key or no rates.
     """
-    budget = _budget(grid)
+    for key in ("seeds", "workers", "tau"):
+        values = grid[key] if isinstance(grid[key], ListConfig) else [None]
+        if not values or not all(type(value) is int for value in values):
+            raise UsageError(f"{COMMAND}(grid.{key}={grid[key]}): give one whole number at least, as [1]")
+    if not isinstance(grid.timeout, int | float) or not grid.timeout > 0:
+        raise UsageError(f"{COMMAND}(grid.timeout={grid.timeout}): give a positive number of seconds")
     methods = {str(label): _settings(str(label), settings) for label, settings in grid.methods.items()}
     chosen = list(methods) if grid.only is None else [str(label) for label in grid.only]
+    if grid.baseline is not None and str(grid.baseline) not in methods:
+        raise UsageError(
+            f"{COMMAND}(grid.baseline={grid.baseline}): the grid has no such method; choose one of:"
+            f" {', '.join(methods) or '(none)'}"
+        )
     unknown = [label for label in chosen if label not in methods]
     if unknown or not chosen:
         raise UsageError(
             f"{COMMAND}(grid.only={chosen}): the grid has no {', '.join(unknown) or 'methods'}; choose an experiment,"
             f" and labels among: {', '.join(methods) or '(none)'}"
         )
+    budget = _budget(grid)
     return [
         replace(cell, overrides=(*common, *budget, *_strings(grid.overrides), *cell.overrides))
         for seed in grid.seeds

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,7 +22,7 @@ from lightning_easgd.lab.command_errors import UsageError
 from lightning_easgd.lab.compare.grid import COMMAND, Cell
 from lightning_easgd.lab.recorders import CURVE_FILE
 
-__all__ = ["CELL_FILE", "FAILED", "OUTPUT_FILE", "RUNS", "is_finished", "only_one", "run"]
+__all__ = ["CELL_FILE", "FAILED", "OUTPUT_FILE", "RUNS", "check_same_comparison", "is_finished", "only_one", "run"]
 
 RUNS, FAILED = "runs", "failed"
 _UNFINISHED = "unfinished"
@@ -30,8 +30,9 @@ CELL_FILE = "cell.json"
 OUTPUT_FILE = "output.txt"
 _LOCK_FILE = ".lock"
 # What every run of a comparison has in common, whatever the experiment says.
-_RECORDING = ("callbacks=compare", "logger=csv", "report=false", "plot=false", "trainer.enable_progress_bar=false",
-              "trainer.enable_checkpointing=false", "trainer.limit_val_batches=1")  # fmt: skip
+_RECORDING = ("callbacks=compare", "logger=csv", "on_divergence=report", "report=false", "plot=false",
+              "trainer.enable_progress_bar=false", "trainer.enable_checkpointing=false",
+              "trainer.limit_val_batches=1")  # fmt: skip
 _SECONDS_TO_END = 5.0
 
 
@@ -81,6 +82,21 @@ def is_finished(directory: Path, cell: Cell) -> bool:
             f" ({', '.join(different)}); choose another directory"
         )
     return True
+
+
+def check_same_comparison(directory: Path, labels: Collection[str]) -> None:
+    """Refuse a directory with runs of methods that a comparison does not have: they would leave its tables.
+
+    Raises:
+        UsageError: If there are some.
+    """
+    records = (directory / RUNS).glob(f"*/{CELL_FILE}")
+    there = {json.loads(record.read_text(encoding="utf-8"))["label"] for record in records}
+    if others := sorted(there - set(labels)):
+        raise UsageError(
+            f"{COMMAND}(directory={directory}): it holds runs of another comparison ({', '.join(others)}); choose"
+            " another directory"
+        )
 
 
 def run(directory: Path, cell: Cell, timeout: float, lock: IO[str]) -> Ending:

@@ -62,6 +62,10 @@ class CIFARFiles:
             fetch(self.url, self.archive, verify=verify)
         check_sums(self._files(), verify=verify)
 
+    def check(self) -> None:
+        """See :class:`Source`."""
+        self._files()
+
     def read(self, split: Split) -> tuple[Images, Labels]:
         """See :class:`Source`."""
         images, labels = zip(*self._batches(split), strict=True)

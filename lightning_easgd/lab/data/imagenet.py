@@ -65,6 +65,10 @@ class ImageNetDataModule(ImageDataModule):
         self._listings: dict[Split, tuple[list[str], Rows]] = {}
 
     @override
+    def check_files(self) -> None:
+        self._classes = self._find_classes()
+
+    @override
     def cropped_shape(self, name: str) -> tuple[int, int, int]:
         size = getattr(self, name).size
         return 3, size, size

@@ -80,6 +80,8 @@ class SplitDataModule(L.LightningDataModule):
         owner = type(self).__name__
         if batch_size < 1:
             raise ValueError(f"{owner}(batch_size={batch_size}): a batch needs an image; give 1 or more.")
+        if num_workers < 0:
+            raise ValueError(f"{owner}(num_workers={num_workers}): a number of processes; 0 loads without any.")
         self.batch_size = batch_size
         self.sampling = check_sampling(owner, sampling)
         self.num_workers = num_workers
@@ -102,6 +104,13 @@ class SplitDataModule(L.LightningDataModule):
                 f"{name}(image_shape={list(image_shape)}): the batches have images of shape {list(self.image_shape)};"
                 " the model takes its input shape from here, so give that one, or other transforms."
             )
+
+    def check_files(self) -> None:
+        """Look, before any process starts, whether the files are there; reads none of them.
+
+        Raises:
+            DataError: If some are missing.
+        """
 
     @property
     def rank(self) -> int:

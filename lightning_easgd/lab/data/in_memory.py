@@ -32,6 +32,13 @@ class Source(Protocol):
             DataError: If a file is missing or another one than was published.
         """
 
+    def check(self) -> None:
+        """Look whether all files are there.
+
+        Raises:
+            DataError: If one is missing.
+        """
+
     def read(self, split: Split) -> tuple[Images, Labels]:
         """Return images, uint8 (N, C, H, W), and labels.
 
@@ -114,6 +121,11 @@ class InMemoryDataModule(ImageDataModule):
     @abstractmethod
     def make_source(self, root: Path, url: str | None) -> Source:
         """Return what reads the data set's files."""
+
+    @override
+    def check_files(self) -> None:
+        if not self.download:
+            self.source.check()
 
     @override
     def prepare_data(self) -> None:

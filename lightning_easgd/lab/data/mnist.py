@@ -39,17 +39,25 @@ class IdxFiles:
 
     def prepare(self, *, download: bool, verify: bool) -> None:
         """See :class:`Source`."""
-        names = [name for split in _PREFIX for name in self._names(split)]
+        names = self._all_names()
         for name in names:
             if download and not (self.folder / name).exists():
                 compressed = f"{name}.gz"
                 fetch(f"{self.url.rstrip('/')}/{compressed}", self._file(self.folder / compressed), verify=verify)
         check_sums([self._file(self._find(name)) for name in names], verify=verify)
 
+    def check(self) -> None:
+        """See :class:`Source`."""
+        for name in self._all_names():
+            self._find(name)
+
     def read(self, split: Split) -> tuple[Images, Labels]:
         """See :class:`Source`."""
         images, labels = (self._find(name) for name in self._names(split))
         return read_idx(images, 3)[:, None], read_idx(labels, 1).astype(np.int64)
+
+    def _all_names(self) -> list[str]:
+        return [name for split in _PREFIX for name in self._names(split)]
 
     def _names(self, split: Split) -> tuple[str, str]:
         return f"{_PREFIX[split]}-images-idx3-ubyte", f"{_PREFIX[split]}-labels-idx1-ubyte"

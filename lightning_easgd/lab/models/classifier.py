@@ -78,6 +78,20 @@ class Classifier(L.LightningModule):
         """Compare the network with the trainer's data module, before anything trains."""
         self.check_data(getattr(self.trainer, "datamodule", None))
 
+    @override
+    def configure_model(self) -> None:
+        """Shard the network, layer by layer, where the strategy has a mesh of devices for that (`easgd_fsdp`)."""
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        from torch.distributed.fsdp import FSDPModule, fully_shard  # noqa: PLC0415 - it takes its time
+
+        if isinstance(self.network, FSDPModule):
+            return
+        for part in (*self.network.children(), self.network):
+            if any(True for _ in part.parameters()):
+                fully_shard(part, mesh=mesh["data_parallel"])
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the logits of `inputs`."""
         logits: Tensor = self.network(inputs)

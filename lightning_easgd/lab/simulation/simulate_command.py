@@ -5,7 +5,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lightning_easgd.lab.key_values import Values, build, run_action
+from lightning_easgd.lab.key_values import Actions, Examples, Values, build, check_new, run_action
 from lightning_easgd.lab.simulation.scenario import Scenario
 from lightning_easgd.lab.simulation.sweep import sweep, write_rows
 from lightning_easgd.lab.simulation.sweep_figure import draw
@@ -34,7 +34,12 @@ def _run(values: Values) -> int:
     return 0 if math.isfinite(seconds) else 1
 
 
-def _sweep(values: Values, file: Path = Path("outputs/simulation/sweep.csv"), x: str = "workers") -> int:
+def _sweep(
+    values: Values,
+    file: Path = Path("outputs/simulation/sweep.csv"),
+    x: str = "workers",
+    overwrite: bool = False,
+) -> int:
     """All combinations of the values, with one worker alone beside them: a CSV file and its figure.
 
     In the figure the best of the learning rates is taken for each point.
@@ -43,7 +48,9 @@ def _sweep(values: Values, file: Path = Path("outputs/simulation/sweep.csv"), x:
         values: Of the scenario's fields.
         file: The CSV file; the figure lies beside it.
         x: The key on the figure's abscissa.
+        overwrite: Whether an earlier sweep's files are replaced.
     """
+    check_new(file, file.with_suffix(".png"), overwrite=overwrite)
     varied = {key: several for key, several in values.items() if len(several) > 1 or key == x}
     if x not in varied:
         raise ValueError(f"x={x}: the figure's abscissa needs values; give {x}=...,...")
@@ -65,7 +72,25 @@ def _plot(file: Path, x: str = "workers") -> int:
     return 0
 
 
-run = partial(run_action, "easgd-simulate", {"run": (_run, Scenario), "sweep": (_sweep, Scenario), "plot": (_plot,)})
+_PURPOSE = (
+    "predicts, in one process, how many workers learn, and how long they take on a given network: exchanges, waiting"
+    " and failures are simulated in time, gradients are computed."
+)
+_ACTIONS: Actions = {"run": (_run, Scenario), "sweep": (_sweep, Scenario), "plot": (_plot,)}
+_EXAMPLES: Examples = {
+    "run": (
+        "workers=16 tau=10 lr=0.5",
+        "problem=digits workers=8 lr=0.3 schedule=async target=0.2",
+        "workers=64 megabytes=100 bandwidth=1000 straggler=3",
+    ),
+    "sweep": (
+        "workers=1,4,16,64 schedule=sync,async lr=0.2,0.5",
+        "x=tau tau=1,4,16,64 workers=16 file=periods.csv",
+        "workers=4,16 file=workers.csv overwrite=true",
+    ),
+    "plot": ("file=outputs/simulation/sweep.csv", "file=periods.csv x=tau", "file=workers.csv x=workers"),
+}
+run = partial(run_action, "easgd-simulate", _PURPOSE, _ACTIONS, _EXAMPLES)
 
 if __name__ == "__main__":
     main()

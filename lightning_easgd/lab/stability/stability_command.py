@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_easgd.lab.key_values import Values, build, run_action
+from lightning_easgd.lab.key_values import Actions, Examples, Values, build, check_new, run_action
 from lightning_easgd.stability.advice import Setting, moving_rates_by_rule, round_robin_is_stable
 
 __all__ = ["main", "run"]
+
+_FIGURES = ("admm.png", "regions.png", "center_variance.png")
 
 
 def main() -> None:
@@ -18,13 +20,17 @@ def main() -> None:
     sys.exit(run(sys.argv[1:]))
 
 
-def _draw(directory: Path = Path("outputs/stability"), points: int = 120) -> int:
+def _draw(directory: Path = Path("outputs/stability"), points: int = 120, overwrite: bool = False) -> int:
     """Figures of ADMM's instability, of the stable regions, and of the center's variance.
 
     Args:
         directory: Where the PNG files go.
         points: Points along each side of a map.
+        overwrite: Whether figures that are there already are replaced.
     """
+    if points < 2:
+        raise ValueError(f"points={points}: a map has 2 or more along each side")
+    check_new(*(directory / name for name in _FIGURES), overwrite=overwrite)
     # Matplotlib is an extra, which `check` does without.
     from lightning_easgd.lab.stability.stability_figures import draw  # noqa: PLC0415
 
@@ -76,7 +82,19 @@ def _report(setting: Setting) -> list[str]:
     ]
 
 
-run = partial(run_action, "easgd-stability", {"draw": (_draw,), "check": (_check, Setting)})
+_PURPOSE = (
+    "says where elastic averaging is stable: a verdict on one choice of hyper-parameters, and figures of regions."
+)
+_ACTIONS: Actions = {"draw": (_draw,), "check": (_check, Setting)}
+_EXAMPLES: Examples = {
+    "draw": ("", "directory=figures", "directory=figures points=40 overwrite=true"),
+    "check": (
+        "lr=0.1 curvature=10 workers=8 tau=10 alpha=0.1",
+        "lr=0.1 curvature=10 workers=8 tau=10 alpha=0.1 momentum=0.9",
+        "lr=0.05 curvature=30 workers=4 tau=1 alpha=0.2 noise=2",
+    ),
+}
+run = partial(run_action, "easgd-stability", _PURPOSE, _ACTIONS, _EXAMPLES)
 
 if __name__ == "__main__":
     main()

@@ -171,7 +171,7 @@ class TrainerCheckpoints:
         return {
             "tensors": averaging["tensors"],
             "averagers": averaging["averagers"],
-            "parts": averaging["parts"],
+            **({"parts": averaging["parts"]} if averaging["parts"] else {}),
             **_progress(checkpoint),
             "optimizer_states": self._strategy.own_optimizer_states(checkpoint),
             "precision": self._strategy.precision_plugin.state_dict(),

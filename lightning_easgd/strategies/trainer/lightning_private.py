@@ -14,6 +14,7 @@ __all__ = [
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
+    "give_mesh",
     "go_on_at",
     "has_new_loader",
     "interactive_error",
@@ -95,6 +96,11 @@ def free_running(
 def request_stop(trainer: Any) -> None:
     """Make the trainer end the fit with ``SIGTERMException`` after the current batch, as its own handler does."""
     trainer._signal_connector.received_sigterm = True
+
+
+def give_mesh(module: Any, mesh: Any) -> None:
+    """Let a module's ``device_mesh`` be this one, as Lightning's own strategy does for ``configure_model``."""
+    module._device_mesh = mesh
 
 
 def communicates_at_epoch_end(trainer: Any) -> bool:

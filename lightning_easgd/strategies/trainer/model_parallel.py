@@ -12,7 +12,7 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
-from lightning_easgd.strategies.easgd import EASGDMethod
+from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.sharded_workers import (
     DOCUMENTATION,
     Size,
@@ -21,6 +21,7 @@ from lightning_easgd.strategies.sharded_workers import (
     parts_of,
     resolve_sizes,
 )
+from lightning_easgd.strategies.trainer.lightning_private import give_mesh
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
@@ -54,6 +55,10 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             alpha: float | Schedule | None = None,
             rho: float | Schedule | None = None,
             momentum: float | None = None,
+            outer_momentum: float | None = None,
+            outer_nesterov: bool = False,
+            pull_to: PullTo = "old",
+            delay: int = 0,
             center_rule: CenterRule | None = None,
             wire_dtype: WireDtype | None = None,
             on_nonfinite: OnNonFinite = "fail",
@@ -73,6 +78,10 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
                 alpha=alpha,
                 rho=rho,
                 momentum=momentum,
+                outer_momentum=outer_momentum,
+                outer_nesterov=outer_nesterov,
+                pull_to=pull_to,
+                delay=delay,
                 center_rule=center_rule,
                 wire_dtype=wire_dtype,
                 on_nonfinite=on_nonfinite,
@@ -98,8 +107,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
         def _set_up_groups(self) -> None:
             self._setup_distributed()
             self._set_up_mesh()
-            assert self.lightning_module is not None
-            self.lightning_module._device_mesh = self._device_mesh
+            give_mesh(self.lightning_module, self._device_mesh)
 
         def model_to_device(self) -> None:
             """Move what is left, and give the ranks of each coordinate what the one in worker 0 has.

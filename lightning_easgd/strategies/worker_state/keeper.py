@@ -131,11 +131,12 @@ class StateKeeper:
     def common(self, session: CenterSession, center: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds under :data:`KEY` whether or not the workers' own states are kept."""
         module, averagers = session.module, session.averagers
+        shape = self._ranks.worker_shape
         return {
             "format": _FORMAT,
             "method": self._method,
             "world_size": self._ranks.world_size,
-            "worker_shape": list(self._ranks.worker_shape),
+            **({} if shape == (1,) else {"worker_shape": list(shape)}),
             "center": center,
             "exchanged": [averager.has_exchanged for averager in averagers],
             "trained": sorted(_names_of_averaged(module, averagers)),

@@ -1,0 +1,196 @@
+"""The directory of a run: which of its files are the run's, and that no other run takes their place."""
+
+import csv
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_easgd.callbacks import (
+    ACCURACY_FILE,
+    COMMUNICATION_FILE,
+    ELASTIC_DIRECTORY,
+    LOCAL_ENERGY_FILE,
+    TIME_FILE,
+)
+from lightning_easgd.lab.command_errors import UsageError
+from lightning_easgd.lab.recorders import CURVE_FILE
+from lightning_easgd.lab.report import CONFIG_FILE, EARLIER, METRICS_FILE
+from lightning_easgd.strategies.worker_state import remove_sidecar
+
+__all__ = ["ERROR_FILE", "VERSIONS_FILE", "SweepDirectory", "check_free", "clear", "saved_run", "take_over"]
+
+ERROR_FILE = "error.txt"
+VERSIONS_FILE = "versions.txt"
+_CHECKPOINTS = "checkpoints"
+_FIGURE_FILE = "figure.png"
+_GRID_FILE = "grid.yaml"  # of an easgd-compare
+_SWEEP_FILE = "multirun.yaml"
+_HYPERPARAMETERS = "hparams.yaml"
+
+# What a later run reads of one that it goes on from.
+_RECORDS = (CONFIG_FILE, VERSIONS_FILE, ACCURACY_FILE, TIME_FILE, COMMUNICATION_FILE, CURVE_FILE, LOCAL_ENERGY_FILE,
+            METRICS_FILE, f"{ELASTIC_DIRECTORY}/rank_*.csv")  # fmt: skip
+_PATTERNS = (*_RECORDS, *(f"{EARLIER}/[0-9]*/{each}" for each in _RECORDS), _HYPERPARAMETERS, ERROR_FILE, _FIGURE_FILE,
+             "tensorboard/events.out.tfevents.*", f"tensorboard/{_HYPERPARAMETERS}")  # fmt: skip
+
+_taken: set[Path] = set()  # by runs of this process
+
+
+def saved_run(checkpoint: Path) -> tuple[Path, DictConfig] | None:
+    """Find the run that wrote a checkpoint, in its folder or the one above, and its configuration."""
+    for folder in (checkpoint.parent, checkpoint.parent.parent):
+        if (folder / CONFIG_FILE).exists():
+            config = OmegaConf.load(folder / CONFIG_FILE)
+            if isinstance(config, DictConfig) and {"data", "model"} <= set(config):
+                return folder, config
+    return None
+
+
+class SweepDirectory(Callback):
+    """Refuses a sweep in the directory of another, whose record Hydra would replace before the first job."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:  # noqa: ARG002
+        """Look before Hydra writes."""
+        directory = Path(config.hydra.sweep.dir)
+        if (directory / _SWEEP_FILE).exists() and not config.overwrite:
+            sys.exit(
+                f"easgd-train(hydra.sweep.dir={directory}): this directory holds a sweep; choose another one, or"
+                " replace its runs with overwrite=true"
+            )
+
+
+def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None, in_sweep: bool) -> None:
+    """Refuse a directory that holds what this run would destroy.
+
+    Args:
+        command: The command's name, for errors.
+        run: The run's directory.
+        overwrite: Whether an earlier run's own files may be removed.
+        resumed: The checkpoint that the run goes on from; None if it begins anew.
+        in_sweep: Whether other runs of this process are to stay.
+
+    Raises:
+        UsageError: If it holds a run, a comparison, or another run of this process.
+    """
+    place = f"{command}(paths.run={run})"
+    if in_sweep and run.resolve() in _taken:
+        raise UsageError(f"{place}: another run of this sweep has this directory; leave paths.run as it is")
+    if (run / _GRID_FILE).exists():
+        raise UsageError(f"{place}: this directory holds a comparison; choose another paths.run")
+    goes_on = resumed is not None and run.resolve() in resumed.resolve().parents
+    if overwrite and goes_on:
+        raise UsageError(
+            f"{command}(overwrite=true, ckpt_path={resumed}): it would remove the run that it goes on from; leave"
+            " overwrite=true out, or choose another paths.run"
+        )
+    if overwrite or not any(_own_files(run)):
+        return
+    if not goes_on:
+        last = run / _CHECKPOINTS / "last.ckpt"
+        resume = f"go on with ckpt_path={last}" if last.exists() else "choose another paths.run"
+        other = ", choose another paths.run," if last.exists() else ""
+        raise UsageError(f"{place}: this directory holds a run; {resume}{other} or remove it with overwrite=true")
+    assert resumed is not None
+    if later := [path.name for path in resumed.parent.glob("*.ckpt") if _step(path) > _step(resumed)]:
+        raise UsageError(
+            f"{place}: this run has gone on after {resumed.name} ({', '.join(sorted(later))}); go on from its last"
+            " checkpoint, or choose another paths.run"
+        )
+
+
+def clear(run: Path) -> None:
+    """Remove the files of an earlier run, and no others; the directory is then this process's run's."""
+    for path in list(_own_files(run)):
+        remove_sidecar(str(path))
+        path.unlink(missing_ok=True)
+    _remove_empty(run)
+    _take(run)
+
+
+def take_over(old: Path, run: Path, step: int) -> None:
+    """Keep the records of a run up to a step below `earlier` of the run that goes on from there.
+
+    Args:
+        old: Directory of the run that is gone on from, perhaps `run` itself; its records then move.
+        run: Directory of the new run.
+        step: Where it goes on.
+    """
+    if old.resolve() != run.resolve():
+        clear(run)
+        for leg in (old / EARLIER).glob("[0-9]*"):
+            if int(leg.name) < step:
+                shutil.copytree(leg, run / EARLIER / leg.name, dirs_exist_ok=True)
+    for path in _matching(old, _RECORDS):
+        copy = run / EARLIER / str(step) / path.relative_to(old)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _copy_until(path, copy, step)
+    if old.resolve() == run.resolve():
+        for path in _matching(run, (*_RECORDS, _HYPERPARAMETERS, ERROR_FILE)):
+            path.unlink()
+    _take(run)
+
+
+def _step(path: Path) -> int:
+    checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return int(checkpoint.get("global_step", 0))
+
+
+def _take(run: Path) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    _taken.add(run.resolve())
+
+
+def _matching(run: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return [path for pattern in patterns for path in run.glob(pattern) if path.is_file()]
+
+
+def _own_files(run: Path) -> Iterator[Path]:
+    yield from _matching(run, _PATTERNS)
+    names = _checkpoint_names(run)
+    yield from (
+        path for path in (run / _CHECKPOINTS).glob("*.ckpt") if any(name.fullmatch(path.stem) for name in names)
+    )
+
+
+def _checkpoint_names(run: Path) -> list[re.Pattern[str]]:
+    """What the run's configuration called its checkpoints; a name that a user gave a copy is none of these."""
+    names = {"best", "last"}
+    if (run / CONFIG_FILE).exists():
+        config = OmegaConf.load(run / CONFIG_FILE)
+        callbacks = config.get("callbacks") if isinstance(config, DictConfig) else None
+        for callback in (callbacks or {}).values():
+            if isinstance(callback, DictConfig) and "filename" in callback:
+                names.add(str(callback.filename or "{epoch}-{step}"))
+    # {epoch} becomes epoch=3; Lightning adds -v1 where a name is taken.
+    return [re.compile(re.sub(r"\\\{.*?\\\}", ".*", re.escape(name)) + r"(-v\d+)?") for name in names]
+
+
+def _copy_until(path: Path, copy: Path, step: int) -> None:
+    """Copy a file; of a table with a column `step` the rows until then."""
+    if path.suffix != ".csv":
+        shutil.copyfile(path, copy)
+        return
+    with path.open(newline="", encoding="utf-8") as file, copy.open("w", newline="", encoding="utf-8") as kept:
+        table = csv.DictReader(file)
+        writer = csv.DictWriter(kept, table.fieldnames or ())
+        writer.writeheader()
+        writer.writerows(row for row in table if not row.get("step") or float(row["step"]) <= step)
+
+
+def _remove_empty(run: Path) -> None:
+    for folder, _, _ in os.walk(run, topdown=False):
+        relative = Path(folder).relative_to(run).parts
+        if (
+            relative
+            and relative[0] in (_CHECKPOINTS, EARLIER, ELASTIC_DIRECTORY, "tensorboard")
+            and not os.listdir(folder)
+        ):
+            os.rmdir(folder)
