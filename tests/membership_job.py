@@ -27,6 +27,12 @@ time.sleep(600)
 """
 
 
+def clean_environment():
+    """The environment without what Lightning has written into it for a fit in this process."""
+    written = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
+    return {name: value for name, value in os.environ.items() if name not in written}
+
+
 class Job:
     """A lighthouse and workers; whatever happens, they end with it."""
 
@@ -65,7 +71,7 @@ class Job:
         with (self.folder / f"{number}.txt").open("w") as said:
             process = subprocess.Popen(
                 [python(), *launcher, str(WORKER), str(self.folder), str(number), *given],
-                env={**os.environ, "TORCHFT_LIGHTHOUSE": self.address},
+                env={**clean_environment(), "TORCHFT_LIGHTHOUSE": self.address},
                 stdout=said,
                 stderr=said,
             )
