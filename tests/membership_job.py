@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from torchft.coordination import LighthouseServer
 server = LighthouseServer(
     bind="[::]:" + sys.argv[1], min_replicas=1, join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
 )
-print("up", flush=True)
+print(server.address(), flush=True)
 time.sleep(600)
 """
 
@@ -39,10 +38,7 @@ class Job:
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
-        with socket.socket() as free:
-            free.bind(("", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://localhost:{self.port}"
+        self.port = "0"  # any that is free; once it is lit again, the one that it had
         self.light()
 
     def __enter__(self):
@@ -56,13 +52,14 @@ class Job:
 
     def light(self):
         self.lighthouse = subprocess.Popen(
-            [sys.executable, "-c", _LIGHTHOUSE, str(self.port)],
+            [sys.executable, "-c", _LIGHTHOUSE, self.port],
             stdout=subprocess.PIPE,
             env={**os.environ, "RUST_LOG": "error"},
         )
         self.processes.append(self.lighthouse)
         with self.lighthouse.stdout as said:
-            assert said.readline() == b"up\n"
+            self.port = said.readline().decode().strip().rpartition(":")[2]
+        self.address = f"http://localhost:{self.port}"
 
     def start(self, number, *launcher, **settings):
         tolerance = {"quorum_timeout": PATIENCE, "process_group_timeout": TRANSFER}
