@@ -13,6 +13,7 @@ from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.method.schedules import LinearSchedule
 
 LR = 0.1
 
@@ -117,6 +118,18 @@ def test_synchronous_traces(arguments, workers, tau, backend):
         train, workers, EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), steps, workers
     )
     check(traces, reference_of(workers, steps, tau, arguments))
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
+@pytest.mark.parametrize("rates", [{"rho": 3.0}, {"alpha": LinearSchedule(0.3, 0.3, 5)}])
+def test_rates_of_each_workers_own_pull_to_the_new_center(rates, mode):
+    """They are in what workers give to the sum already; the pull to the new center takes them by itself."""
+    for delay in (0, 1):
+        strategy = EASGDStrategy(tau=2, pull_to="new", delay=delay, **rates, **mode)
+        expected = family_trace(
+            2, 6, tau=2, alpha=0.3, beta=0.6, pull_to="new", delay=delay, asynchronous=bool(mode)
+        )  # fmt: skip
+        check(run_ranks(train, 2, strategy, 6, 2), expected, both=not mode)
 
 
 @pytest.mark.parametrize("closure", [False, True])

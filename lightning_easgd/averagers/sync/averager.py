@@ -308,19 +308,21 @@ class SynchronousAverager(Averager):
 
     def _start(self, rates: list[tuple[float, float]]) -> None:
         wire = self._sum.wire
+        alphas = [alpha for alpha, _ in rates]
         if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
-            for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
+            for segment, alpha in zip(wire.segments, alphas, strict=True):
                 segment.mul_(alpha)
-            alphas = [1.0] * len(rates)
-            shares = [1.0] * len(rates)
+            factors = shares = [1.0] * len(rates)
         else:
-            alphas = [alpha for alpha, _ in rates]
+            factors = alphas
             shares = [beta / self._line.worker.workers for _, beta in rates]
         self._in_flight = self.has_exchanged = True
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(shares)
-        self._pull.begin(self._sum, lambda into: self._position.write(into, self.parameters), alphas, self.clock)
+        self._pull.begin(
+            self._sum, factors, lambda into: self._position.write(into, self.parameters), alphas, self.clock
+        )
 
     def _pull_worker(self) -> None:
         if self._pull.waits_for_center:

@@ -30,12 +30,18 @@ class Pull(ABC):
 
     @abstractmethod
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
         """An exchange has begun.
 
         Args:
             given: The sum, which has been started.
+            factors: For each group, what its differences in the sum are to be multiplied by to be the paper's pull.
             write: Writes the worker's position.
             rates: α for each group.
             clock: t.
@@ -84,9 +90,14 @@ class PullToOld(Pull):
 
     @override
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
-        self._due = given.given, rates
+        self._due = given.given, factors
 
     @override
     def is_due(self, clock: int) -> bool:
@@ -106,8 +117,8 @@ class PullToOld(Pull):
     @override
     def keep(self) -> None:
         if self._due is not None:
-            differences, rates = self._due
-            self._due = [[each.clone() for each in group] for group in differences], rates
+            differences, factors = self._due
+            self._due = [[each.clone() for each in group] for group in differences], factors
 
     @override
     def forget(self) -> None:
@@ -139,7 +150,12 @@ class PullToNew(Pull):
 
     @override
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
         self._lay_out(given.center.values)
         assert self._kept is not None
