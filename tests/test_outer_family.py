@@ -215,6 +215,65 @@ def test_a_resumed_run_and_one_that_validates_go_on_bit_for_bit(mode, arguments,
     assert run_ranks(run, 2, timeout=120) == [True] * 2
 
 
+@pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_next_exchange(mode, is_edited, tmp_path):
+    """With another period, and with another layout of the parameters: that a new one comes first changes nothing."""
+    rates = {"alpha": 0.4, "beta": 0.8, "pull_to": "new"} | mode
+
+    class Still(Quadratic):
+        def __init__(self):
+            super().__init__()
+            x = self.x
+            del self.x
+            self.new = torch.nn.Parameter(torch.ones(2))
+            self.x = x
+            self.strict_loading = False
+
+        def on_train_start(self):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.0
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.load_state_dict = lambda state: None
+            return optimizer
+
+    def run():
+        warnings.simplefilter("ignore")  # it warns of the new parameter
+        path = tmp_path / "half.ckpt"
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=5, delay=4, **rates), devices=2)
+        trainer.fit(Quadratic(steps=7, record=False))
+        trainer.save_checkpoint(path)
+        module = Still() if is_edited else Quadratic(lr=0.0)
+        if not is_edited:
+            module.on_train_start = lambda: module.trainer.optimizers[0].param_groups[0].update(lr=0.0)
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=2, **rates), devices=2, max_epochs=2, max_steps=8)
+        trainer.fit(module, ckpt_path=path)
+        return module.trace[-1]
+
+    rows = family_trace(
+        2,
+        7,
+        tau=5,
+        delay=4,
+        asynchronous=bool(mode),
+        **{k: v for k, v in rates.items() if k in ("alpha", "beta", "pull_to")},
+    )
+    center = rows[4, -1]
+    seen = [center, center]
+    if mode:
+        first = 1 + 0.8 / 2 * (rows[4, 0] - 1)
+        seen = [first, first + 0.8 / 2 * (rows[4, 1] - first)]
+    x = rows[6, :2] - 0.4 * (rows[4, :2] - seen)
+    for rank, (worker, _) in enumerate(run_ranks(run, 2)):
+        if mode:
+            center += 0.4 * (x[rank] - center)
+        elif rank == 0:
+            center += 0.8 * (x - center).mean()
+        assert worker == pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
+
+
 def test_workers_with_different_numbers_of_steps_meet_with_pulls_pending():
     class Uneven(Quadratic):
         def train_dataloader(self):

@@ -133,6 +133,7 @@ class SynchronousAverager(Averager):
     def _exchange_if_due(self) -> None:
         if self.clock % self._tau or self.clock == self._begun_at:
             return
+        self._catch_up()
         self.complete()
         if self._line.agree():  # nobody begins another exchange
             return
@@ -172,8 +173,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        if self._pull.is_pending:  # of an exchange that the others have left behind
-            self._pull_worker()
+        self._catch_up()
         finite = self.is_finite()
         if self._averaged.have_changed:
             self._extend()
@@ -323,6 +323,11 @@ class SynchronousAverager(Averager):
         self._pull.begin(
             self._sum, factors, lambda into: self._position.write(into, self.parameters), alphas, self.clock
         )
+
+    def _catch_up(self) -> None:
+        """Make the pull of an exchange that another follows before it is due: of others, or after a longer delay."""
+        if self._pull.is_pending:
+            self._pull_worker()
 
     def _pull_worker(self) -> None:
         if self._pull.waits_for_center:
