@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -272,6 +273,69 @@ def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_ne
         elif rank == 0:
             center += 0.8 * (x - center).mean()
         assert worker == pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
+
+
+class Two(L.LightningModule):
+    """Two optimizers that stand still; what they have is written by hand."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.ones(1)) for _ in "ab")
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([parameter], lr=0.0) for parameter in (self.a, self.b)]
+
+    @torch.no_grad()
+    def training_step(self, batch, index):
+        if self.trainer.global_rank == 0:
+            {1: self.b, 2: self.a, 3: self.b}.get(index, torch.empty(1)).fill_(101.0 if index == 1 else torch.nan)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        if index == 4:
+            self.after = self.b.item()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(10), batch_size=1)
+
+
+def test_a_worker_that_starts_again_takes_no_answer_for_where_it_was():
+    """The first optimizer's exchange lets it start again, the second's is under way."""
+
+    def run():
+        warnings.simplefilter("ignore")
+        module = Two()
+        strategy = EASGDStrategy(
+            tau=3, delay=2, alpha=0.25, beta=0.5, pull_to="new", on_nonfinite="reset", mode="async", order="round_robin"
+        )
+        return fitted(module, strategy, 2).after
+
+    center = 1 + (101 - 1) / 4
+    assert run_ranks(run, 2)[0] in (center, center + (1 - center) / 4)  # the other worker may not have exchanged yet
+
+
+class Thawing(Quadratic):
+    """A parameter that is trained from the fifth step on."""
+
+    def __init__(self):
+        super().__init__(steps=12, record=False)
+        self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def on_train_batch_start(self, batch, index):
+        self.frozen.requires_grad_(index >= 4)
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) + (self.frozen + self.global_rank).square().sum()
+
+
+@pytest.mark.parametrize("arguments", [{"pull_to": "new"}, {"pull_to": "new", "delay": 2}, {"delay": 2}])
+def test_a_parameter_that_is_unfrozen_while_an_answer_is_under_way(arguments):
+    def run():
+        return fitted(Thawing(), EASGDStrategy(tau=3, **TURNS, **arguments), 2).frozen.item()
+
+    first, second = run_ranks(run, 2)
+    assert first == second != 1
 
 
 def test_workers_with_different_numbers_of_steps_meet_with_pulls_pending():

@@ -1,5 +1,6 @@
 r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -26,6 +27,7 @@ from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
+from lightning_easgd.tensors.shards import copies
 from lightning_easgd.transport.channel import Channel
 from lightning_easgd.transport.staging import brought_near
 
@@ -255,6 +257,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     @override
     def start_at_center(self) -> None:
+        self.complete()  # on a rank of a larger worker a part of the center may have moved already
         self.finiteness.forget()
         self._pull.forget()
         self.center.values.store(self.parameters)
@@ -291,8 +294,17 @@ class SynchronousAverager(Averager):
         wire = self._sum.wire
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
-        self._distance = self._sum.norms()
+        self._distance = self._norms()
         return self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
+
+    def _norms(self) -> list[Tensor]:
+        """Norms of the difference's parts: together, over a sharded worker's ranks, that of the worker's difference."""
+        ranks = self._line.worker.inside.size
+        held = [copies(p, ranks) for p in self.parameters] if self._line.worker.is_sharded else []
+        if not any(number > 1 for number in held):
+            return self._sum.norms()
+        norms = torch._foreach_norm(self._sum.wire.views)
+        return [norm / math.sqrt(number) for norm, number in zip(norms, held, strict=True)]
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
