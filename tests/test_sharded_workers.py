@@ -136,6 +136,29 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
     assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
 
 
+class Half(Sharded):
+    """A layer that each rank has whole."""
+
+    def configure_model(self):
+        plan = {"first": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
+def test_what_several_ranks_hold_counts_once_in_a_workers_distance():
+    workers, _, center = reference(2, 1, clip=None)
+    before_last, _, center_then = reference(2, 1, steps=18, clip=None)
+
+    def train():
+        end, _ = fit((1, 2), module=Half(accumulate=2, **SGD), gradient_clip_val=None)
+        return end.worker, end.center, end.distance
+
+    for rank, (worker, own_center, distance) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
+        squares = [(x - c) ** 2 for x, c in zip(before_last[rank // 2], center_then, strict=True)]
+        assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
+
+
 def test_sharded_workers_are_pulled_to_the_new_center():
     arguments = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
     workers, _, center = reference(2, 2, **arguments)

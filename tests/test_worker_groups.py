@@ -126,6 +126,17 @@ class TestArguments:
         assert strategy.workers == workers
         assert strategy.rates.instability(workers) is None
 
+    def test_a_node_of_one_device_holds_no_reduction_back(self):
+        def train():
+            fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricEASGDStrategy(devices_per_worker="node"))
+            fabric.launch()
+            model = TwoLayers()
+            model, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            with fabric.no_backward_sync(model):
+                fabric.backward(model(model.rows(1)))
+
+        run_ranks(train, 1)
+
     def test_arguments_of_the_wrapper_have_their_effect_and_do_not_warn(self, recwarn):
         EASGDStrategy(devices_per_worker=2, find_unused_parameters=True, static_graph=False)
         assert not recwarn

@@ -78,11 +78,9 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
                 process_group_backend=process_group_backend,
                 timeout=timeout,
             )
-            self._backward_sync_control = self._holds_back  # what the body has for workers of one rank is not for this
 
         def _init_lightning(self, *_: Any, process_group_backend: str | None, timeout: timedelta, **__: Any) -> None:
             base.__init__(self, *self._of_lightning, process_group_backend=process_group_backend, timeout=timeout)
-            self._holds_back = self._backward_sync_control
             self._start_method = "popen"
             self._ddp_kwargs: dict[str, Any] = {}
 

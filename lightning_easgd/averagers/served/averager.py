@@ -264,7 +264,8 @@ class ServedAverager(Averager):
     @override
     @torch.no_grad()
     def start_at_center(self) -> None:
-        self._is_answered = False
+        self.receive()
+        self._is_answered = False  # it was for where the worker was
         self._read(store=0).store(self.parameters)
 
     @torch.no_grad()
