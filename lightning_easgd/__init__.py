@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_easgd.import_hook import follow_imports
 
 if TYPE_CHECKING:
+    from lightning_easgd.strategies.fault_tolerance import FaultTolerance
     from lightning_easgd.strategies.trees.lightning_tree import (
         DownpourStrategy,
         EASGDModelParallelStrategy,
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"  # the one place: pyproject.toml reads it, and a test compares CITATION.cff and CHANGELOG.md
 _CLASSES = ("DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy")
-__all__ = ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy", "__version__"]
+__all__ = [
+    "DownpourStrategy",
+    "EASGDModelParallelStrategy",
+    "EASGDStrategy",
+    "FaultTolerance",
+    "LocalStrategy",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -31,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from lightning_easgd.strategies.trees import lightning_tree  # noqa: PLC0415
 
         return getattr(lightning_tree, name)
+    if name == "FaultTolerance":
+        from lightning_easgd.strategies.fault_tolerance import FaultTolerance  # noqa: PLC0415
+
+        return FaultTolerance
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

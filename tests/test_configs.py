@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from contextlib import nullcontext
 from datetime import timedelta
 
 import lightning as L
@@ -10,6 +11,7 @@ import torch
 from application import CONF, command, composed, only_run, options
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
+from membership_job import Job
 from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, write_mnist
 from omegaconf import DictConfig, OmegaConf
 
@@ -25,6 +27,8 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not pa
 # What the Trainer gives to a strategy itself, and what it takes for the sake of projects that ran with DDP.
 FROM_TRAINER = {"accelerator", "parallel_devices", "cluster_environment", "checkpoint_io", "precision_plugin"}
 FROM_TRAINER |= set(known_ddp_arguments())
+# Strategies of one device in a launch.
+ALONE = ("single", "easgd_elastic")
 QUICK = (
     "trainer.max_epochs=1",
     "trainer.limit_train_batches=2",
@@ -89,12 +93,13 @@ LOGGERS = [name for name in options("logger") if name not in ("comet", "many_log
 
 
 @pytest.mark.parametrize(COMBINED, pairwise(*map(options, COMBINED[:-1]), LOGGERS))
-def test_every_pair_of_options_instantiates(tmp_path, strategy, optimizer, scheduler, logger):
-    config = composed(
-        tmp_path, f"strategy={strategy}", f"optimizer={optimizer}", f"scheduler={scheduler}", f"logger={logger}"
-    )
+def test_every_pair_of_options_instantiates(tmp_path, monkeypatch, strategy, optimizer, scheduler, logger):
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
+    monkeypatch.setenv("REPLICA_GROUP_ID", "0")
+    options = [f"strategy={strategy}", f"optimizer={optimizer}", f"scheduler={scheduler}", f"logger={logger}"]
+    config = composed(tmp_path, *options, *(["trainer.devices=1"] if strategy in ALONE else []))
     trainer = build_trainer(config)
-    assert trainer.world_size == (1 if strategy == "single" else 4)
+    assert trainer.world_size == (1 if strategy in ALONE else 4)
     assert len(trainer.loggers) == {"none": 0, "csv": 1, "tensorboard": 2}[logger]
     configured = build_model(config).configure_optimizers()
     made = configured["optimizer"] if isinstance(configured, dict) else configured
@@ -341,9 +346,13 @@ def test_every_model_runs(tmp_path, official, model):
 
 
 @pytest.mark.parametrize("strategy", options("strategy"))
-def test_every_strategy_runs(tmp_path, strategy):
-    devices = [] if strategy == "single" else ["trainer.devices=2"]
-    done = command("train", f"strategy={strategy}", *devices, *QUICK, cwd=tmp_path)
+def test_every_strategy_runs(tmp_path, strategy, monkeypatch):
+    devices = [] if strategy in ALONE else ["trainer.devices=2"]
+    with Job(tmp_path) if strategy == "easgd_elastic" else nullcontext() as job:
+        if job is not None:
+            monkeypatch.setenv("TORCHFT_LIGHTHOUSE", job.address)
+            monkeypatch.setenv("REPLICA_GROUP_ID", "0")
+        done = command("train", f"strategy={strategy}", *devices, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (only_run(tmp_path) / "accuracy.csv").exists()
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from application import ROOT, run_process
+from membership_job import Job
 from preloaded import python
 from ranks import free_port
 
@@ -37,6 +38,33 @@ def test_an_existing_project_switches_by_one_line():
     )
     assert found is not None
     assert float(found[1]) > 90
+
+
+def test_workers_on_preemptible_nodes(tmp_path):
+    pytest.importorskip("torchft")
+    with Job(tmp_path) as job:
+        place = {**os.environ, "TORCHFT_LIGHTHOUSE": job.address, "OMP_NUM_THREADS": "1"}
+        command = [python(), str(ROOT / "examples" / "preemptible.py"), str(tmp_path / "checkpoints"), "40"]
+        workers = [
+            subprocess.Popen(
+                command,
+                env={**place, "REPLICA_GROUP_ID": number},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for number in "01"
+        ]
+        job.processes += workers
+        said = [worker.communicate(timeout=100)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    for number, text in enumerate(said):
+        found = re.search(
+            rf"worker {number}: accuracy at the center (\d\d\.\d)%\nworkers in the last exchange: [12]", text
+        )
+        assert found is not None, text
+        assert float(found[1]) > 85
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 
 def test_sharded_workers_on_two_nodes():

@@ -15,7 +15,16 @@ from harness.command import parser
 
 __all__ = ["main"]
 
-_WITH_A_FIGURE = ("batchnorm_statistics", "gpu", "slow_link", "stacked", "step_cost", "straggler", "time_to_accuracy")
+_WITH_A_FIGURE = (
+    "batchnorm_statistics",
+    "gpu",
+    "membership",
+    "slow_link",
+    "stacked",
+    "step_cost",
+    "straggler",
+    "time_to_accuracy",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "simulated_curve": "the error curves of real runs on the digits beside simulated ones",
     "stacked": "the paper's figure in steps: all workers of all methods stacked on one device (needs CIFAR-10, a GPU)",
     "worker_groups": "what elastic averaging adds to a step where a worker is several ranks (DDP or FSDP2 inside)",
+    "membership": "workers killed, frozen, started again and added at random, beside a job left in peace",
     "overview": "draw the figure of step_cost and slow_link together",
     "figure": "draw the figure of a results directory again, from its tables",
 }

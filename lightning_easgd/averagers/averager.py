@@ -160,6 +160,9 @@ class Averaging(ABC):
             RuntimeError: If there are more or fewer of them.
         """
 
+    def enter(self) -> None:  # noqa: B027 - a fixed world begins together
+        """After :meth:`start` and what is resumed: come to workers that may be training already."""
+
     @property
     def has_exchanged(self) -> bool:
         """Whether the center of every optimizer has taken an exchange; asked on all workers after they have met."""

@@ -19,7 +19,7 @@ from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray
 from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.transport.channel import Channel, ExchangeError, Transfer
 
-__all__ = ["ExchangeLine", "Header", "Meeting", "Statistics", "WorkersStoppedError"]
+__all__ = ["READ_AT", "ExchangeLine", "Header", "Meeting", "Statistics", "WorkersStoppedError"]
 
 _MARK_BITS = 16
 _CENTER_BITS = 24
@@ -42,7 +42,7 @@ class Meeting(IntEnum):
     BATCH_END = 7
 
 
-_READ_AT = (Meeting.VALIDATION, Meeting.CHECKPOINT, Meeting.TRAINING_END, Meeting.CENTER_WEIGHTS)
+READ_AT = (Meeting.VALIDATION, Meeting.CHECKPOINT, Meeting.TRAINING_END, Meeting.CENTER_WEIGHTS)
 """The meetings after which the center is read: there all workers compare theirs."""
 
 
@@ -260,7 +260,7 @@ class ExchangeLine:
             header = self._header(meeting=meeting, finite=finite)
             self.accept(header, clock)
             if header.exchange is None:
-                if meeting in _READ_AT:  # once all have come: not a pass over the center for each exchange until then
+                if meeting in READ_AT:  # once all have come: not a pass over the center for each exchange until then
                     self.accept(self._header(meeting=meeting, center=self._center_of(averagers), stop=False), clock)
                 self.agree()
                 return

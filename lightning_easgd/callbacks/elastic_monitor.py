@@ -24,7 +24,8 @@ class ElasticMonitor(Callback):
     """Logs the elastic distance ‖x_i - x̃‖ of this worker, exchanges, bytes sent, seconds waited and staleness.
 
     Staleness is the mean number of other workers' exchanges between two of this worker's; synchronous exchanges have
-    none.
+    none. Where workers come and go, also how many took part in the last exchange, for how many exchanges the others
+    were not there in time, and how many came to nothing.
 
     Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
     `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
@@ -61,7 +62,7 @@ class ElasticMonitor(Callback):
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
             header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited", "staleness"]
-            write_csv(self._path(trainer), header, [])
+            write_csv(self._path(trainer), [*header, *_of_membership(trainer.strategy)], [])
 
     def on_train_batch_end(
         self,
@@ -85,13 +86,13 @@ class ElasticMonitor(Callback):
             "elastic/bytes_sent": seen.bytes_sent,
             "elastic/seconds_waited": seen.seconds_waited,
             "elastic/staleness": seen.staleness / seen.exchanges,
+            **{f"elastic/{name}": value for name, value in _of_membership(strategy).items()},
         }
         self._rows.append([trainer.global_step, *values.values()])
         for name, value in values.items():
             if value is not None:
-                pl_module.log(
-                    name, float(value), rank_zero_only=True, prog_bar=name == "elastic/distance", batch_size=1
-                )
+                shown = name in ("elastic/distance", "elastic/participants")
+                pl_module.log(name, float(value), rank_zero_only=True, prog_bar=shown, batch_size=1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Writes the rows so far, so that a run that is killed leaves them."""
@@ -119,7 +120,9 @@ class ElasticMonitor(Callback):
 
     def _path(self, trainer: L.Trainer) -> Path:
         assert self.directory is not None
-        return Path(self.directory) / ELASTIC_DIRECTORY / f"rank_{trainer.global_rank}.csv"
+        number = getattr(trainer.strategy, "replica_id", None)
+        rank = trainer.global_rank if number is None else number
+        return Path(self.directory) / ELASTIC_DIRECTORY / f"rank_{rank}.csv"
 
     def _write(self, trainer: L.Trainer) -> None:
         if self.directory is None or not self._rows:
@@ -127,3 +130,11 @@ class ElasticMonitor(Callback):
         with self._path(trainer).open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(self._rows)
         self._rows = []
+
+
+def _of_membership(strategy: object) -> dict[str, int]:
+    elastic = getattr(strategy, "elastic", None)
+    members = None if elastic is None else elastic.membership
+    if members is None:
+        return {}
+    return {"participants": len(members.living), "missed": members.missed, "failed": members.failed}

@@ -1,6 +1,6 @@
 """Elastic averaging: arguments and averaging of the EASGD strategies, free of a class tree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Literal, Unpack
@@ -11,10 +11,11 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import AsynchronousAverager, Averaging, SynchronousAveraging, elastic_exchange
-from lightning_easgd.averagers.sync.choice import Setting, make_channel
+from lightning_easgd.averagers.sync.choice import MakeSum, Setting, make_channel
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import WireDtype
-from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, make_nesterov
+from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, Position, make_nesterov
 from lightning_easgd.method.rates import MovingRates, check_number
 from lightning_easgd.method.rules import CenterRule, check_rule, outer_rule
 from lightning_easgd.method.schedules import Schedule
@@ -29,8 +30,11 @@ from lightning_easgd.strategies.center_method import (
     check_period,
 )
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
+from lightning_easgd.strategies.elastic_worker import ElasticWorker
+from lightning_easgd.strategies.fault_tolerance import FaultTolerance, as_fault_tolerance
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
+from lightning_easgd.transport.channel import Channel, LoneChannel
 
 __all__ = ["EASGDMethod", "PullTo"]
 
@@ -113,6 +117,10 @@ class EASGDMethod(CenterMethod):
         devices_per_worker: Ranks of one worker, or "node" for all of a node. DDP reduces their gradients at every step,
             and the elastic averaging is between the workers: p above is their number. Each rank exchanges its share of
             the parameters for its worker. Its ranks read :attr:`center` together.
+        fault_tolerance: Workers that come, die and return: True, or a :class:`~lightning_easgd.FaultTolerance`. Each
+            worker is then a launch of its own, of one device, and torchft's lighthouse brings those that live together;
+            p is their number at each exchange. Validation, checkpoints, epochs and the end are each worker's own, and
+            so are buffers. It needs mode="sync" and a Trainer.
         process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on one host announce
             exchanges through memory that they share, and on its CPUs they exchange there, too; a name, such as "gloo",
             lets them do both through process groups.
@@ -163,6 +171,7 @@ class EASGDMethod(CenterMethod):
         recalibrate_batchnorm: int = 0,
         worker_state: WorkerState = "embed",
         devices_per_worker: DevicesPerWorker = 1,
+        fault_tolerance: bool | FaultTolerance | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
         start_method: StartMethod = "popen",
@@ -192,6 +201,10 @@ class EASGDMethod(CenterMethod):
         _check_worker(name, devices_per_worker, mode)
         _check_wire_dtype(name, wire_dtype)
         _check_center_device(name, center_device, mode)
+        settings = as_fault_tolerance(name, fault_tolerance)
+        if settings is not None:
+            _check_elastic(name, mode, wire_dtype, devices_per_worker, self.may_come_and_go)
+            self.elastic = ElasticWorker(name, settings)
         check_number(name, "momentum", momentum)
         if not (center_rule is None or isinstance(center_rule, CenterRule)):
             raise TypeError(
@@ -281,20 +294,21 @@ class EASGDMethod(CenterMethod):
 
     def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         """Make the averaging of one training; all ranks do it at the same point."""
-        position = ParameterPosition if self.momentum is None else LookAheadPosition
         if self.is_served:
             to_new = self.pull_to == "new"
             averager = partial(
                 AsynchronousAverager,
                 tau=self.tau,
                 rates=self.rates,
-                position=position,
+                position=self._position,
                 to_new=to_new,
                 delay=self.delay,
             )
             exchange = elastic_exchange(self.rates, self.rule, to_new)
             return self._served_averaging(exchange, averager, self.wire_dtype)
         assert self._timeout is not None
+        if self.elastic is not None:
+            return self._elastic_averaging(self.elastic, optimizers, self._timeout.total_seconds())
         assert self.process_group_backend is not None
         setting = Setting(
             self.root_device,
@@ -318,6 +332,26 @@ class EASGDMethod(CenterMethod):
             is_sharded=self.is_sharded,
             judges_together=self.is_sharded and self.on_nonfinite == "reset",
         )
+        return self._synchronous_averaging(control, make_sum, worker, self.center_device)
+
+    def _elastic_averaging(self, elastic: ElasticWorker, optimizers: Sequence[Optimizer], timeout: float) -> Averaging:
+        if len(optimizers) != 1:
+            raise ValueError(
+                f"{type(self).__name__}(fault_tolerance=...): workers that come and go train with one optimizer so far,"
+                f" and this module has {len(optimizers)}."
+            )
+        make_sum = elastic.make_sum(self.tau, timeout)
+        # Other workers may be anywhere, and what goes through gloo is on the host.
+        center_device = None if self.root_device.type == "cpu" else "cpu"
+        return self._synchronous_averaging(LoneChannel(), make_sum, None, center_device)
+
+    @property
+    def _position(self) -> Callable[[Optimizer], Position]:
+        return ParameterPosition if self.momentum is None else LookAheadPosition
+
+    def _synchronous_averaging(
+        self, control: Channel, make_sum: MakeSum, worker: WorkerRanks | None, center_device: str | None
+    ) -> Averaging:
         return SynchronousAveraging(
             control,
             make_sum,
@@ -325,11 +359,11 @@ class EASGDMethod(CenterMethod):
             rates=self.rates,
             rule=self.rule,
             make_pull=PullToOld if self.pull_to == "old" else partial(PullToNew, self.delay),
-            position=position,
-            center_device=self.center_device,
+            position=self._position,
+            center_device=center_device,
             on_astray=self._astray_policy(),
             worker=worker,
-            strategy=name,
+            strategy=type(self).__name__,
         )
 
 
@@ -394,6 +428,27 @@ def _check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
             " on its own clock, and the ranks of one worker have to get the same answer; use mode='sync', or"
             " devices_per_worker=1."
         )
+
+
+def _check_elastic(strategy: str, mode: str, wire_dtype: object, devices_per_worker: object, may: bool) -> None:
+    if not may:
+        raise ValueError(
+            f"{strategy}(fault_tolerance=...): Fabric's workers are a fixed number; leave it out, or use a Trainer."
+        )
+    refusals = {
+        "mode='async'": (mode == "async", "a served center goes with the ranks that hold it; use mode='sync'"),
+        f"wire_dtype={wire_dtype!r}": (
+            wire_dtype is not None,
+            "what rounding has left for the next message would go with a worker; leave it out",
+        ),
+        f"devices_per_worker={devices_per_worker!r}": (
+            devices_per_worker != 1,
+            "a worker that comes and goes is of one device so far; leave it out",
+        ),
+    }
+    for given, (is_refused, why) in refusals.items():
+        if is_refused:
+            raise ValueError(f"{strategy}({given}, fault_tolerance=...): {why}.")
 
 
 def _check_wire_dtype(strategy: str, wire_dtype: object) -> None:

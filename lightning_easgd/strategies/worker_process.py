@@ -23,6 +23,7 @@ from lightning_easgd.strategies.ddp_arguments import (
     takes_ddp_arguments,
     warn_without_effect,
 )
+from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.failures import is_of_process_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
@@ -122,6 +123,12 @@ class WorkerProcess(_Base):
 
     has_center: ClassVar[bool] = True
     """Whether the workers of this method have a center."""
+
+    may_come_and_go: ClassVar[bool] = False
+    """Whether this class's workers may be launches of their own that come and go."""
+
+    elastic: ElasticWorker | None = None
+    """This worker, where they do."""
 
     on_nonfinite: str
 
@@ -248,6 +255,11 @@ class WorkerProcess(_Base):
         return WorkerLayout(ranks, per_worker)
 
     @property
+    def replica_id(self) -> int | None:
+        """This worker's number where workers come and go; None in a fixed world."""
+        return None if self.elastic is None else self.elastic.replica_id
+
+    @property
     def worker_shape(self) -> tuple[int, ...]:
         """How the ranks of a worker are arranged; one worker's state is another's where these are the same."""
         return (self.layout.per_worker,)
@@ -348,6 +360,8 @@ class WorkerProcess(_Base):
                     " Trainer(accelerator='cpu')."
                 )
         _ = self.layout  # before any process starts
+        if self.elastic is not None:
+            self.elastic.resolve(self.num_nodes * self.num_processes)
         super()._configure_launcher()
         self._check_interactive()
         launcher = self._make_launcher()

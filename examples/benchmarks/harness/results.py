@@ -19,7 +19,7 @@ from harness.ratios import Row
 
 __all__ = ["print_table", "write_results"]
 
-_PACKAGES = ("torch", "lightning", "lightning_easgd", "accelerate", "torchft")
+_PACKAGES = ("torch", "lightning", "lightning_easgd", "accelerate", "torchft-nightly")
 
 
 def write_results(

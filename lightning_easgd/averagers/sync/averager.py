@@ -15,8 +15,9 @@ from lightning_easgd.averagers.astray import AstrayPolicy, FailIfAstray, NonFini
 from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
 from lightning_easgd.averagers.averager import Averager, Averaging, follow, versions_for
 from lightning_easgd.averagers.common_values import differing
-from lightning_easgd.averagers.exchange_order import ExchangeLine, Header, Meeting
+from lightning_easgd.averagers.exchange_order import READ_AT, ExchangeLine, Header, Meeting
 from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.difference_sum import Restored
 from lightning_easgd.averagers.sync.finiteness import make_finiteness
 from lightning_easgd.averagers.sync.pull import Pull, PullToOld
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
@@ -108,6 +109,7 @@ class SynchronousAverager(Averager):
         self._in_flight = False
         self._pull = pull or PullToOld()
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
+        self._alphas: Sequence[float] = ()  # of the last pull
         self._distance: list[Tensor] = []  # norms of the last difference's groups
         self.clock = 0
         self._lay_out([])
@@ -133,14 +135,15 @@ class SynchronousAverager(Averager):
             self._exchange_if_due()
 
     def _exchange_if_due(self) -> None:
-        if self.clock % self._tau or self.clock == self._begun_at:
+        if self.clock == self._begun_at or not self._sum.is_due(self.clock, self._tau):
             return
         self._catch_up()
         self.complete()
+        self._take_restored()
         if self._line.agree():  # nobody begins another exchange
             return
         self._begun_at = self.clock
-        rates = self._rates.of_groups(self._optimizer, self._line.worker.workers, self.clock)
+        rates = self._rates_now()
         if self._averaged.have_changed:
             agreement = *self._averaged.changed, self._rates.common(rates), repr(self._rule)
             finite = self.is_finite()
@@ -167,6 +170,7 @@ class SynchronousAverager(Averager):
         if self._pull.is_due(self.clock):
             self._pull_worker()
         self._sum.advance()
+        self._sum.look_ahead(self.clock, self.complete)
         if self._pull.follows_step:
             self._exchange_if_due()
             if self._pull.is_due(self.clock):
@@ -176,14 +180,35 @@ class SynchronousAverager(Averager):
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
         self._catch_up()
+        self._take_restored()
         finite = self.is_finite()
         if self._averaged.have_changed:
             self._extend()
         if not (self._take_difference() and finite):
             self._start_again()
-        self._start(self._rates.of_groups(self._optimizer, self._line.worker.workers, self.clock))
+        self._start(self._rates_now())
         self._pull_worker()
         self.complete()
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether other workers, which come and go, wait for this one's part in an exchange."""
+        return self._sum.is_expected()
+
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Before the first step: come to workers that may be training already, and start at their center."""
+        if not self._sum.enter(self.clock):
+            return
+        restored = self._take_restored()
+        if restored is not None:
+            self.clock = restored.clock
+        self._sum.make_room()
+        self._sum.wire.flat.zero_()
+        self._sum.start(self._shares(self._rates_now()))
+        self._sum.finish()
+        if restored is not None:
+            self.start_at_center()
 
     @torch.no_grad()
     def complete(self) -> None:
@@ -204,6 +229,8 @@ class SynchronousAverager(Averager):
         self._sum.finish()
         self._in_flight = False
         self._line.under_way.remove(self)
+        if self._sum.is_lost:
+            self._revoke()
         self._line.statistics.seconds_waited += time.monotonic() - started
 
     @property
@@ -324,14 +351,13 @@ class SynchronousAverager(Averager):
         if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
             for segment, alpha in zip(wire.segments, alphas, strict=True):
                 segment.mul_(alpha)
-            factors = shares = [1.0] * len(rates)
+            factors = [1.0] * len(rates)
         else:
             factors = alphas
-            shares = [beta / self._line.worker.workers for _, beta in rates]
         self._in_flight = self.has_exchanged = True
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
-        self._sum.start(shares)
+        self._sum.start(self._shares(rates))
         self._pull.begin(
             self._sum, factors, lambda into: self._position.write(into, self.parameters), alphas, self.clock
         )
@@ -341,12 +367,45 @@ class SynchronousAverager(Averager):
         if self._pull.is_pending:
             self._pull_worker()
 
+    @property
+    def _workers(self) -> int:
+        return self._sum.workers or self._line.worker.workers
+
+    def _rates_now(self) -> list[tuple[float, float]]:
+        return self._rates.of_groups(self._optimizer, self._workers, self.clock)
+
+    def _shares(self, rates: list[tuple[float, float]]) -> list[float]:
+        if self._rates.are_each_workers_own:
+            return [1.0] * len(rates)
+        return [beta / self._workers for _, beta in rates]
+
     def _pull_worker(self) -> None:
         if self._pull.waits_for_center:
             self.complete()
-        for parameters, differences, alpha in zip(self._averaged.real, *self._pull.take(), strict=True):
+            if not self._pull.is_pending:  # the exchange is lost
+                return
+        groups, self._alphas = self._pull.take()
+        self._pull_by(groups, self._alphas)
+
+    def _pull_by(self, groups: Sequence[Sequence[Tensor]], alphas: Sequence[float]) -> None:
+        for parameters, differences, alpha in zip(self._averaged.real, groups, alphas, strict=True):
             for near, of_near in brought_near(parameters, differences):
                 elastic_pull_(near, of_near, alpha)
+
+    def _revoke(self) -> None:
+        """Take back the worker's part of an exchange that is lost: what was not added to the center stays here."""
+        if self._pull.is_pending:
+            self._pull.forget()
+        elif not self._pull.waits_for_center:
+            self._pull_by(self._sum.given, [-alpha for alpha in self._alphas])
+
+    def _take_restored(self) -> Restored | None:
+        restored = self._sum.take_restored()
+        if restored is not None:
+            self.has_exchanged = True
+            if restored.restarts:
+                self.start_at_center()
+        return restored
 
     def _extend(self) -> None:
         """Take in what has become of the optimizer's parameters; all workers do it at the same exchange."""
@@ -473,6 +532,11 @@ class SynchronousAveraging(Averaging):
             )
 
     @override
+    def enter(self) -> None:
+        for averager in self._synchronous.values():
+            averager.enter()
+
+    @override
     def follow(self, optimizers: Sequence[Optimizer]) -> None:
         self._synchronous = follow(self._synchronous, optimizers, self.strategy)
         self.averagers = self._synchronous
@@ -500,6 +564,11 @@ class SynchronousAveraging(Averaging):
     @override
     def meet(self, meeting: Meeting) -> None:
         averagers = list(self._synchronous.values())
+        if meeting in READ_AT:  # a stop that may be long
+            for averager in averagers:
+                averager.complete()
+                if averager.is_expected:
+                    averager.join()
         self._line.meet(meeting, averagers)
         if any(averager.finiteness.learns_late for averager in averagers):
             self._hear_of_last(averagers)

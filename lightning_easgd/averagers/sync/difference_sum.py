@@ -1,8 +1,9 @@
 """The sum of the workers' differences in synchronous mode: the interface."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -10,7 +11,21 @@ from torch import Tensor
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 
-__all__ = ["DifferenceSum"]
+__all__ = ["DifferenceSum", "Restored"]
+
+
+@final
+@dataclass(frozen=True)
+class Restored:
+    """The center is now that of the other workers, which have moved it without this one.
+
+    Attributes:
+        clock: t of a worker that has been there.
+        restarts: Whether this worker starts again at the center.
+    """
+
+    clock: int
+    restarts: bool
 
 
 class DifferenceSum(ABC):
@@ -36,7 +51,10 @@ class DifferenceSum(ABC):
     Attributes:
         center: As given.
         wire: Where a worker writes its :math:`\Delta^i`; between two exchanges it may hold anything else.
+        is_lost: Whether the last exchange has come to nothing: the center has not moved.
     """
+
+    is_lost: bool = False
 
     def __init__(self, center: ReplicatedCenter, wire: FlatTensors) -> None:
         self.center = center
@@ -96,6 +114,35 @@ class DifferenceSum(ABC):
         Raises:
             ExchangeError: If a worker is lost.
         """
+
+    # Where workers come and go
+
+    @property
+    def workers(self) -> int | None:
+        """p, the number of workers of the exchange that is due; None where it is always the same."""
+        return None
+
+    def is_due(self, clock: int, tau: int) -> bool:
+        """Whether an exchange begins at this clock."""
+        return clock % tau == 0
+
+    def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:  # noqa: B027 - a fixed world needs no word
+        """After a step: prepare the next exchange, for which ``complete`` ends the one under way."""
+
+    def is_expected(self) -> bool:
+        """Whether the other workers count on this one for an exchange, wherever it is."""
+        return False
+
+    def enter(self, clock: int) -> bool:  # noqa: ARG002
+        """Come to workers that may be training already; False where all begin together.
+
+        With True an exchange is due, of a worker that gives nothing.
+        """
+        return False
+
+    def take_restored(self) -> Restored | None:
+        """Let the center be the others', where this worker was behind; None if it was not."""
+        return None
 
     def norms(self) -> list[Tensor]:
         r"""The norm of each group of the last :math:`\Delta^i`, each a tensor of shape (); taken once for each."""

@@ -10,10 +10,12 @@ from typing import Any
 
 __all__ = [
     "begins_epoch",
+    "clocks_of",
     "communicates_at_epoch_end",
     "fetches_next",
     "free_running",
     "give_mesh",
+    "go_on_at",
     "has_new_loader",
     "interactive_error",
     "is_without_steps",
@@ -115,6 +117,39 @@ def has_new_loader(trainer: Any) -> bool:
     """Whether the data loader of the epoch that begins was made anew for it (``reload_dataloaders_every_n_epochs``)."""
     loop = trainer.fit_loop
     return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
+
+
+def clocks_of(trainer: Any) -> dict[str, Any]:
+    """How far a fit is, in primitives and tensors: its steps and epochs, and the learning rates and their schedules."""
+    return {
+        "steps": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "rates": [
+            [{name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ],
+        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+    }
+
+
+def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
+    """Let a fit that is about to begin its first epoch begin a later one, at the steps and rates of another fit."""
+    epochs = trainer.fit_loop.epoch_progress
+    for progress in (epochs.current, epochs.total):
+        progress.ready = progress.started = progress.processed = progress.completed = clocks["epoch"]
+    loop = trainer.fit_loop.epoch_loop
+    optimization = loop.automatic_optimization if trainer.lightning_module.automatic_optimization else None
+    steps = (
+        loop.manual_optimization.optim_step_progress
+        if optimization is None
+        else optimization.optim_progress.optimizer.step
+    )
+    steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
+    for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
+        for group, rates in zip(optimizer.param_groups, groups, strict=True):
+            group.update(rates)
+    for config, state in zip(trainer.lr_scheduler_configs, clocks["schedulers"], strict=True):
+        config.scheduler.load_state_dict(state)
 
 
 def begins_epoch(trainer: Any) -> bool:

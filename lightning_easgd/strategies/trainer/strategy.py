@@ -66,6 +66,8 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     tree: ClassVar[TrainerTree]
 
+    may_come_and_go = True
+
     tau: int
 
     def __init__(
@@ -230,6 +232,13 @@ class TrainerStrategy(WorkerProcess, _Base):
         callback.setup(trainer, self.lightning_module, "fit")  # the others' has been called
         return [callback]
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How data are shared out: over the ranks, or over the workers that come and go."""
+        if self.elastic is None or self.lightning_module is None:
+            return super().distributed_sampler_kwargs
+        return self.elastic.sampler_arguments(training=self.lightning_module.trainer.training)
+
     # Training
 
     def on_train_start(self) -> None:
@@ -247,6 +256,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         assert self._ranks is not None
         self._meetings = Meetings(self._ranks.trainer, self)
         self._checkpoints.resume()
+        if self.elastic is not None:
+            self.elastic.enter(self._session.averaging, self._trainer)
 
     def on_train_epoch_start(self) -> None:
         """Look again where ranks must meet, where their data is new."""
@@ -358,6 +369,8 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
+        if self.elastic is not None and not self.elastic.is_saver:
+            return
         write = partial(self._write_checkpoint, checkpoint, filepath, storage_options)
         if self._checkpoints is None:
             write()
@@ -375,6 +388,8 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, and the files beside it."""
+        if self.elastic is not None and not self.elastic.is_saver:
+            return
         super().remove_checkpoint(filepath)
         if self.local_rank == 0:
             remove_sidecar(str(filepath))
@@ -473,7 +488,7 @@ class TrainerStrategy(WorkerProcess, _Base):
             self._wait_for_all(Meeting.TEARDOWN)
 
     def _on_sigterm(self) -> None:
-        if self._session is not None:
+        if self._session is not None and self.elastic is None:
             self._session.averaging.request_stop()
         else:
             request_stop(self._trainer)

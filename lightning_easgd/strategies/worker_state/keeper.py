@@ -58,6 +58,8 @@ class Ranks(Protocol):
     def worker_shape(self) -> tuple[int, ...]: ...
     @property
     def is_sharded(self) -> bool: ...
+    @property
+    def replica_id(self) -> int | None: ...
     def broadcast(self, obj: Any, src: int = 0) -> Any: ...
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
 
@@ -142,6 +144,7 @@ class StateKeeper:
             "clocks": [averager.clock for averager in averagers],
             "layouts": self.layouts(session),
             "shared": sorted(_shared_tensors(session)),
+            **({} if self._ranks.replica_id is None else {"replica_id": self._ranks.replica_id}),
         }
 
     def layouts(self, session: CenterSession) -> list[list[tuple[str, int]]]:
@@ -211,8 +214,8 @@ class StateKeeper:
         )
         if not self.keeps_workers:
             return common
-        before = _described(saved["world_size"], saved.get("worker_shape", [1]))
-        now = _described(self._ranks.world_size, self._ranks.worker_shape)
+        before = _described(saved["world_size"], saved.get("worker_shape", [1]), saved.get("replica_id"))
+        now = _described(self._ranks.world_size, self._ranks.worker_shape, self._ranks.replica_id)
         if before != now:
             rank_zero_warn(f"{at_center}: the checkpoint was saved by {before}, and now there are {now}.")
             return common
@@ -318,7 +321,9 @@ def _forget_other_shapes(optimizers: Iterable[Optimizer], module: nn.Module, sav
                 del optimizer.state[parameter]
 
 
-def _described(ranks: int, shape: Sequence[int]) -> str:
+def _described(ranks: int, shape: Sequence[int], replica_id: int | None) -> str:
+    if replica_id is not None:
+        return f"workers that come and go, of which this is number {replica_id}"
     devices = "" if list(shape) == [1] else f" of {' x '.join(map(str, shape))} devices"
     return f"{ranks // math.prod(shape)} workers{devices}"
 

@@ -1,0 +1,197 @@
+"""The sum over the workers that are alive, of which some may be lost in the middle of it, or come later."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, final
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_easgd.averagers.sync.difference_sum import DifferenceSum, Restored
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.membership import Membership
+
+__all__ = ["MembershipSum"]
+
+
+@final
+class MembershipSum(DifferenceSum):
+    r"""A sum of those that are there: p is their number, and the center moves only where all of them have added up.
+
+    Who takes part is asked one step before an exchange is due, beside that step. Where the answer is not there when it
+    is due, the worker stands still for it, for ``patience`` seconds at most; then it trains on, and makes the exchange
+    before the first step at which the answer is there. The sum runs in a thread beside the steps. If it is lost, with a
+    worker that dies in it, the worker's own pull is taken back: neither side has moved, and nothing has been lost.
+
+    A worker that was away gets the stores of the center, and their version, from another one: 4 bytes a parameter
+    for the plain rule. Where workers have come together anew, all of them have the same center.
+
+    The memory beside the center is the wire and a copy of it.
+
+    Args:
+        center: As for :class:`DifferenceSum`.
+        members: The workers; the sum opens and closes them.
+        tau: τ.
+        patience: Seconds.
+        timeout: Seconds for which a worker that comes waits for the others.
+        restart_after_missed: How many moves of the center a worker may miss before it starts again there; None for any
+            number.
+        strategy: Name of the strategy, for errors.
+    """
+
+    def __init__(
+        self,
+        center: ReplicatedCenter,
+        members: Membership,
+        tau: int,
+        *,
+        patience: float,
+        timeout: float,
+        restart_after_missed: int | None = None,
+        strategy: str = "EASGDStrategy",
+    ) -> None:
+        super().__init__(center, center.values.like())
+        self._kept = center.values.like()
+        self._members = members
+        self._tau = tau
+        self._patience, self._timeout = patience, timeout
+        self._restart_after_missed = restart_after_missed
+        self._strategy = strategy
+        self._clock = self._due_at = 0
+        self._left = 0.0  # of the patience for the request that has been made
+        self._transfer: Future[None] | None = None
+        self._shares: Sequence[float] = ()
+        self._received: dict[str, Any] | None = None
+        members.add_state("center", self._state, self._receive)
+        members.open()
+
+    @override
+    def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "MembershipSum":
+        raise RuntimeError(
+            f"{self._strategy}(fault_tolerance=...): the optimizer's parameters have changed in training, and workers"
+            " that come and go do not change theirs together. Give it all parameters at the start, unfrozen."
+        )
+
+    @property
+    @override
+    def given(self) -> list[list[Tensor]]:
+        return self._kept.groups
+
+    @property
+    @override
+    def nbytes(self) -> int:
+        return round(2 * (self._members.size - 1) / self._members.size * self.wire.flat.nbytes)
+
+    @property
+    @override
+    def workers(self) -> int:
+        return self._members.size
+
+    # Before an exchange
+
+    @override
+    def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
+        self._clock = clock
+        is_next = (clock + 1) % self._tau == 0
+        if self._transfer is not None and (is_next or self._transfer.done()):
+            complete()
+        if is_next and not self._members.is_requested:
+            self._ask()
+
+    def _ask(self) -> None:
+        self._due_at = self._clock + -self._clock % self._tau
+        self._left = self._patience
+        self._members.request()
+
+    @override
+    def is_due(self, clock: int, tau: int) -> bool:
+        self._clock = clock
+        if not self._members.is_requested or clock < self._due_at:
+            return False
+        return self._have_come()
+
+    @override
+    def is_expected(self) -> bool:
+        return self._members.is_requested and self._have_come()
+
+    def _have_come(self) -> bool:
+        seconds, self._left = self._left, 0.0
+        if self._members.has_come(seconds):
+            return True
+        self._members.missed += bool(seconds)
+        return False
+
+    @override
+    def enter(self, clock: int) -> bool:
+        self._clock = clock
+        self._members.request()
+        if not self._members.has_come(self._timeout):
+            raise ExchangeError(
+                f"{self._strategy}(timeout={self._timeout:.0f} s): the lighthouse has not brought this worker together"
+                " with the others; look whether one of them stands still, and whether torchft_lighthouse waits for"
+                " more workers (--min_replicas)."
+            )
+        return True
+
+    # What one who is behind gets
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.center.state_dict(), "clock": self._clock}
+
+    def _receive(self, state: dict[str, Any]) -> None:
+        self._received = state  # by another thread
+
+    @override
+    def take_restored(self) -> Restored | None:
+        state, self._received = self._received, None
+        if state is None:
+            return None
+        theirs, ours = ([tuple(store.shape) for store in each["stores"]] for each in (state, self.center.state_dict()))
+        if theirs != ours:
+            raise ExchangeError(
+                f"{self._strategy}: the other workers average vectors of {theirs} elements and this one of {ours};"
+                " give all workers the same model, optimizer and rule of the center."
+            )
+        missed = self._members.behind
+        self.center.load_state_dict(state)
+        return Restored(state["clock"], self._restart_after_missed is not None and missed >= self._restart_after_missed)
+
+    # An exchange
+
+    @override
+    def start(self, shares: Sequence[float]) -> None:
+        self._kept.flat.copy_(self.wire.flat)
+        self._shares = shares
+        self.is_lost = False
+        self._transfer = self._members.sum([self.wire.flat])
+
+    @override
+    def advance(self) -> None:
+        pass
+
+    @override
+    def finish(self) -> None:
+        assert self._transfer is not None
+        self._transfer.result()
+        self._transfer = None
+        self.is_lost = not self._members.commit()
+        if self.is_lost:
+            warnings.warn(
+                f"{self._strategy}: an exchange has come to nothing ({self._members.problem}); worker and center are"
+                " as if it had not been begun, and training goes on.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        starts = 0
+        for segment, share in zip(self.wire.segments, self._shares, strict=True):
+            part = slice(starts, starts + segment.numel())
+            self.center.move_(part, segment, share)
+            starts = part.stop
+        self.center.end_exchange()
+
+    @override
+    def close(self) -> None:
+        self._members.close()

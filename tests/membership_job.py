@@ -1,0 +1,120 @@
+"""A lighthouse and workers that come and go, each a process of its own."""
+
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from preloaded import python
+
+WORKER = Path(__file__).with_name("membership_worker.py")
+HEARTBEAT = 1.0  # seconds after which the lighthouse takes a worker for dead
+PATIENCE = 0.5  # seconds that a worker stands still for the others
+TRANSFER = 2.0  # seconds of a transfer
+SLACK = 1.0
+_LIGHTHOUSE = f"""
+import sys, time
+from torchft.coordination import LighthouseServer
+server = LighthouseServer(
+    bind="[::]:" + sys.argv[1], min_replicas=1, join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
+)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+class Job:
+    """A lighthouse and workers; whatever happens, they end with it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.processes = []
+        with socket.socket() as free:
+            free.bind(("", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://localhost:{self.port}"
+        self.light()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()  # a stopped one, too
+        for process in self.processes:
+            process.wait(20)
+
+    def light(self):
+        self.lighthouse = subprocess.Popen(
+            [sys.executable, "-c", _LIGHTHOUSE, str(self.port)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "RUST_LOG": "error"},
+        )
+        self.processes.append(self.lighthouse)
+        with self.lighthouse.stdout as said:
+            assert said.readline() == b"up\n"
+
+    def start(self, number, *launcher, **settings):
+        tolerance = {"quorum_timeout": PATIENCE, "process_group_timeout": TRANSFER}
+        settings = {"tolerance": tolerance, **settings}
+        given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        with (self.folder / f"{number}.txt").open("w") as said:
+            process = subprocess.Popen(
+                [python(), *launcher, str(WORKER), str(self.folder), str(number), *given],
+                env={**os.environ, "TORCHFT_LIGHTHOUSE": self.address},
+                stdout=said,
+                stderr=said,
+            )
+        self.processes.append(process)
+        return process
+
+    def said(self, number):
+        """What the last worker of this number has printed."""
+        return (self.folder / f"{number}.txt").read_text()
+
+    def lines(self, number):
+        """All that a worker has written, also one that was there before under this number."""
+        path = self.folder / f"{number}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def steps(self, number):
+        return [line for line in self.lines(number) if "step" in line and "event" not in line]
+
+    def until(self, number, holds, since=0.0, seconds=60):
+        """The first step of a worker, after a point of time, of which something holds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in self.steps(number):
+                if line["time"] > since and holds(line):
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"worker {number} has not come there: {self.lines(number)[-3:]}\n{self.said(number)}")
+
+    def signal(self, number, what):
+        pid = [line["pid"] for line in self.lines(number) if "pid" in line][-1]
+        os.kill(pid, what)
+        return time.time()
+
+    def check_centers(self, *numbers):
+        """At every move of the center that two of them have both made it is bitwise the same."""
+        seen = {}
+        for number in numbers:
+            for line in self.steps(number):
+                seen.setdefault(line["version"], {}).setdefault(number, line["center"])
+        common = [list(centers.values()) for centers in seen.values() if len(centers) > 1]
+        assert len(common) >= 5
+        assert all(len(set(centers)) == 1 for centers in common)
+
+    def stood_still(self, number, since, until):
+        times = [line["time"] for line in self.steps(number) if since - 0.2 <= line["time"] <= until]
+        return max(b - a for a, b in itertools.pairwise(times))
+
+
+def are(*numbers):
+    """Whether these are who took part in a worker's last exchange."""
+    return lambda line: line["living"] == list(numbers)

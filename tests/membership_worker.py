@@ -1,0 +1,110 @@
+"""One worker of those that come and go, as a user starts it: python membership_worker.py FOLDER NUMBER [KEY=JSON ...]
+
+It writes a line of JSON for each of its steps into FOLDER/NUMBER.jsonl, one when it has come to the others and one at
+its end. Keys: ``tolerance`` (of ``FaultTolerance``) and those of ``SETTINGS``.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from toys import quiet_trainer
+
+from lightning_easgd import EASGDStrategy, FaultTolerance
+from lightning_easgd.transport.membership import Membership
+
+SETTINGS = {
+    "steps": 10**6,
+    "pace": 0.01,  # seconds of a step
+    "tau": 5,
+    "dies_in_exchange": None,  # of this number
+    "raises_at": None,  # at its step of this number, in torchrun's first attempt
+    "saves_at": None,  # this step
+    "resumes": None,  # from this checkpoint
+}
+
+
+class Paced(L.LightningModule):
+    """A line fitted to noise; every worker has its own data."""
+
+    def __init__(self, settings, folder, number):
+        super().__init__()
+        self.settings, self.folder, self.number = settings, folder, number
+        self.net = torch.nn.Linear(50, 2)
+        self.made = 0
+
+    def training_step(self, batch, index):
+        time.sleep(self.settings["pace"])
+        self.made += 1
+        if self.made == self.settings["raises_at"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            raise RuntimeError("as the test has it")
+        generator = torch.Generator().manual_seed(self.global_step * 97 + self.number)
+        x = torch.randn(8, 50, generator=generator)
+        return (self.net(x) - x[:, :2]).square().mean()
+
+    def configure_optimizers(self):
+        sgd = torch.optim.SGD(self.parameters(), lr=0.05)
+        schedule = torch.optim.lr_scheduler.StepLR(sgd, 10, gamma=0.99)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(40), batch_size=1)
+
+    def write(self, **row):
+        with (self.folder / f"{self.number}.jsonl").open("a") as file:
+            file.write(json.dumps({"time": time.time(), **row}) + "\n")
+
+    def on_train_start(self):
+        self.write(event="starts", pid=os.getpid())
+
+    def on_train_batch_end(self, *_):
+        (averager,) = self.trainer.strategy._averagers
+        members = self.trainer.strategy.elastic.membership
+        center = averager.center
+        self.write(
+            step=self.global_step,
+            clock=averager.clock,
+            epoch=self.current_epoch,
+            lr=self.optimizers().param_groups[0]["lr"],
+            version=center.version,
+            center=hashlib.blake2b(center.flat.numpy().tobytes(), digest_size=8).hexdigest(),
+            weight=self.net.weight[0, 0].item(),
+            living=members.living,
+            missed=members.missed,
+            failed=members.failed,
+        )
+        if self.global_step == self.settings["saves_at"]:
+            self.trainer.save_checkpoint(self.folder / f"of_{self.number}.ckpt")
+
+
+def die_in_exchange(number):
+    """Let this process be killed when the others have begun to add up, and it has not."""
+    add_up = Membership._sum
+
+    def dies(self, buffers):
+        if self._manager.current_step() == number:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        add_up(self, buffers)
+
+    Membership._sum = dies
+
+
+if __name__ == "__main__":
+    folder, number, *given = sys.argv[1:]
+    settings = SETTINGS | {key: json.loads(value) for key, value in (each.split("=", 1) for each in given)}
+    torch.manual_seed(int(number))
+    if settings["dies_in_exchange"] is not None:
+        die_in_exchange(settings["dies_in_exchange"])
+    module = Paced(settings, Path(folder), int(number))
+    tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
+    strategy = EASGDStrategy(tau=settings["tau"], fault_tolerance=tolerance)
+    trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=-1, max_steps=settings["steps"])
+    trainer.fit(module, ckpt_path=settings["resumes"])
+    module.write(event="ends", step=trainer.global_step)

@@ -1,0 +1,261 @@
+"""Workers that come, die and return: what is refused, the sum over those that are there, and real processes."""
+
+import subprocess
+from concurrent.futures import Future
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from preloaded import python
+from toys import Quadratic, quiet_trainer
+
+from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
+from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
+from lightning_easgd.averagers.sync.membership_sum import MembershipSum
+from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.transport.channel import LoneChannel
+
+HERE_ON_DISK = Path(__file__).parent
+HERE = FaultTolerance("http://localhost:1", 0)
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "said"),
+        [
+            ({"lighthouse": 3}, TypeError, r"lighthouse=3\): give the address"),
+            ({"lighthouse": "host:29510"}, ValueError, r"lighthouse='host:29510'\): an address is 'http://host:port'"),
+            ({"replica_id": -1}, ValueError, r"replica_id=-1\): it is at least 0"),
+            ({"replica_id": "1"}, TypeError, r"replica_id='1'\): give an int"),
+            ({"replica_id": True}, TypeError, r"replica_id=True\): give an int"),
+            ({"group_size": 0}, ValueError, r"group_size=0\): it is at least 1"),
+            ({"replica_id": 2, "group_size": 2}, ValueError, r"replica_id=2, group_size=2\): the data are cut"),
+            ({"min_replica_size": 0}, ValueError, r"min_replica_size=0\): it is at least 1"),
+            ({"min_replica_size": None}, TypeError, r"min_replica_size=None\): give an int"),
+            ({"quorum_timeout": 0}, ValueError, r"quorum_timeout=0\): a time to wait is positive"),
+            ({"quorum_timeout": "5"}, TypeError, r"quorum_timeout='5'\): give seconds"),
+            ({"process_group_timeout": timedelta(-1)}, ValueError, r"process_group_timeout=-1 day.*positive"),
+            ({"process_group_timeout": float("nan")}, ValueError, r"process_group_timeout=nan\): .*finite"),
+            ({"process_group": "nccl"}, ValueError, r"process_group='nccl'\): .*use 'gloo'"),
+            ({"process_group": "mpi"}, ValueError, r"process_group='mpi'\): unknown; use 'gloo'"),
+            ({"restart_after_missed": 0}, ValueError, r"restart_after_missed=0\): it is at least 1"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, arguments, error, said):
+        with pytest.raises(error, match=rf"^FaultTolerance\({said}"):
+            FaultTolerance(**arguments)
+
+    def test_it_comes_from_the_environment(self):
+        found = FaultTolerance(group_size=4, quorum_timeout=timedelta(seconds=3)).resolved(
+            {"TORCHFT_LIGHTHOUSE": "http://here:1", "REPLICA_GROUP_ID": "3"}
+        )
+        assert (found.lighthouse, found.replica_id, found.quorum_timeout) == ("http://here:1", 3, 3.0)
+
+    @pytest.mark.parametrize(
+        ("environment", "said"),
+        [
+            ({}, r"lighthouse=None\): there is no address, and TORCHFT_LIGHTHOUSE is not set"),
+            ({"TORCHFT_LIGHTHOUSE": "here"}, r"lighthouse=None\) with TORCHFT_LIGHTHOUSE='here': an address is"),
+            ({"TORCHFT_LIGHTHOUSE": "http://a:1"}, r"replica_id=None\): REPLICA_GROUP_ID is not set"),
+            ({"TORCHFT_LIGHTHOUSE": "http://a:1", "REPLICA_GROUP_ID": "x"}, r"replica_id=None\): .* is 'x'"),
+            (
+                {"TORCHFT_LIGHTHOUSE": "http://a:1", "REPLICA_GROUP_ID": "4"},
+                r"replica_id=None\) .*=4, group_size=4: the",
+            ),
+        ],
+    )
+    def test_what_is_missing_is_said(self, environment, said):
+        with pytest.raises(ValueError, match=rf"^FaultTolerance\({said}"):
+            FaultTolerance(group_size=4).resolved(environment)
+
+    def test_torchft_is_asked_for(self, monkeypatch):
+        monkeypatch.setattr("lightning_easgd.strategies.fault_tolerance.find_spec", lambda name: None)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_easgd\[elastic\]'"):
+            quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1)
+
+
+class TestStrategy:
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            ({"mode": "async"}, r"mode='async', fault_tolerance=\.\.\.\): a served center"),
+            ({"wire_dtype": "int8"}, r"wire_dtype='int8', fault_tolerance=\.\.\.\): what rounding"),
+            ({"devices_per_worker": 2}, r"devices_per_worker=2, fault_tolerance=\.\.\.\): .* one device so far"),
+        ],
+    )
+    def test_what_does_not_go_with_it_is_refused(self, arguments, said):
+        with pytest.raises(ValueError, match=rf"^EASGDStrategy\({said}"):
+            EASGDStrategy(fault_tolerance=True, **arguments)
+
+    def test_what_is_no_setting_is_refused(self):
+        with pytest.raises(TypeError, match=r"^EASGDStrategy\(fault_tolerance='yes'\): give True"):
+            EASGDStrategy(fault_tolerance="yes")
+        with pytest.raises(ValueError, match="Fabric's workers are a fixed number"):
+            FabricStrategy(fault_tolerance=True)
+        with pytest.raises(TypeError, match="fault_tolerance"):
+            EASGDModelParallelStrategy(fault_tolerance=True)
+
+    def test_one_launch_is_one_worker(self):
+        with pytest.raises(ValueError, match="this one has 2; use devices=1"):
+            quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=2)
+
+    def test_nothing_listens(self, monkeypatch):
+        monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))
+        with pytest.raises(RuntimeError, match=r"^EASGDStrategy: there is no lighthouse at http://localhost:1; start"):
+            quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1).fit(Quadratic())
+
+    def test_a_fixed_world_imports_nothing_of_it(self, tmp_path):
+        script = tmp_path / "fixed.py"
+        script.write_text(
+            f"import sys; sys.path.insert(0, {str(HERE_ON_DISK)!r})\n"
+            "from toys import Quadratic, quiet_trainer\n"
+            "quiet_trainer(strategy='easgd', devices=1).fit(Quadratic(steps=12, record=False))\n"
+            "print([name for name in sys.modules if name.startswith(('torchft', 'opentelemetry'))])\n"
+        )
+        ended = subprocess.run([python(), script], capture_output=True, text=True, timeout=100, check=False)
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.splitlines()[-1] == "[]"
+
+
+class Others:
+    """A membership whose other workers do what the test says; in place of ``Membership``."""
+
+    def __init__(self, size=2, gives=0.0):
+        self.size, self.gives = size, gives
+        self.has_others = self.counts = True
+        self.is_requested = False
+        self.missed = self.failed = self.behind = 0
+        self.problem = "lost"
+        self.states = {}
+        self.waited = []
+
+    def add_state(self, key, state, load):
+        self.states[key] = state, load
+
+    def open(self):
+        pass
+
+    def close(self):
+        pass
+
+    def request(self):
+        self.is_requested = True
+
+    def has_come(self, seconds):
+        self.waited.append(seconds)
+        return self.has_others
+
+    def sum(self, buffers):
+        self.is_requested = False
+        for buffer in buffers:
+            buffer.add_(self.gives)
+        done = Future()
+        done.set_result(None)
+        return done
+
+    def commit(self):
+        return self.counts
+
+
+class TestSum:
+    """x from 8 in steps of -1, center from 8 at first; τ = 2, β = ½."""
+
+    def averaging(self, others, **settings):
+        self.x = torch.nn.Parameter(torch.tensor([8.0]))
+        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
+        make_sum = partial(MembershipSum, members=others, tau=2, patience=3.0, timeout=1.0, **settings)
+        self.whole = SynchronousAveraging(LoneChannel(), make_sum, tau=2, rates=MovingRates(beta=0.5))
+        self.whole.start([self.optimizer])
+        (self.averager,) = self.whole.averagers.values()
+
+    def step(self, number=1):
+        for _ in range(number):
+            self.averager.begin()
+            self.x.grad = torch.ones(1)
+            self.optimizer.step()
+            self.averager.finish()
+
+    @property
+    def values(self):
+        self.averager.settle()
+        return self.x.item(), self.averager.center.flat.item()
+
+    def test_alpha_and_beta_follow_the_number_of_workers(self):
+        others = Others(size=2, gives=-6.0)
+        self.averaging(others)
+        self.step(3)  # at x = 6: d = -2, of all -8; α = ¼, β/p = ¼
+        assert self.values == (6 + 0.5 - 1, 8 - 2.0)
+        others.size, others.gives = 1, 0.0
+        self.step(2)  # at x = 4.5: d = -1.5; α = β = ½
+        assert self.values == (4.5 + 0.75 - 1, 6 - 0.75)
+
+    def test_a_lost_exchange_leaves_no_trace(self):
+        others = Others(gives=float("nan"))
+        others.counts = False
+        self.averaging(others)
+        with pytest.warns(RuntimeWarning, match=r"has come to nothing \(lost\)"):
+            self.step(4)
+        assert self.values == (4.0, 8.0)
+
+    def test_who_is_not_there_is_waited_for_once(self):
+        others = Others()
+        others.has_others = False
+        self.averaging(others)
+        self.step(4)
+        assert self.values == (4.0, 8.0)
+        assert (others.waited, others.missed) == ([3.0, 0.0], 1)
+        others.has_others = True
+        self.step()  # not due by the clock, but the others have come: d = -4
+        assert self.values == (4 + 1 - 1, 8 - 1)
+
+    def test_a_long_stop_is_no_stop_for_the_others(self):
+        others = Others(gives=-1.0)
+        self.averaging(others)
+        self.step()
+        assert others.is_requested
+        self.whole.meet(Meeting.EPOCH_END)
+        assert others.is_requested
+        self.whole.meet(Meeting.VALIDATION)  # at x = 7: d = -1, of all -2
+        assert not others.is_requested
+        assert self.values == (7.25, 7.5)
+
+    @pytest.mark.parametrize(("after", "values"), [(None, (6.0, 7.0)), (3, (6.0, 7.0)), (2, (9.0, 10.0))])
+    def test_who_was_away_has_the_others_center(self, after, values):
+        others = Others(size=1)
+        self.averaging(others, restart_after_missed=after)
+        self.step(4)
+        _, load = others.states["center"]
+        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90})
+        others.behind = 2
+        self.x.data.fill_(4.0)
+        before = self.averager.clock
+        self.step()
+        assert self.averager.clock == before + 1
+        assert self.values == values  # from (4, 10), α = β = ½; or from (10, 10)
+        assert self.averager.center.version == 8
+
+    def test_who_comes_starts_at_the_center_and_its_clock(self):
+        others = Others(gives=2.0)
+        self.averaging(others)
+        _, load = others.states["center"]
+        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21})
+        self.whole.enter()
+        assert self.values == (3.5, 3.5)  # it has given nothing, and the others 2 at β/p = ¼
+        assert self.averager.clock == 21
+
+    def test_others_of_another_size_are_refused(self):
+        others = Others()
+        self.averaging(others)
+        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21})
+        with pytest.raises(ExchangeError, match=r"vectors of \[\(2,\)\] elements and this one of \[\(1,\)\]"):
+            self.whole.enter()
+
+    def test_others_that_never_come_end_the_run(self):
+        others = Others()
+        others.has_others = False
+        self.averaging(others)
+        with pytest.raises(ExchangeError, match=r"timeout=1 s\): the lighthouse has not brought"):
+            self.whole.enter()

@@ -1,0 +1,129 @@
+"""Workers that are killed, frozen, started again and late: real processes, and a real lighthouse."""
+
+import signal
+import time
+
+import pytest
+from membership_job import HEARTBEAT, PATIENCE, SLACK, TRANSFER, Job, are
+
+pytestmark = pytest.mark.timeout(170)
+pytest.importorskip("torchft")
+
+
+@pytest.fixture
+def job(tmp_path):
+    with Job(tmp_path) as job:
+        yield job
+
+
+@pytest.mark.serial
+def test_killed_started_again_late_and_frozen(job):
+    job.start(0)
+    one = job.start(1)
+    job.until(0, are(0, 1))
+
+    killed = job.signal(1, signal.SIGKILL)  # between exchanges, or in one
+    one.wait(20)
+    alone = job.until(0, are(0), since=killed)
+    assert job.stood_still(0, killed, alone["time"]) <= HEARTBEAT + SLACK
+
+    second = job.start(0)  # of the same number
+    assert second.wait(60) != 0
+    assert "a worker with replica_id=0 is alive already" in job.said(0)
+
+    job.start(1)
+    back = job.until(1, are(0, 1), since=alone["time"])
+    others = job.until(0, lambda line: line["time"] >= back["time"])
+    assert abs(back["clock"] - others["clock"]) <= 10
+    assert back["epoch"] == back["clock"] // 40 or back["epoch"] == others["epoch"]
+    assert back["lr"] == pytest.approx(0.05 * 0.99 ** (back["step"] // 10))
+    came = [line for line in job.lines(1) if line.get("event") == "starts"][-1]["time"]
+    assert back["time"] - came <= 2.0
+
+    job.start(2)
+    late = job.until(2, are(0, 1, 2))
+    job.until(0, are(0, 1, 2))
+
+    frozen = job.signal(1, signal.SIGSTOP)
+    without = job.until(0, are(0, 2), since=frozen)
+    assert job.stood_still(0, frozen, without["time"]) <= TRANSFER + SLACK
+    assert job.stood_still(2, frozen, without["time"]) <= TRANSFER + SLACK
+    thawed = job.signal(1, signal.SIGCONT)
+    again = job.until(1, are(0, 1, 2), since=thawed)
+    kept = [line for line in job.steps(1) if line["time"] < frozen + 0.1][-1]
+    assert abs(again["weight"] - kept["weight"]) < 0.5  # it has kept where it is
+    assert again["clock"] < kept["clock"] + 400
+
+    job.until(0, lambda line: line["version"] > again["version"] + 3, since=again["time"])
+    job.check_centers(0, 1, 2)
+    for number in (0, late["living"][-1]):  # whoever lives makes each of its steps once
+        clocks = [line["clock"] for line in job.steps(number)]
+        assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
+
+
+def test_killed_inside_of_an_exchange(job):
+    job.start(0, steps=300)
+    one = job.start(1, dies_in_exchange=8)
+    assert one.wait(60) == -signal.SIGKILL
+    lost = job.until(0, lambda line: line["failed"] == 1)
+    alone = job.until(0, are(0), since=lost["time"])
+    assert (lost["version"], alone["failed"]) == (8, 1)
+    job.check_centers(0, 1)
+    clocks = [line["clock"] for line in job.steps(0)]
+    assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
+    assert job.processes[1].wait(60) == 0
+    assert job.lines(0)[-1]["step"] == 300
+
+
+def test_a_lighthouse_that_is_away(job):
+    workers = [job.start(0), job.start(1)]
+    before = job.until(0, are(0, 1))
+    job.lighthouse.kill()
+    away = time.time()
+    job.lighthouse.wait(20)
+    meanwhile = job.until(0, lambda line: line["missed"] == 1, since=before["time"])
+    on = job.until(0, lambda line: line["clock"] == meanwhile["clock"] + 30)
+    assert on["version"] == meanwhile["version"]
+    assert job.stood_still(0, away, on["time"]) <= PATIENCE + SLACK
+    job.light()
+    again = job.until(0, lambda line: line["version"] > on["version"] and line["living"] == [0, 1], since=on["time"])
+    job.until(1, lambda line: line["version"] > again["version"] + 5, since=on["time"])
+    job.check_centers(0, 1)
+    assert all(worker.poll() is None for worker in workers)
+
+    job.lighthouse.kill()  # a request that nobody answers does not hold up a worker's end
+    asked = job.until(0, lambda line: line["missed"] > again["missed"], since=again["time"])
+    assert asked["living"] == [0, 1]
+    job.signal(0, signal.SIGTERM)
+    assert workers[0].wait(30) == 0
+
+
+def test_torchrun_starts_a_worker_again(job):
+    job.start(0)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d")
+    launcher = (*launcher, "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1")
+    job.start(1, *launcher, raises_at=25)
+    first = job.until(1, are(0, 1))
+    deadline = time.monotonic() + 60
+    while len(starts := [line["time"] for line in job.lines(1) if "pid" in line]) < 2:
+        assert time.monotonic() < deadline, job.said(1)
+        time.sleep(0.02)
+    again = job.until(1, are(0, 1), since=starts[1])
+    assert again["clock"] > first["clock"]
+    job.until(0, lambda line: line["version"] > again["version"], since=starts[1])
+    job.check_centers(0, 1)
+
+
+def test_the_first_saves_and_all_go_on(job):
+    workers = [job.start(number, saves_at=60, steps=80) for number in (0, 1)]
+    assert [worker.wait(100) for worker in workers] == [0, 0]
+    assert [path.name for path in job.folder.glob("*.ckpt")] == ["of_0.ckpt"]
+    end = time.time()
+    path = str(job.folder / "of_0.ckpt")
+    workers = [job.start(number, resumes=path, steps=100) for number in (0, 1, 2)]
+    assert [worker.wait(100) for worker in workers] == [0, 0, 0]
+    for number in (0, 1, 2):
+        clocks = [line["clock"] for line in job.steps(number) if line["time"] > end]
+        assert clocks[0] in range(61, 101)
+        assert clocks[-1] == 100
+    assert "saved by workers that come and go, of which this is number 0" in job.said(1)
