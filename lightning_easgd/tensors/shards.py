@@ -28,7 +28,9 @@ def copies(tensor: Tensor, ranks: int) -> int:
     if not is_shard(tensor):
         return ranks
     whole: Any = tensor
-    sizes = [whole.device_mesh.size(dim) for dim, place in enumerate(whole.placements) if not place.is_replicate()]
+    sizes: list[int] = [
+        whole.device_mesh.size(dim) for dim, place in enumerate(whole.placements) if not place.is_replicate()
+    ]
     return ranks // math.prod(sizes)
 
 
