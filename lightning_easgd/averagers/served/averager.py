@@ -76,7 +76,8 @@ class CenterPart:
         """Go on where :meth:`link_state` was taken; chunks that are cut otherwise begin anew."""
         for place, chunk in enumerate(sorted(self._chunks)):
             if place in state and len(state[place][0]) == self._service.layout.size(chunk):
-                self._service.load_link_state(chunk, state[place])
+                reference, residual = (part.to(self._service.dtype) for part in state[place])
+                self._service.load_link_state(chunk, (reference, residual))
 
     def read(self, into: Tensor, store: int) -> bool:
         """Copy one store into a flat vector of this part; each chunk is consistent in itself.
