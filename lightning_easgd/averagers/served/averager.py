@@ -156,7 +156,7 @@ class ServedAverager(Averager):
         self._is_answered = False  # the wire holds answers that are still to be applied
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._snapshot: FlatTensors | None = None
-        self._distance: float | None = None
+        self._distance: Tensor | None = None
         self._is_measured = True  # whether the distance is that of the last exchange
         self.clock = 0
 
@@ -246,11 +246,15 @@ class ServedAverager(Averager):
 
     @override
     def elastic_distance(self) -> float | None:
+        self._keep_distance()
+        return None if self._distance is None else float(self._distance)
+
+    @torch.no_grad()
+    def _keep_distance(self) -> None:
+        """Measure the last difference, while the wire holds it."""
         if not self._is_measured:
-            measured = self._measure()
-            self._distance = None if measured is None else float(measured)
+            self._distance = self._measure()
             self._is_measured = True
-        return self._distance
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -281,7 +285,7 @@ class ServedAverager(Averager):
         if self._snapshot is None:
             self.take_snapshot()
         assert self._snapshot is not None
-        self.elastic_distance()  # while the wire holds it
+        self._keep_distance()
         # An idle wire holds the worker exactly. It is in use only when an error cut an exchange short.
         self._kept = self._wire if self._is_idle else self._like_wire()
         self._kept.load_(self.parameters)
