@@ -275,6 +275,23 @@ def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_ne
         assert worker == pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
 
 
+@pytest.mark.parametrize("delay", [0, 2])
+def test_the_distance_of_an_exchange_is_known_until_the_next_one_is_over(delay):
+    class Asks(Quadratic):
+        def on_train_batch_end(self, batch, output, index):
+            if index in (7, 9):
+                self.trace.append(self.trainer.strategy.elastic_distance())
+
+    def run():
+        module = Asks(steps=10)
+        fitted(module, EASGDStrategy(tau=3, delay=delay, alpha=0.3, beta=0.6, **TURNS), 2)
+        return module.trace
+
+    expected = family_trace(2, 10, tau=3, delay=delay, alpha=0.3, beta=0.6, asynchronous=True)
+    of_clocks = [abs(expected[clock - 1, 0] - expected[clock - 1, -1]) for clock in (3, 6, 9)]
+    assert run_ranks(run, 2)[0] == pytest.approx(of_clocks[:2] if delay else of_clocks[1:], abs=2e-6)
+
+
 class Two(L.LightningModule):
     """Two optimizers that stand still; what they have is written by hand."""
 

@@ -136,6 +136,19 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
     assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
 
 
+def test_parameters_that_no_data_parallel_rank_shares_are_warned_of():
+    class Unreduced(Sharded):
+        def configure_model(self):
+            fully_shard(self.net.first, mesh=self.device_mesh["data_parallel"])
+
+    def train():
+        said = r"net\.second\.weight, net\.second\.bias are not sharded over the 2 data-parallel ranks"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            fit((2, 1), module=Unreduced(**SGD), fast_dev_run=True, gradient_clip_val=None)
+
+    run_ranks(train, 2)
+
+
 class Half(Sharded):
     """A layer that each rank has whole."""
 

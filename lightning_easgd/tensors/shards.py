@@ -28,10 +28,8 @@ def copies(tensor: Tensor, ranks: int) -> int:
     if not is_shard(tensor):
         return ranks
     whole: Any = tensor
-    sizes: list[int] = [
-        whole.device_mesh.size(dim) for dim, place in enumerate(whole.placements) if not place.is_replicate()
-    ]
-    return ranks // math.prod(sizes)
+    parts: int = math.prod(whole.device_mesh.size(n) for n, at in enumerate(whole.placements) if not at.is_replicate())
+    return ranks // parts
 
 
 def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:

@@ -83,6 +83,7 @@ class AsynchronousAverager(ServedAverager):
 
     def _exchange_parameters(self) -> None:
         self.complete()  # it is over, unless the run that is resumed had a longer delay
+        self._keep_distance()
         workers = self._shared.workers()
         rates = self._rates.of_groups(self._optimizer, workers, self.clock)
         self._position.write(self._wire, self.parameters)
