@@ -39,6 +39,9 @@ WRONG = [
     ("easgd-train --bogus", "easgd-train(--bogus): there is no such option"),
     ("easgd-train --multrun seed=1,2", "did you mean --multirun?"),
     ("easgd-train --config-name nothing", "Cannot find primary config 'nothing'"),
+    ("easgd-train --cfg", "easgd-train: argument --cfg/-c: expected one argument"),
+    ("easgd-compare --cfg all experiment=quick --info nothing", "easgd-compare: argument --info/-i: invalid choice"),
+    ("easgd-train --config-dir nowhere --config-name config", "Additional config directory"),
     # Values
     ("easgd-train strategy.tau=0", "EASGDStrategy(tau=0)", "at least 1"),
     ("easgd-train strategy.tau=[1,2]", "EASGDStrategy(tau=[1, 2])", "give an int"),
@@ -69,6 +72,19 @@ WRONG = [
     ("easgd-train trainer.max_steps=abc", "easgd-train(trainer.max_steps=abc): give a whole number"),
     ("easgd-train trainer.accumulate_grad_batches=0", "give a whole number from 1 on"),
     ("easgd-train callbacks.checkpoint_best.mode=best", "callbacks.checkpoint_best.mode=best", "min, max"),
+    ("easgd-train paths.run=null", "easgd-train(paths.run=null): give a path"),
+    ("easgd-train paths.run=[a]", "easgd-train(paths.run=['a']): give a path"),
+    ("easgd-train ckpt_path=3", "easgd-train(ckpt_path=3): give a path, as ./NAME"),
+    ("easgd-train strategy=null", "easgd-train(strategy=null): a group takes one of its options"),
+    ("easgd-train strategy._target_=lightning_easgd.NoStrategy", "strategy._target_=lightning_easgd.NoStrategy"),
+    ("easgd-train strategy.process_group_backend=abc", "strategy.process_group_backend=abc", "choose one of: gloo"),
+    ("easgd-train data.seed=abc", "easgd-train(data.seed=abc): give a whole number"),
+    ("easgd-train model.network.hidden=-5", "easgd-train(model.network.hidden=-5)", "negative dimension"),
+    ("easgd-train trainer.devices=9999999999999", "easgd-train(trainer.devices=9999999999999): MemoryError"),
+    ("easgd-train trainer.enable_progress_bar=abc", "trainer.enable_progress_bar=abc): give true or false"),
+    ("easgd-train trainer.num_sanity_val_steps=abc", "trainer.num_sanity_val_steps=abc): give a whole number"),
+    ("easgd-train trainer.val_check_interval=0", "trainer.val_check_interval=0): give a number of batches"),
+    ("easgd-train -m seed=range(3,1)", "this sweep has no jobs"),
     # What does not go together
     ("easgd-train strategy=single trainer.devices=2", "set trainer.devices=1"),
     ("easgd-train strategy=eamsgd optimizer=adamw", "EAMSGD is defined for SGD", "Use torch.optim.SGD"),
@@ -83,7 +99,12 @@ WRONG = [
     ("easgd-train data=imagenet data.root=classes model=resnet18", "set data.num_classes=2"),
     ("easgd-train ckpt_path=nowhere.ckpt", "easgd-train(ckpt_path=nowhere.ckpt): there is no such file; check"),
     ("easgd-train ckpt_path=file.txt", "easgd-train(ckpt_path=file.txt)", "give another one"),
+    ("easgd-train ckpt_path=broken/last.ckpt", "broken/config.yaml: this configuration of a run cannot be read"),
+    ("easgd-train --config-dir broken --config-name config", "broken/config.yaml", "correct this file"),
     # A run that is there
+    ("easgd-train paths.run=RUN/checkpoints", "RUN/checkpoints belongs to the run in", "choose another paths.run"),
+    ("easgd-train callbacks.checkpoint_last.dirpath=RUN/checkpoints", "callbacks.checkpoint_last.dirpath=RUN/ch"),
+    ("easgd-train logger.csv.save_dir=RUN", "easgd-train(logger.csv.save_dir=RUN): another run's results lie there"),
     ("easgd-train paths.run=RUN", "go on with ckpt_path=RUN/checkpoints/last.ckpt", "overwrite=true"),
     (f"easgd-train paths.run=RUN overwrite=true ckpt_path={RUN}", "leave overwrite=true out"),
     (f"easgd-train ckpt_path={RUN}", "trainer.max_epochs=1; give more, as trainer.max_epochs=2"),
@@ -140,6 +161,9 @@ def place(tmp_path_factory):
         )
     )  # fmt: skip
     (folder / "file.txt").write_text("text")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.yaml").write_text("seed: [")
+    (folder / "broken" / "last.ckpt").write_text("")
     (folder / "admm.png").write_text("figure")
     for name in ("cat", "dog"):
         (folder / "classes" / "train" / name).mkdir(parents=True)

@@ -45,7 +45,7 @@ def configuration(words: Sequence[str], default: str) -> str:
     """
     overrides = _overrides(words)
     path = overrides.get("ckpt_path")
-    if path is None or any(word.partition("=")[0] in _CHOOSES_CONFIGURATION for word in words):
+    if not isinstance(path, str) or any(word.partition("=")[0] in _CHOOSES_CONFIGURATION for word in words):
         return default
     saved = saved_run(Path(path).absolute())
     own = option_file("", default)
