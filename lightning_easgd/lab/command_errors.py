@@ -118,11 +118,13 @@ def _check_experiment(name: str) -> None:
     """Refuse an experiment that is of another command, whose settings this one would not look at."""
     if _OF_A_COMPARISON in sys.argv:
         return
-    for word in sys.argv[1:]:
-        if not word.startswith("experiment=") or (file := option_file("experiment", word.partition("=")[2])) is None:
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("experiment=")]
+    for option in (option for options in given for option in options.strip("[]").split(",")):
+        if (file := option_file("experiment", option)) is None:
             continue
         of = "easgd-compare" if "grid" in file else "easgd-train"
         if of != name:
+            word = f"experiment={option}"
             raise UsageError(f"{name}({word}): this experiment is one of {of}; run {of} {word}, or leave it out")
 
 
@@ -170,7 +172,7 @@ def _explain(name: str, error: Exception) -> str | None:
     elif isinstance(error, YAMLError):
         sentence = f"{name}: a configuration cannot be read: {error}; correct this file"
     elif isinstance(error, ValueError) and str(error).startswith(_NO_OPTION):
-        given = ", ".join(word for word in sys.argv[1:] if word.partition("=")[0] in GROUPS and word.endswith("=null"))
+        given = ", ".join(word for word in sys.argv[1:] if word.endswith("=null") or word.startswith("="))
         sentence = f"{name}({given}): a group takes one of its options; {name} --help lists them"
     elif isinstance(error, HydraException) and not isinstance(error, InstantiationException):
         sentence = f"{name}: {error}"
@@ -207,15 +209,24 @@ def naming_the_key(name: str, key: str, error: BaseException) -> str:
 
     Args:
         name: The command's name.
-        key: What the value is below; of what the command line sets there the error is likely to be about.
+        key: What the value is below; of what the command line sets there the error is likely to be about. Without one
+            it is about what it names.
         error: The error.
     """
     text = str(error) or type(error).__name__
     if _NAMES_ITSELF.match(text):
         return text
-    given = [word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{key}.")] if key else []
+    words = [word for word in sys.argv[1:] if "=" in word]
+    given = [word for word in words if (word.lstrip("+").startswith(f"{key}.") if key else _is_named(word, text))]
     where = ", ".join(given) or key
     return f"{name}({where}): {text}; correct this value" if where else f"{name}: {text}"
+
+
+def _is_named(word: str, text: str) -> bool:
+    """Whether an error speaks of an override: of its key or of its value."""
+    key, _, value = word.partition("=")
+    spoken = re.findall(r"\w+", text.lower())
+    return key.rpartition(".")[2].lower() in spoken or value.lower() in spoken
 
 
 def _key_of(error: InstantiationException) -> str:

@@ -175,18 +175,24 @@ def take_over(old: Path, run: Path, step: int) -> None:
         run: Directory of the new run.
         step: Where it goes on.
     """
+    legs = sorted((int(leg.name), leg) for leg in (old / EARLIER).glob("[0-9]*"))
     if old.resolve() != run.resolve():
         clear(run)
-        for leg in (old / EARLIER).glob("[0-9]*"):
-            if int(leg.name) < step:
-                shutil.copytree(leg, run / EARLIER / leg.name, dirs_exist_ok=True)
-    for path in _matching(old, _RECORDS):
-        copy = run / EARLIER / str(step) / path.relative_to(old)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        _copy_until(path, copy, step)
+    start = 0
+    # What a run recorded after its checkpoint is not of the one that goes on, perhaps of no other: it may have crashed.
+    for end, leg in (*((min(end, step), leg) for end, leg in legs), (step, old)):
+        kept = run / EARLIER / str(end)
+        if leg.resolve() != kept.resolve() and start < max(step, 1):
+            for path in _matching(leg, _RECORDS):
+                copy = kept / path.relative_to(leg)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _copy_until(path, copy, step)
+        start = max(end, 1)
     if old.resolve() == run.resolve():
-        for path in _matching(run, (*_RECORDS, _HYPERPARAMETERS, ERROR_FILE)):
-            path.unlink()
+        for folder in (run, *(leg for end, leg in legs if end > step)):
+            for path in _matching(folder, (*_RECORDS, _HYPERPARAMETERS, ERROR_FILE)):
+                path.unlink()
+        _remove_empty(run)
     _take(run)
 
 

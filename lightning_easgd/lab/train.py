@@ -110,6 +110,7 @@ def train(config: DictConfig) -> float | None:
     quiet()
     with before_training(_COMMAND):
         _check_settings(config)
+        _check_numbers(config)
         run = Path(config.paths.run)
         checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -249,7 +250,7 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def _check_settings(config: DictConfig) -> None:
-    """Refuse values of this command's own keys, and of those that would fail late."""
+    """Refuse values of this command's own keys, switches and places that are none."""
     for key, value in (("seed", config.seed), ("data.seed", config.data.get("seed", 0))):
         if not _is_whole(value, 0, 2**32 - 1):
             raise UsageError(f"{_COMMAND}({key}={value}): give a whole number from 0 to {2**32 - 1}")
@@ -265,6 +266,17 @@ def _check_settings(config: DictConfig) -> None:
         raise UsageError(
             f"{_COMMAND}(on_divergence={config.on_divergence}): unknown; choose one of: {', '.join(_ON_DIVERGENCE)}"
         )
+    for group in ("callbacks", "logger"):
+        for name, value in config[group].items():
+            if value is not None and not isinstance(value, DictConfig):
+                raise UsageError(
+                    f"{_COMMAND}({group}.{name}={value}): give null to leave it out, or set one of its keys, as"
+                    f" {group}.{name}.KEY"
+                )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Refuse values of the trainer and the strategy that would fail late, without saying what they are of."""
     for key, least in _WHOLE_NUMBERS.items():
         value = config.trainer[key]
         if value is not None and not _is_whole(value, least):
