@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -22,9 +21,15 @@ from torchft.coordination import LighthouseServer
 server = LighthouseServer(
     bind="[::]:" + sys.argv[1], min_replicas=1, join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
 )
-print("up", flush=True)
+print(server.address(), flush=True)
 time.sleep(600)
 """
+
+
+def clean_environment():
+    """The environment without what Lightning has written into it for a fit in this process."""
+    written = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK")
+    return {name: value for name, value in os.environ.items() if name not in written}
 
 
 class Job:
@@ -33,10 +38,7 @@ class Job:
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
-        with socket.socket() as free:
-            free.bind(("", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://localhost:{self.port}"
+        self.port = "0"  # any that is free; once it is lit again, the one that it had
         self.light()
 
     def __enter__(self):
@@ -50,13 +52,14 @@ class Job:
 
     def light(self):
         self.lighthouse = subprocess.Popen(
-            [sys.executable, "-c", _LIGHTHOUSE, str(self.port)],
+            [sys.executable, "-c", _LIGHTHOUSE, self.port],
             stdout=subprocess.PIPE,
             env={**os.environ, "RUST_LOG": "error"},
         )
         self.processes.append(self.lighthouse)
         with self.lighthouse.stdout as said:
-            assert said.readline() == b"up\n"
+            self.port = said.readline().decode().strip().rpartition(":")[2]
+        self.address = f"http://localhost:{self.port}"
 
     def start(self, number, *launcher, **settings):
         tolerance = {"quorum_timeout": PATIENCE, "process_group_timeout": TRANSFER}
@@ -65,7 +68,7 @@ class Job:
         with (self.folder / f"{number}.txt").open("w") as said:
             process = subprocess.Popen(
                 [python(), *launcher, str(WORKER), str(self.folder), str(number), *given],
-                env={**os.environ, "TORCHFT_LIGHTHOUSE": self.address},
+                env={**clean_environment(), "TORCHFT_LIGHTHOUSE": self.address},
                 stdout=said,
                 stderr=said,
             )

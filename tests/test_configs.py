@@ -347,7 +347,7 @@ def test_every_model_runs(tmp_path, official, model):
 
 @pytest.mark.parametrize("strategy", options("strategy"))
 def test_every_strategy_runs(tmp_path, strategy, monkeypatch):
-    devices = [] if strategy in ALONE else ["trainer.devices=2"]
+    devices = {"single": [], "easgd_elastic": ["trainer.devices=1"]}.get(strategy, ["trainer.devices=2"])
     with Job(tmp_path) if strategy == "easgd_elastic" else nullcontext() as job:
         if job is not None:
             monkeypatch.setenv("TORCHFT_LIGHTHOUSE", job.address)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from application import ROOT, run_process
-from membership_job import Job
+from membership_job import Job, clean_environment
 from preloaded import python
 from ranks import free_port
 
@@ -43,26 +43,18 @@ def test_an_existing_project_switches_by_one_line():
 def test_workers_on_preemptible_nodes(tmp_path):
     pytest.importorskip("torchft")
     with Job(tmp_path) as job:
-        place = {**os.environ, "TORCHFT_LIGHTHOUSE": job.address, "OMP_NUM_THREADS": "1"}
         command = [python(), str(ROOT / "examples" / "preemptible.py"), str(tmp_path / "checkpoints"), "40"]
-        workers = [
-            subprocess.Popen(
-                command,
-                env={**place, "REPLICA_GROUP_ID": number},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for number in "01"
-        ]
-        job.processes += workers
-        said = [worker.communicate(timeout=100)[0] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], said
-    for number, text in enumerate(said):
-        found = re.search(
-            rf"worker {number}: accuracy at the center (\d\d\.\d)%\nworkers in the last exchange: [12]", text
-        )
-        assert found is not None, text
+        for number in "01":
+            place = {"TORCHFT_LIGHTHOUSE": job.address, "REPLICA_GROUP_ID": number, "OMP_NUM_THREADS": "1"}
+            with (tmp_path / f"{number}.txt").open("w") as said:
+                process = subprocess.Popen(command, env=clean_environment() | place, stdout=said, stderr=said)
+            job.processes.append(process)
+        codes = [worker.wait(100) for worker in job.processes[1:]]
+        assert codes == [0, 0], job.said(0) + job.said(1)
+    for number in (0, 1):
+        line = rf"worker {number}: accuracy at the center (\d\d\.\d)%\nworkers in the last exchange: [12]"
+        found = re.search(line, job.said(number))
+        assert found is not None, job.said(number)
         assert float(found[1]) > 85
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 

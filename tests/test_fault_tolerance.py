@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from membership_job import clean_environment
 from preloaded import python
 from toys import Quadratic, quiet_trainer
 
@@ -115,7 +116,9 @@ class TestStrategy:
             "quiet_trainer(strategy='easgd', devices=1).fit(Quadratic(steps=12, record=False))\n"
             "print([name for name in sys.modules if name.startswith(('torchft', 'opentelemetry'))])\n"
         )
-        ended = subprocess.run([python(), script], capture_output=True, text=True, timeout=100, check=False)
+        ended = subprocess.run(
+            [python(), script], env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+        )
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.splitlines()[-1] == "[]"
 

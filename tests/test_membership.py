@@ -62,17 +62,16 @@ def test_killed_started_again_late_and_frozen(job):
 
 
 def test_killed_inside_of_an_exchange(job):
-    job.start(0, steps=300)
-    one = job.start(1, dies_in_exchange=8)
+    job.start(0)
+    one = job.start(1, dies_in_exchange=10)
     assert one.wait(60) == -signal.SIGKILL
     lost = job.until(0, lambda line: line["failed"] == 1)
     alone = job.until(0, are(0), since=lost["time"])
-    assert (lost["version"], alone["failed"]) == (8, 1)
+    assert lost["version"] == job.steps(1)[-1]["version"]  # the center has not moved
+    assert alone["failed"] == 1
     job.check_centers(0, 1)
     clocks = [line["clock"] for line in job.steps(0)]
     assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
-    assert job.processes[1].wait(60) == 0
-    assert job.lines(0)[-1]["step"] == 300
 
 
 def test_a_lighthouse_that_is_away(job):
@@ -115,15 +114,13 @@ def test_torchrun_starts_a_worker_again(job):
 
 
 def test_the_first_saves_and_all_go_on(job):
-    workers = [job.start(number, saves_at=60, steps=80) for number in (0, 1)]
+    workers = [job.start(number, saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
     assert [worker.wait(100) for worker in workers] == [0, 0]
     assert [path.name for path in job.folder.glob("*.ckpt")] == ["of_0.ckpt"]
     end = time.time()
-    path = str(job.folder / "of_0.ckpt")
-    workers = [job.start(number, resumes=path, steps=100) for number in (0, 1, 2)]
-    assert [worker.wait(100) for worker in workers] == [0, 0, 0]
     for number in (0, 1, 2):
-        clocks = [line["clock"] for line in job.steps(number) if line["time"] > end]
-        assert clocks[0] in range(61, 101)
-        assert clocks[-1] == 100
+        job.start(number, resumes=str(job.folder / "of_0.ckpt"))
+    for number in (0, 1, 2):
+        assert job.until(number, are(0, 1, 2), since=end)["clock"] > 140
+    job.check_centers(0, 1, 2)
     assert "saved by workers that come and go, of which this is number 0" in job.said(1)

@@ -196,8 +196,25 @@ def check_output(block: Block, folder: Path) -> None:
         assert block.text == report.render(RESULTS) + "\n"
 
 
+def check_shell(block: Block, folder: Path) -> None:
+    """Bash reads it, and it sets what a worker reads."""
+    run(["bash", "-n", "-c", block.text], folder)
+    assert set(re.findall(r"([A-Z_]+)=", block.text)) <= {"TORCHFT_LIGHTHOUSE", "REPLICA_GROUP_ID"}
+
+
+def check_job(block: Block, folder: Path) -> None:
+    """A job of Kubernetes' whose pods are told apart by their index, and set what a worker reads."""
+    job = yaml.safe_load(block.text)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert (job["kind"], job["spec"]["completionMode"]) == ("Job", "Indexed")
+    assert "REPLICA_GROUP_ID=$JOB_COMPLETION_INDEX" in container["command"][-1]
+    assert [variable["name"] for variable in container["env"]] == ["TORCHFT_LIGHTHOUSE"]
+
+
 LANGUAGES = {
     "python": run_script,
+    "bash": check_shell,
+    "yaml": check_job,
     "diff": check_diff,
     "console": check_console,
     "text": check_update_rule,
@@ -293,7 +310,15 @@ def run_pip(arguments: list[str], folder: Path) -> None:
     assert "Would install lightning_easgd" in done.stdout
 
 
+def run_lighthouse(arguments: list[str], folder: Path) -> None:
+    """It has these options; tests/test_membership.py has one running."""
+    known = run([str(Path(sys.executable).with_name("torchft_lighthouse")), "--help"], folder).stdout
+    named = re.findall(r"torchft_lighthouse (--\w+)", (ROOT / "docs" / "preemptible.md").read_text(encoding="utf-8"))
+    assert {argument for argument in (*arguments, *named) if argument.startswith("--")} <= set(known.split())
+
+
 PROGRAMS = {
+    "torchft_lighthouse": run_lighthouse,
     "easgd-train": run_train,
     "easgd-evaluate": run_evaluate,
     "easgd-simulate": run_simulate,
