@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import os
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,21 +283,22 @@ def run(folder: str, strategy: Any) -> tuple[list[float], list[float]]:
                     alone.append(expected_of(pl_module, sync_on_compute=False, **QUICK).compute().tolist())
 
     monitor = LocalEnergyMonitor(folder, batches=None, batch_size=100, **QUICK)
-    module = fit(monitor, Own(), strategy=strategy(), devices=2)
+    module = fit(monitor, Own(), strategy=strategy(), devices=int(os.environ["WORLD_SIZE"]))
     return alone[0], expected_of(module, sync_on_compute=False, **QUICK).compute().tolist()
 
 
 @pytest.mark.parametrize(
-    ("strategy", "weights"),
+    ("strategy", "weights", "size"),
     [
-        (partial(EASGDStrategy, tau=2), ["center", "worker_0", "worker_1"]),
-        (LocalStrategy, ["center", "worker_0", "worker_1"]),
-        (DDPStrategy, ["center"]),
+        (partial(EASGDStrategy, tau=2), ["center", "worker_0", "worker_1"], 1),
+        (partial(EASGDStrategy, tau=2, devices_per_worker=2), ["center", "worker_0", "worker_1"], 2),
+        (LocalStrategy, ["center", "worker_0", "worker_1"], 1),
+        (DDPStrategy, ["center"], 1),
     ],
-    ids=["easgd", "local", "ddp"],
+    ids=["easgd", "easgd of two ranks", "local", "ddp"],
 )
-def test_two_ranks(tmp_path, strategy, weights):
-    first, second = run_ranks(run, 2, str(tmp_path), strategy)
+def test_two_workers(tmp_path, strategy, weights, size):
+    first, second = run_ranks(run, 2 * size, str(tmp_path), strategy)[::size]
     found: dict[str, list[float]] = {}
     for row in rows(tmp_path / "local_energy.csv"):
         assert row["samples"] == "1259"

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.method.schedules import LinearSchedule
 
 LR = 0.1
 
@@ -119,6 +121,18 @@ def test_synchronous_traces(arguments, workers, tau, backend):
     check(traces, reference_of(workers, steps, tau, arguments))
 
 
+@pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
+@pytest.mark.parametrize("rates", [{"rho": 3.0}, {"alpha": LinearSchedule(0.3, 0.3, 5)}])
+def test_rates_of_each_workers_own_pull_to_the_new_center(rates, mode):
+    """They are in what workers give to the sum already; the pull to the new center takes them by itself."""
+    for delay in (0, 1):
+        strategy = EASGDStrategy(tau=2, pull_to="new", delay=delay, **rates, **mode)
+        expected = family_trace(
+            2, 6, tau=2, alpha=0.3, beta=0.6, pull_to="new", delay=delay, asynchronous=bool(mode)
+        )  # fmt: skip
+        check(run_ranks(train, 2, strategy, 6, 2), expected, both=not mode)
+
+
 @pytest.mark.parametrize("closure", [False, True])
 @pytest.mark.parametrize("arguments", [FAMILY[3], FAMILY[4]])
 def test_fabric_with_and_without_closures(arguments, closure):
@@ -200,6 +214,145 @@ def test_a_resumed_run_and_one_that_validates_go_on_bit_for_bit(mode, arguments,
         return all((a == b).all() and (a == c).all() for a, b, c in zip(*states, strict=True))
 
     assert run_ranks(run, 2, timeout=120) == [True] * 2
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
+@pytest.mark.parametrize("is_edited", [False, True])
+def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_next_exchange(mode, is_edited, tmp_path):
+    """With another period, and with another layout of the parameters: that a new one comes first changes nothing."""
+    rates = {"alpha": 0.4, "beta": 0.8, "pull_to": "new"} | mode
+
+    class Still(Quadratic):
+        def __init__(self):
+            super().__init__()
+            x = self.x
+            del self.x
+            self.new = torch.nn.Parameter(torch.ones(2))
+            self.x = x
+            self.strict_loading = False
+
+        def on_train_start(self):
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = 0.0
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            optimizer.load_state_dict = lambda state: None
+            return optimizer
+
+    def run():
+        warnings.simplefilter("ignore")  # it warns of the new parameter
+        path = tmp_path / "half.ckpt"
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=5, delay=4, **rates), devices=2)
+        trainer.fit(Quadratic(steps=7, record=False))
+        trainer.save_checkpoint(path)
+        module = Still() if is_edited else Quadratic(lr=0.0)
+        if not is_edited:
+            module.on_train_start = lambda: module.trainer.optimizers[0].param_groups[0].update(lr=0.0)
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=2, **rates), devices=2, max_epochs=2, max_steps=8)
+        trainer.fit(module, ckpt_path=path)
+        return module.trace[-1]
+
+    rows = family_trace(
+        2,
+        7,
+        tau=5,
+        delay=4,
+        asynchronous=bool(mode),
+        **{k: v for k, v in rates.items() if k in ("alpha", "beta", "pull_to")},
+    )
+    center = rows[4, -1]
+    seen = [center, center]
+    if mode:
+        first = 1 + 0.8 / 2 * (rows[4, 0] - 1)
+        seen = [first, first + 0.8 / 2 * (rows[4, 1] - first)]
+    x = rows[6, :2] - 0.4 * (rows[4, :2] - seen)
+    for rank, (worker, _) in enumerate(run_ranks(run, 2)):
+        if mode:
+            center += 0.4 * (x[rank] - center)
+        elif rank == 0:
+            center += 0.8 * (x - center).mean()
+        assert worker == pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_the_distance_of_an_exchange_is_known_until_the_next_one_is_over(delay):
+    class Asks(Quadratic):
+        def on_train_batch_end(self, batch, output, index):
+            if index in (7, 9):
+                self.trace.append(self.trainer.strategy.elastic_distance())
+
+    def run():
+        module = Asks(steps=10)
+        fitted(module, EASGDStrategy(tau=3, delay=delay, alpha=0.3, beta=0.6, **TURNS), 2)
+        return module.trace
+
+    expected = family_trace(2, 10, tau=3, delay=delay, alpha=0.3, beta=0.6, asynchronous=True)
+    of_clocks = [abs(expected[clock - 1, 0] - expected[clock - 1, -1]) for clock in (3, 6, 9)]
+    assert run_ranks(run, 2)[0] == pytest.approx(of_clocks[:2] if delay else of_clocks[1:], abs=2e-6)
+
+
+class Two(L.LightningModule):
+    """Two optimizers that stand still; what they have is written by hand."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (torch.nn.Parameter(torch.ones(1)) for _ in "ab")
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD([parameter], lr=0.0) for parameter in (self.a, self.b)]
+
+    @torch.no_grad()
+    def training_step(self, batch, index):
+        if self.trainer.global_rank == 0:
+            {1: self.b, 2: self.a, 3: self.b}.get(index, torch.empty(1)).fill_(101.0 if index == 1 else torch.nan)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        if index == 4:
+            self.after = self.b.item()
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(10), batch_size=1)
+
+
+def test_a_worker_that_starts_again_takes_no_answer_for_where_it_was():
+    """The first optimizer's exchange lets it start again, the second's is under way."""
+
+    def run():
+        warnings.simplefilter("ignore")
+        module = Two()
+        strategy = EASGDStrategy(
+            tau=3, delay=2, alpha=0.25, beta=0.5, pull_to="new", on_nonfinite="reset", mode="async", order="round_robin"
+        )
+        return fitted(module, strategy, 2).after
+
+    center = 1 + (101 - 1) / 4
+    assert run_ranks(run, 2)[0] in (center, center + (1 - center) / 4)  # the other worker may not have exchanged yet
+
+
+class Thawing(Quadratic):
+    """A parameter that is trained from the fifth step on."""
+
+    def __init__(self):
+        super().__init__(steps=12, record=False)
+        self.frozen = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def on_train_batch_start(self, batch, index):
+        self.frozen.requires_grad_(index >= 4)
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) + (self.frozen + self.global_rank).square().sum()
+
+
+@pytest.mark.parametrize("arguments", [{"pull_to": "new"}, {"pull_to": "new", "delay": 2}, {"delay": 2}])
+def test_a_parameter_that_is_unfrozen_while_an_answer_is_under_way(arguments):
+    def run():
+        return fitted(Thawing(), EASGDStrategy(tau=3, **TURNS, **arguments), 2).frozen.item()
+
+    first, second = run_ranks(run, 2)
+    assert first == second != 1
 
 
 def test_workers_with_different_numbers_of_steps_meet_with_pulls_pending():

@@ -170,6 +170,31 @@ def test_rows_after_the_checkpoint_are_not_of_the_resumed_run(run, tmp_path):
     assert steps(report.read_rows(tmp_path / "again" / "earlier" / "4" / "accuracy.csv")) == [3]
 
 
+@pytest.mark.parametrize("place", ["again", "run"])
+def test_a_run_that_fails_before_its_first_checkpoint_takes_nothing_of_the_records(run, tmp_path, place):
+    run(*QUICK, "paths.run=run")
+    # It ends like a crash: with records of an epoch, and without a checkpoint.
+    run(f"ckpt_path={LAST}", "trainer.max_epochs=2", "paths.run=run", "trainer.enable_checkpointing=false")
+    run(f"ckpt_path={LAST}", "trainer.max_epochs=3", f"paths.run={place}", "trainer.enable_checkpointing=true")
+    assert steps(report.whole_rows(tmp_path / place, "accuracy.csv")) == [3, 6, 9]
+    assert steps(report.read_rows(tmp_path / place / "earlier" / "3" / "accuracy.csv")) == [3]
+
+
+def test_the_records_of_a_run_that_goes_on_from_before_another_leg(run, tmp_path):
+    saving = ("callbacks.checkpoint_best.filename='{step}'", "callbacks.checkpoint_best.save_top_k=-1")
+    run(*QUICK, *saving, "trainer.max_epochs=2", "paths.run=run")
+    run(f"ckpt_path={LAST}", "trainer.max_epochs=3", "paths.run=run")
+    run("ckpt_path='run/checkpoints/step=3.ckpt'", "trainer.max_epochs=2", "paths.run=again", "seed=1")
+    assert [leg.name for leg in (tmp_path / "again" / "earlier").iterdir()] == ["3"]
+    assert steps(report.read_rows(tmp_path / "again" / "earlier" / "3" / "accuracy.csv")) == [3]
+    assert steps(report.whole_rows(tmp_path / "again", "accuracy.csv")) == [3, 6]
+    for name in ("last.ckpt", "step=6.ckpt", "step=9.ckpt"):
+        (tmp_path / "run" / "checkpoints" / name).unlink()
+    run("ckpt_path='run/checkpoints/step=3.ckpt'", "trainer.max_epochs=2", "paths.run=run")
+    assert [leg.name for leg in (tmp_path / "run" / "earlier").iterdir()] == ["3"]
+    assert steps(report.whole_rows(tmp_path / "run", "accuracy.csv")) == [3, 6]
+
+
 def test_a_run_goes_on_in_its_directory_from_its_last_checkpoint_only(run, tmp_path):
     saving = ("callbacks.checkpoint_best.filename='{step}'", "callbacks.checkpoint_best.save_top_k=-1")
     run(*QUICK, *saving, "trainer.max_epochs=2", "paths.run=run")

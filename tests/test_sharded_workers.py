@@ -28,7 +28,7 @@ from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
 
 pytestmark = [
-    pytest.mark.timeout(120),
+    pytest.mark.timeout(150),
     pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor:UserWarning"),
 ]
 RUN = {"tau": 3, "alpha": 0.3, "beta": 0.8}
@@ -120,7 +120,7 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
         end, module = fit(shape, {"process_group_backend": backend})
         return end.worker, end.momentum, end.center, module, end.elements, end.distance, end.sent
 
-    results = run_ranks(train, count * data * tensor)
+    results = run_ranks(train, count * data * tensor, timeout=110)
     for rank, (worker, momentum, own_center, module, elements, distance, sent) in enumerate(results):
         number = rank // (data * tensor)
         assert close(worker, workers[number])
@@ -134,6 +134,42 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
         assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
     # Center and wire of all ranks: as many elements as the parameters of all workers have.
     assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
+
+
+def test_parameters_that_no_data_parallel_rank_shares_are_warned_of():
+    class Unreduced(Sharded):
+        def configure_model(self):
+            fully_shard(self.net.first, mesh=self.device_mesh["data_parallel"])
+
+    def train():
+        said = r"net\.second\.weight, net\.second\.bias are not sharded over the 2 data-parallel ranks"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            fit((2, 1), module=Unreduced(**SGD), fast_dev_run=True, gradient_clip_val=None)
+
+    run_ranks(train, 2)
+
+
+class Half(Sharded):
+    """A layer that each rank has whole."""
+
+    def configure_model(self):
+        plan = {"first": ColwiseParallel(output_layouts=Replicate())}
+        parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
+def test_what_several_ranks_hold_counts_once_in_a_workers_distance():
+    workers, _, center = reference(2, 1, clip=None)
+    before_last, _, center_then = reference(2, 1, steps=18, clip=None)
+
+    def train():
+        end, _ = fit((1, 2), module=Half(accumulate=2, **SGD), gradient_clip_val=None)
+        return end.worker, end.center, end.distance
+
+    for rank, (worker, own_center, distance) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(own_center, center)
+        squares = [(x - c) ** 2 for x, c in zip(before_last[rank // 2], center_then, strict=True)]
+        assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
 
 
 def test_sharded_workers_are_pulled_to_the_new_center():
@@ -188,7 +224,7 @@ def test_validation_changes_nothing_and_a_resumed_run_goes_on_bitwise(distribute
             run((4, 1), ckpt_path=path)
         return plain, watched, resumed, saver.center, saver.momentum
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for plain, watched, resumed, saved, _ in results:
         for kind in range(3):
             assert equal(plain[kind], watched[kind])
@@ -227,7 +263,7 @@ def test_a_worker_of_which_a_part_has_gone_astray_starts_again_as_a_whole():
             )
         return end.worker, end.center, module
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for rank, (worker, center, module) in enumerate(results):
         assert all(np.isfinite(part).all() for part in worker)
         assert equal(worker, results[rank // 2 * 2][0])
@@ -291,7 +327,7 @@ def test_what_lightning_does_with_such_a_module(tmp_path):
         (predicted,) = other.predict(module)
         return loss, tested, whole(module.parameters()), strategy.mesh.mesh_dim_names, predicted.shape
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for loss, tested, module, names, shape in results:
         assert loss == tested
         assert equal(module, results[0][2])
@@ -383,7 +419,7 @@ def test_fabric(distributed, tmp_path):
         return worker, center, own, again
 
     workers, _, center = reference(2, 2)
-    for rank, (worker, own_center, own, again) in enumerate(run_ranks(train, 4)):
+    for rank, (worker, own_center, own, again) in enumerate(run_ranks(train, 4, timeout=110)):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
@@ -442,7 +478,7 @@ def test_batchnorm_and_frozen_weights_are_the_same_everywhere(strategy):
         trainer.fit(module)
         return whole(module.state_dict().values()), float(trainer.callback_metrics["val_loss"])
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for state, loss in results:
         assert all(np.isfinite(value).all() for value in state)
         assert equal(state, results[0][0])

@@ -164,6 +164,13 @@ def test_the_family_holds_the_papers_method(alpha, beta, delta, tau):
     assert outer.largest_scaled_lr(alpha, beta, workers=3, momentum=delta, tau=tau) == pytest.approx(of_paper)
 
 
+@pytest.mark.parametrize("beta", [0.3, 0.05])
+def test_local_sgd_of_one_step_is_stable_where_a_worker_alone_is_not(beta):
+    """Its center makes gradient steps of size β η: stable below ηh = 2 / β."""
+    limit = outer.largest_scaled_lr(1.0, beta, workers=3, tau=1, pull_to="new")
+    assert limit == pytest.approx(2 / beta, rel=1e-6)
+
+
 @pytest.mark.parametrize(("pull_to", "delay", "mu", "nesterov"), FAMILIES)
 def test_the_limit_of_the_family_is_where_a_simulation_diverges(pull_to, delay, mu, nesterov):
     alpha, beta, tau = 0.6, 0.7, 3

@@ -2,8 +2,10 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from application import command, composed, only_run
@@ -203,12 +205,16 @@ def test_a_run_is_not_spoiled_by_a_missing_matplotlib(monkeypatch, tmp_path, cap
     assert "no figure: matplotlib is not installed" in capsys.readouterr().out
 
 
-def test_errors_that_are_no_ones_input_keep_their_traceback(monkeypatch, tmp_path):
+def test_errors_that_are_no_ones_input_are_a_sentence_with_their_traceback_in_a_file(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(train, "train", lambda config: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["easgd-train"])
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as end:
         train.main()
+    (file,) = tmp_path.glob("easgd-train-*.txt")
+    assert re.match(rf"easgd-train: ZeroDivisionError: division by zero; .* \(traceback: {file}\)$", end.value.code)
+    assert "Traceback (most recent call last)" in file.read_text()
 
 
 def test_evaluate_needs_a_checkpoint(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(150)
 RUN = {"tau": 3, "alpha": 0.3, "beta": 0.8}
 SGD = {"momentum": 0.9}
 
@@ -126,6 +126,17 @@ class TestArguments:
         assert strategy.workers == workers
         assert strategy.rates.instability(workers) is None
 
+    def test_a_node_of_one_device_holds_no_reduction_back(self):
+        def train():
+            fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricEASGDStrategy(devices_per_worker="node"))
+            fabric.launch()
+            model = TwoLayers()
+            model, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            with fabric.no_backward_sync(model):
+                fabric.backward(model(model.rows(1)))
+
+        run_ranks(train, 1)
+
     def test_arguments_of_the_wrapper_have_their_effect_and_do_not_warn(self, recwarn):
         EASGDStrategy(devices_per_worker=2, find_unused_parameters=True, static_graph=False)
         assert not recwarn
@@ -159,7 +170,7 @@ def test_workers_of_two_ranks_are_the_two_of_the_reference(arguments):
     family = arguments if arguments is NEW else {}
     rates = {"alpha": arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2}
     workers, momenta, center = reference(2, 2, **rates | family)
-    results = run_ranks(trained, 4, arguments)
+    results = run_ranks(trained, 4, arguments, timeout=110)
     for rank, (worker, momentum, own_center, module, _) in enumerate(results):
         assert close(worker, workers[rank // 2])
         assert close(momentum, momenta[rank // 2])
@@ -213,7 +224,7 @@ def test_a_resumed_run_goes_on_bitwise_and_validation_changes_nothing(wire_dtype
         apart = fit(1, limit_val_batches=0, max_steps=5)
         return plain, watched, resumed, apart[3]
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for rank, (plain, watched, resumed, sent_alone) in enumerate(results):
         for kind in range(3):
             assert equal(plain[kind], watched[kind])
@@ -243,7 +254,7 @@ def test_other_workers_start_at_the_center_and_say_so(tmp_path):
             other.fit(module, ckpt_path=path)
         return arrays(module.parameters())
 
-    first, *others = run_ranks(train, 4)
+    first, *others = run_ranks(train, 4, timeout=110)
     assert all(equal(first, other) for other in others)
 
 
@@ -270,7 +281,7 @@ def test_a_stop_request_on_any_rank_stops_all_at_the_same_step(rank):
             return stop.end
         return None
 
-    assert run_ranks(train, 4) == [("SIGTERMException", 17)] * 4
+    assert run_ranks(train, 4, timeout=110) == [("SIGTERMException", 17)] * 4
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -318,7 +329,7 @@ def test_arguments_of_ddp_count_inside_of_a_worker():
         assert strategy._inside is None
         return arrays(module.parameters()), set(seen)
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     _, _, center = reference(2, 2, accumulate=1, clip=None)
     for module, sizes in results:
         assert sizes == {2}
@@ -342,7 +353,7 @@ def test_a_worker_that_has_gone_astray_starts_again_on_all_of_its_ranks():
             fitted(module, strategy, 4, callbacks=[end, Break()])
         return end.worker, end.center
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     for rank, (worker, center) in enumerate(results):
         assert all(np.isfinite(part).all() for part in worker)
         assert equal(worker, results[rank // 2 * 2][0])
@@ -372,7 +383,7 @@ def test_fabric():
         return worker, center, state, arrays(module.parameters())
 
     workers, _, center = reference(2, 2)
-    for rank, (worker, own_center, state, final) in enumerate(run_ranks(train, 4)):
+    for rank, (worker, own_center, state, final) in enumerate(run_ranks(train, 4, timeout=110)):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own_center, state)
@@ -396,7 +407,7 @@ def test_parameters_that_come_later(wire_dtype):
         module = fitted(Late(), strategy, 4, limit_val_batches=0)
         return arrays(strategy.center.values()), arrays(module.parameters())
 
-    results = run_ranks(train, 4)
+    results = run_ranks(train, 4, timeout=110)
     start = arrays(TwoLayers().parameters())
     for center, module in results:
         assert equal(center, results[0][0])

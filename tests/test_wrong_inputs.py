@@ -39,6 +39,9 @@ WRONG = [
     ("easgd-train --bogus", "easgd-train(--bogus): there is no such option"),
     ("easgd-train --multrun seed=1,2", "did you mean --multirun?"),
     ("easgd-train --config-name nothing", "Cannot find primary config 'nothing'"),
+    ("easgd-train --cfg", "easgd-train: argument --cfg/-c: expected one argument"),
+    ("easgd-compare --cfg all experiment=quick --info nothing", "easgd-compare: argument --info/-i: invalid choice"),
+    ("easgd-train --config-dir nowhere --config-name config", "Additional config directory"),
     # Values
     ("easgd-train strategy.tau=0", "EASGDStrategy(tau=0)", "at least 1"),
     ("easgd-train strategy.tau=[1,2]", "EASGDStrategy(tau=[1, 2])", "give an int"),
@@ -69,10 +72,25 @@ WRONG = [
     ("easgd-train trainer.max_steps=abc", "easgd-train(trainer.max_steps=abc): give a whole number"),
     ("easgd-train trainer.accumulate_grad_batches=0", "give a whole number from 1 on"),
     ("easgd-train callbacks.checkpoint_best.mode=best", "callbacks.checkpoint_best.mode=best", "min, max"),
+    ("easgd-train paths.run=null", "easgd-train(paths.run=null): give a path"),
+    ("easgd-train paths.run=[a]", "easgd-train(paths.run=['a']): give a path"),
+    ("easgd-train ckpt_path=3", "easgd-train(ckpt_path=3): give a path, as ./NAME"),
+    ("easgd-train strategy=null", "easgd-train(strategy=null): a group takes one of its options"),
+    ("easgd-train strategy._target_=lightning_easgd.NoStrategy", "strategy._target_=lightning_easgd.NoStrategy"),
+    ("easgd-train strategy.process_group_backend=abc", "strategy.process_group_backend=abc", "choose one of: gloo"),
+    ("easgd-train data.seed=abc", "easgd-train(data.seed=abc): give a whole number"),
+    ("easgd-train model.network.hidden=-5", "easgd-train(model.network.hidden=-5)", "negative dimension"),
+    ("easgd-train trainer.devices=9999999999999", "easgd-train(trainer.devices=9999999999999): MemoryError"),
+    ("easgd-train trainer.enable_progress_bar=abc", "trainer.enable_progress_bar=abc): give true or false"),
+    ("easgd-train trainer.num_sanity_val_steps=abc", "trainer.num_sanity_val_steps=abc): give a whole number"),
+    ("easgd-train trainer.val_check_interval=0", "trainer.val_check_interval=0): give a number of batches"),
+    ("easgd-train -m seed=range(3,1)", "this sweep has no jobs"),
+    ("easgd-train callbacks.time_split=3", "easgd-train(callbacks.time_split=3): give null to leave it out"),
     # What does not go together
     ("easgd-train strategy=single trainer.devices=2", "set trainer.devices=1"),
     ("easgd-train strategy=eamsgd optimizer=adamw", "EAMSGD is defined for SGD", "Use torch.optim.SGD"),
     ("easgd-train -m seed=0,1", "set strategy.start_method=spawn"),
+    ("easgd-train experiment=[digits_quick,quick]", "run easgd-compare experiment=quick"),
     ("easgd-train experiment=quick", "run easgd-compare experiment=quick"),
     # Files
     ("easgd-train paths.run=/proc/nowhere", "easgd-train(paths.run=/proc/nowhere)", "choose another directory"),
@@ -83,7 +101,12 @@ WRONG = [
     ("easgd-train data=imagenet data.root=classes model=resnet18", "set data.num_classes=2"),
     ("easgd-train ckpt_path=nowhere.ckpt", "easgd-train(ckpt_path=nowhere.ckpt): there is no such file; check"),
     ("easgd-train ckpt_path=file.txt", "easgd-train(ckpt_path=file.txt)", "give another one"),
+    ("easgd-train ckpt_path=broken/last.ckpt", "broken/config.yaml: this configuration of a run cannot be read"),
+    ("easgd-train --config-dir broken --config-name config", "broken/config.yaml", "correct this file"),
     # A run that is there
+    ("easgd-train paths.run=RUN/checkpoints", "RUN/checkpoints belongs to the run in", "choose another paths.run"),
+    ("easgd-train callbacks.checkpoint_last.dirpath=RUN/checkpoints", "callbacks.checkpoint_last.dirpath=RUN/ch"),
+    ("easgd-train logger.csv.save_dir=RUN", "easgd-train(logger.csv.save_dir=RUN): another run's results lie there"),
     ("easgd-train paths.run=RUN", "go on with ckpt_path=RUN/checkpoints/last.ckpt", "overwrite=true"),
     (f"easgd-train paths.run=RUN overwrite=true ckpt_path={RUN}", "leave overwrite=true out"),
     (f"easgd-train ckpt_path={RUN}", "trainer.max_epochs=1; give more, as trainer.max_epochs=2"),
@@ -91,12 +114,17 @@ WRONG = [
     (f"easgd-train ckpt_path={RUN} scheduler=cosine trainer.max_epochs=2", "easgd-train(scheduler=", "leave"),
     (f"easgd-train ckpt_path={RUN} model.network.width=8 trainer.max_epochs=2", "easgd-train(model.network.width=8)"),
     (f"easgd-train ckpt_path={RUN} method=asgd trainer.max_epochs=2", "callbacks.iterate_average", "choose the method"),
+    (f"easgd-train -m ckpt_path={RUN},other.ckpt", "have settings of their own; give one checkpoint"),
     (f"easgd-train ckpt_path={RUN} optimiser.lr=1", "did you mean optimizer?"),
     ("easgd-train --config-dir RUN --config-name config optimizer=adamw", "easgd-train(optimizer=...)", "go on with"),
     # The other commands
     ("easgd-evaluate", "give ckpt_path="),
     ("easgd-evaluate ckpt_path=nowhere.ckpt", "there is no such file; check the path"),
     ("easgd-evaluate ckpt_path=file.txt", "cannot be read as a checkpoint"),
+    ("easgd-evaluate ckpt_path=3", "easgd-evaluate(ckpt_path=3): give a path"),
+    (f"easgd-evaluate ckpt_path={RUN} precision=17", "easgd-evaluate(precision=17): Precision 17 is invalid"),
+    (f"easgd-evaluate ckpt_path={RUN} seed=abc", "easgd-evaluate(seed=abc): ", "correct this value"),
+    (f"easgd-evaluate ckpt_path={RUN} progress_bar=abc", "easgd-evaluate(progress_bar=abc): give true or false"),
     ("easgd-evaluate ckpt=x", "did you mean ckpt_path?"),
     ("easgd-evaluate experiment=quick", "run easgd-compare experiment=quick"),
     (f"easgd-evaluate ckpt_path={RUN} model=strided_net", "another model", "leave model and data"),
@@ -140,6 +168,9 @@ def place(tmp_path_factory):
         )
     )  # fmt: skip
     (folder / "file.txt").write_text("text")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.yaml").write_text("seed: [")
+    (folder / "broken" / "last.ckpt").write_text("")
     (folder / "admm.png").write_text("figure")
     for name in ("cat", "dog"):
         (folder / "classes" / "train" / name).mkdir(parents=True)

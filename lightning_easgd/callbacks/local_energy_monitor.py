@@ -15,6 +15,7 @@ from lightning_easgd.callbacks.recording import ElasticStrategy, gather, own_wei
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 from lightning_easgd.strategies.worker_state import random_state, set_random_state
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["LOCAL_ENERGY_FILE", "LocalEnergyMonitor"]
 
@@ -135,11 +136,12 @@ class LocalEnergyMonitor(Callback):
                 own = self._sums(trainer, module, batches if workers else [])
         finally:
             set_random_state(random, strategy.root_device)
-        ranks = torch.tensor(gather(trainer, [*model, *own]), dtype=torch.float64)
-        total, each = ranks[:, : len(model)].sum(dim=0), ranks[:, len(model) :]
+        rows = torch.tensor(gather(trainer, [*model, *own]), dtype=torch.float64)
+        total, each = rows[:, : len(model)].sum(dim=0), rows[:, len(model) :]
         every = {"center": total}
         if workers:
-            every |= {f"worker_{worker}": sums for worker, sums in enumerate(each)}
+            layout = getattr(strategy, "layout", None) or WorkerLayout(world)
+            every |= {f"worker_{number}": each[ranks[0]] for number, ranks in enumerate(layout.inside)}
         self._record(trainer, every)
 
     def _training_batches(self, trainer: L.Trainer) -> list[Any]:

@@ -8,8 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import (
     ConfigCompositionException,
+    HydraException,
     InstantiationException,
     MissingConfigException,
     OverrideParseException,
@@ -17,12 +19,14 @@ from hydra.errors import (
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_easgd import __version__
 from lightning_easgd.lab.configuration import GROUPS, option_file
 from lightning_easgd.lab.data.errors import DataError
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.key_values import did_you_mean
+from lightning_easgd.lab.unexpected import unexpected
 
 # What constructors raise for a bad argument; anything else is a fault that deserves its traceback.
 _BAD_ARGUMENT = (ValueError, TypeError, ArithmeticError, ImportError, MisconfigurationException)
@@ -36,6 +40,7 @@ _SECONDS_TO_SPEAK = 5.0
 _SWEEP = ("-m", "--multirun")
 _NAMES_ITSELF = re.compile(r"[\w.-]+\(.*=")  # as the errors of this package do: Class(argument=value)
 _NO_GROUP = re.compile(r"Could not override '(.+?)'\.\s+No match in the defaults list")
+_NO_OPTION = "Config group override must be a string or a list"
 _HYDRAS_OWN = "HYDRA_FULL_ERROR"
 _TRACEBACKS = "EASGD_TRACEBACKS"  # what the user has set, for ranks, which inherit what is set here
 
@@ -49,9 +54,9 @@ class ReportedError(RuntimeError):
 
 
 def run_command(name: str, command: Callable[[], object]) -> None:
-    """Run a Hydra command; end the process with one sentence where the user's input is at fault.
+    """Run a Hydra command; end the process with one sentence, whatever goes wrong.
 
-    With HYDRA_FULL_ERROR=1 the traceback comes with it.
+    Of what is not the user's fault the traceback goes to a file; with HYDRA_FULL_ERROR=1 to the terminal.
     """
     if "--version" in sys.argv[1:]:
         print(f"{name} {__version__}")
@@ -68,10 +73,7 @@ def run_command(name: str, command: Callable[[], object]) -> None:
     except Exception as error:
         if shows_tracebacks():
             raise
-        sentence = explain(name, error)
-        if sentence is None and not isinstance(error, ReportedError):
-            raise
-        _end(sentence)
+        _end(None if isinstance(error, ReportedError) else explain(name, error) or unexpected(name, error))
     finally:
         if setting is None:
             del os.environ[_HYDRAS_OWN]
@@ -103,23 +105,32 @@ def _check_flags(name: str) -> None:
         if flag.startswith("-") and flag not in _FLAGS:
             hint = did_you_mean(flag, [each for each in _FLAGS if each.startswith("--")])
             raise UsageError(f"{name}({word}): there is no such option; {hint}")
+    parser = get_args_parser()
+    parser.error = lambda message: _refuse(f"{name}: {message}; {name} --hydra-help explains the options")  # type: ignore[method-assign]
+    parser.parse_args()
+
+
+def _refuse(sentence: str) -> NoReturn:
+    raise UsageError(sentence)
 
 
 def _check_experiment(name: str) -> None:
     """Refuse an experiment that is of another command, whose settings this one would not look at."""
     if _OF_A_COMPARISON in sys.argv:
         return
-    for word in sys.argv[1:]:
-        if not word.startswith("experiment=") or (file := option_file("experiment", word.partition("=")[2])) is None:
+    given = [word.partition("=")[2] for word in sys.argv[1:] if word.startswith("experiment=")]
+    for option in (option for options in given for option in options.strip("[]").split(",")):
+        if (file := option_file("experiment", option)) is None:
             continue
         of = "easgd-compare" if "grid" in file else "easgd-train"
         if of != name:
+            word = f"experiment={option}"
             raise UsageError(f"{name}({word}): this experiment is one of {of}; run {of} {word}, or leave it out")
 
 
 @contextlib.contextmanager
 def usage_errors(name: str) -> Iterator[None]:
-    """Context of a Hydra job in which an error of the user's ends the process with its sentence.
+    """Context of a Hydra job in which an error ends the process with its sentence.
 
     Left to Hydra it would be printed beside the job's overrides, and a sweep would go on to its other jobs, which
     meet the same refusal.
@@ -127,10 +138,9 @@ def usage_errors(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = explain(name, error)
-        if sentence is None or shows_tracebacks():
+        if isinstance(error, ReportedError) or shows_tracebacks():
             raise
-        _end(sentence)
+        _end(explain(name, error) or unexpected(name, error))
 
 
 def explain(name: str, error: Exception) -> str | None:
@@ -159,6 +169,13 @@ def _explain(name: str, error: Exception) -> str | None:
         sentence = f"{name}({error.override}): this cannot be read as an override; {remedy}"
     elif isinstance(error, InstantiationException) and isinstance(error.__cause__, _BAD_ARGUMENT):
         sentence = str(error.__cause__)
+    elif isinstance(error, YAMLError):
+        sentence = f"{name}: a configuration cannot be read: {error}; correct this file"
+    elif isinstance(error, ValueError) and str(error).startswith(_NO_OPTION):
+        given = ", ".join(word for word in sys.argv[1:] if word.endswith("=null") or word.startswith("="))
+        sentence = f"{name}({given}): a group takes one of its options; {name} --help lists them"
+    elif isinstance(error, HydraException) and not isinstance(error, InstantiationException):
+        sentence = f"{name}: {error}"
     elif isinstance(error, OmegaConfBaseException):
         given = ", ".join(word for word in sys.argv[1:] if "${" in word)
         sentence = f"{name}({error.full_key or given or 'configuration'}): {error.msg or error}; correct this value"
@@ -178,7 +195,7 @@ def before_training(name: str) -> Iterator[None]:
         raise
     except InstantiationException as error:
         cause = error.__cause__
-        if not isinstance(cause, _BAD_ARGUMENT):
+        if cause is None:
             raise
         raise UsageError(naming_the_key(name, _key_of(error), cause)) from cause
     except OmegaConfBaseException:
@@ -192,15 +209,24 @@ def naming_the_key(name: str, key: str, error: BaseException) -> str:
 
     Args:
         name: The command's name.
-        key: What the value is below; of what the command line sets there the error is likely to be about.
+        key: What the value is below; of what the command line sets there the error is likely to be about. Without one
+            it is about what it names.
         error: The error.
     """
-    text = str(error)
+    text = str(error) or type(error).__name__
     if _NAMES_ITSELF.match(text):
         return text
-    given = [word for word in sys.argv[1:] if word.lstrip("+").startswith(f"{key}.")] if key else []
+    words = [word for word in sys.argv[1:] if "=" in word]
+    given = [word for word in words if (word.lstrip("+").startswith(f"{key}.") if key else _is_named(word, text))]
     where = ", ".join(given) or key
     return f"{name}({where}): {text}; correct this value" if where else f"{name}: {text}"
+
+
+def _is_named(word: str, text: str) -> bool:
+    """Whether an error speaks of an override: of its key or of its value."""
+    key, _, value = word.partition("=")
+    spoken = re.findall(r"\w+", text.lower())
+    return key.rpartition(".")[2].lower() in spoken or value.lower() in spoken
 
 
 def _key_of(error: InstantiationException) -> str:

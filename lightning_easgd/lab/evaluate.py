@@ -85,6 +85,8 @@ def _table(scores: Mapping[str, dict[str, float] | None]) -> str:
 def _prepare(config: DictConfig, keep: set[str] | None = None) -> _Test:
     quiet()
     with before_training(_COMMAND):
+        if not isinstance(config.progress_bar, bool):
+            raise UsageError(f"{_COMMAND}(progress_bar={config.progress_bar}): give true or false")
         path, checkpoint = _checkpoint(config)
         saved = saved_run(path)
         for name in ("data", "model"):
@@ -116,6 +118,8 @@ def _checkpoint(config: DictConfig) -> tuple[Path, dict[str, Any]]:
         raise UsageError(
             f"{_COMMAND}(ckpt_path=null): there is nothing to evaluate; give ckpt_path=RUN/checkpoints/best.ckpt"
         )
+    if not isinstance(config.ckpt_path, str):
+        raise UsageError(f"{_COMMAND}(ckpt_path={config.ckpt_path}): give a path, as ./NAME")
     path = Path(config.ckpt_path)
     return path.absolute(), read_checkpoint(_COMMAND, path)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from lightning_easgd import __version__
+from lightning_easgd.lab.unexpected import unexpected
 
 __all__ = ["Actions", "Examples", "Values", "build", "check_new", "did_you_mean", "run_action"]
 
@@ -56,6 +57,8 @@ def run_action(command: str, purpose: str, actions: Actions, examples: Examples,
         status: int = build(act, own | ({"values": [given]} if kinds else {}))
     except (ValueError, ModuleNotFoundError, FileNotFoundError) as error:
         return f"{command}: {error}"
+    except Exception as error:
+        return unexpected(command, error)
     return status
 
 

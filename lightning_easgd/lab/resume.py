@@ -44,8 +44,10 @@ def configuration(words: Sequence[str], default: str) -> str:
         default: Name of the command's configuration.
     """
     overrides = _overrides(words)
+    if sweep := [word for word in words if word.lstrip("+").startswith("ckpt_path=") and "ckpt_path" not in overrides]:
+        raise UsageError(f"{sweep[0]}: runs that go on have settings of their own; give one checkpoint")
     path = overrides.get("ckpt_path")
-    if path is None or any(word.partition("=")[0] in _CHOOSES_CONFIGURATION for word in words):
+    if not isinstance(path, str) or any(word.partition("=")[0] in _CHOOSES_CONFIGURATION for word in words):
         return default
     saved = saved_run(Path(path).absolute())
     own = option_file("", default)

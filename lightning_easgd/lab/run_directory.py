@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_easgd.callbacks import (
     ACCURACY_FILE,
@@ -25,7 +26,16 @@ from lightning_easgd.lab.recorders import CURVE_FILE
 from lightning_easgd.lab.report import CONFIG_FILE, EARLIER, METRICS_FILE
 from lightning_easgd.strategies.worker_state import remove_sidecar
 
-__all__ = ["ERROR_FILE", "VERSIONS_FILE", "SweepDirectory", "check_free", "clear", "saved_run", "take_over"]
+__all__ = [
+    "ERROR_FILE",
+    "VERSIONS_FILE",
+    "SweepDirectory",
+    "check_free",
+    "check_places",
+    "clear",
+    "saved_run",
+    "take_over",
+]
 
 ERROR_FILE = "error.txt"
 VERSIONS_FILE = "versions.txt"
@@ -34,6 +44,10 @@ _FIGURE_FILE = "figure.png"
 _GRID_FILE = "grid.yaml"  # of an easgd-compare
 _SWEEP_FILE = "multirun.yaml"
 _HYPERPARAMETERS = "hparams.yaml"
+
+_FOLDERS = (_CHECKPOINTS, EARLIER, ELASTIC_DIRECTORY, "tensorboard")
+_PLACES = {"dirpath", "directory", "save_dir"}  # of callbacks and loggers
+_OF_A_RUN = {"data", "model", "optimizer", "strategy", "trainer"}  # in its configuration
 
 # What a later run reads of one that it goes on from.
 _RECORDS = (CONFIG_FILE, VERSIONS_FILE, ACCURACY_FILE, TIME_FILE, COMMUNICATION_FILE, CURVE_FILE, LOCAL_ENERGY_FILE,
@@ -45,12 +59,18 @@ _taken: set[Path] = set()  # by runs of this process
 
 
 def saved_run(checkpoint: Path) -> tuple[Path, DictConfig] | None:
-    """Find the run that wrote a checkpoint, in its folder or the one above, and its configuration."""
+    """Find the run that wrote a checkpoint, in its folder or the one above, and its configuration.
+
+    Raises:
+        UsageError: If the configuration cannot be read.
+    """
     for folder in (checkpoint.parent, checkpoint.parent.parent):
-        if (folder / CONFIG_FILE).exists():
-            config = OmegaConf.load(folder / CONFIG_FILE)
-            if isinstance(config, DictConfig) and {"data", "model"} <= set(config):
-                return folder, config
+        path = folder / CONFIG_FILE
+        config = _configuration(path)
+        if config is None and path.is_file() and path.stat().st_size:
+            raise UsageError(f"{path}: this configuration of a run cannot be read; correct it, or move it away")
+        if config is not None and set(config) >= _OF_A_RUN:
+            return folder, config
     return None
 
 
@@ -85,6 +105,9 @@ def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None
         raise UsageError(f"{place}: another run of this sweep has this directory; leave paths.run as it is")
     if (run / _GRID_FILE).exists():
         raise UsageError(f"{place}: this directory holds a comparison; choose another paths.run")
+    folders = (run.absolute(), *run.absolute().parents)
+    if holder := next((each for each in folders if each.name in _FOLDERS and _holds_run(each.parent)), None):
+        raise UsageError(f"{place}: {holder} belongs to the run in {holder.parent}; choose another paths.run")
     goes_on = resumed is not None and run.resolve() in resumed.resolve().parents
     if overwrite and goes_on:
         raise UsageError(
@@ -106,6 +129,35 @@ def check_free(command: str, run: Path, *, overwrite: bool, resumed: Path | None
         )
 
 
+def check_places(command: str, config: DictConfig, resumed: Path | None) -> None:
+    """Refuse directories that callbacks and loggers are given outside of the run's, if they hold another's results.
+
+    Args:
+        command: The command's name, for errors.
+        config: Its settings.
+        resumed: The checkpoint that the run goes on from, whose own directory it may be.
+
+    Raises:
+        UsageError: If one of them does.
+    """
+    run = Path(config.paths.run).resolve()
+    chosen = {f"{group}.{name}": each for group in ("callbacks", "logger") for name, each in config[group].items()}
+    for name, each in chosen.items():
+        for key in _PLACES & set(each if isinstance(each, DictConfig) else ()):
+            place = Path(each[key] or run)
+            if run in (place.resolve(), *place.resolve().parents):
+                continue
+            if resumed is not None and place.resolve() == resumed.resolve().parent:
+                continue
+            names = _checkpoint_names(config) if key == "dirpath" else []
+            own = (path for path in place.glob("*.ckpt") if any(known.fullmatch(path.stem) for known in names))
+            if any(_own_files(place)) or _holds_run(place.absolute()) or any(own):
+                raise UsageError(
+                    f"{command}({name}.{key}={place}): another run's results lie there, which this one would"
+                    " replace; choose another directory"
+                )
+
+
 def clear(run: Path) -> None:
     """Remove the files of an earlier run, and no others; the directory is then this process's run's."""
     for path in list(_own_files(run)):
@@ -123,18 +175,24 @@ def take_over(old: Path, run: Path, step: int) -> None:
         run: Directory of the new run.
         step: Where it goes on.
     """
+    legs = sorted((int(leg.name), leg) for leg in (old / EARLIER).glob("[0-9]*"))
     if old.resolve() != run.resolve():
         clear(run)
-        for leg in (old / EARLIER).glob("[0-9]*"):
-            if int(leg.name) < step:
-                shutil.copytree(leg, run / EARLIER / leg.name, dirs_exist_ok=True)
-    for path in _matching(old, _RECORDS):
-        copy = run / EARLIER / str(step) / path.relative_to(old)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        _copy_until(path, copy, step)
+    start = 0
+    # What a run recorded after its checkpoint is not of the one that goes on, perhaps of no other: it may have crashed.
+    for end, leg in (*((min(end, step), leg) for end, leg in legs), (step, old)):
+        kept = run / EARLIER / str(end)
+        if leg.resolve() != kept.resolve() and start < max(step, 1):
+            for path in _matching(leg, _RECORDS):
+                copy = kept / path.relative_to(leg)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                _copy_until(path, copy, step)
+        start = max(end, 1)
     if old.resolve() == run.resolve():
-        for path in _matching(run, (*_RECORDS, _HYPERPARAMETERS, ERROR_FILE)):
-            path.unlink()
+        for folder in (run, *(leg for end, leg in legs if end > step)):
+            for path in _matching(folder, (*_RECORDS, _HYPERPARAMETERS, ERROR_FILE)):
+                path.unlink()
+        _remove_empty(run)
     _take(run)
 
 
@@ -152,23 +210,34 @@ def _matching(run: Path, patterns: tuple[str, ...]) -> list[Path]:
     return [path for pattern in patterns for path in run.glob(pattern) if path.is_file()]
 
 
+def _holds_run(folder: Path) -> bool:
+    return saved_run(folder / "any") is not None
+
+
 def _own_files(run: Path) -> Iterator[Path]:
     yield from _matching(run, _PATTERNS)
-    names = _checkpoint_names(run)
+    names = _checkpoint_names(_configuration(run / CONFIG_FILE))
     yield from (
         path for path in (run / _CHECKPOINTS).glob("*.ckpt") if any(name.fullmatch(path.stem) for name in names)
     )
 
 
-def _checkpoint_names(run: Path) -> list[re.Pattern[str]]:
-    """What the run's configuration called its checkpoints; a name that a user gave a copy is none of these."""
+def _configuration(path: Path) -> DictConfig | None:
+    """Read a configuration; None if there is none that can be read."""
+    try:
+        config = OmegaConf.load(path)
+    except (OSError, YAMLError):
+        return None
+    return config if isinstance(config, DictConfig) else None
+
+
+def _checkpoint_names(config: DictConfig | None) -> list[re.Pattern[str]]:
+    """What a run's configuration calls its checkpoints; a name that a user gave a copy is none of these."""
     names = {"best", "last"}
-    if (run / CONFIG_FILE).exists():
-        config = OmegaConf.load(run / CONFIG_FILE)
-        callbacks = config.get("callbacks") if isinstance(config, DictConfig) else None
-        for callback in (callbacks or {}).values():
-            if isinstance(callback, DictConfig) and "filename" in callback:
-                names.add(str(callback.filename or "{epoch}-{step}"))
+    callbacks = None if config is None else config.get("callbacks")
+    for callback in (callbacks or {}).values():
+        if isinstance(callback, DictConfig) and "filename" in callback:
+            names.add(str(callback.filename or "{epoch}-{step}"))
     # {epoch} becomes epoch=3; Lightning adds -v1 where a name is taken.
     return [re.compile(re.sub(r"\\\{.*?\\\}", ".*", re.escape(name)) + r"(-v\d+)?") for name in names]
 
@@ -188,9 +257,5 @@ def _copy_until(path: Path, copy: Path, step: int) -> None:
 def _remove_empty(run: Path) -> None:
     for folder, _, _ in os.walk(run, topdown=False):
         relative = Path(folder).relative_to(run).parts
-        if (
-            relative
-            and relative[0] in (_CHECKPOINTS, EARLIER, ELASTIC_DIRECTORY, "tensorboard")
-            and not os.listdir(folder)
-        ):
+        if relative and relative[0] in _FOLDERS and not os.listdir(folder):
             os.rmdir(folder)

@@ -1,6 +1,7 @@
 """What a sweep (`-m`) ends with: one table and one figure of all its jobs."""
 
 import csv
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -60,9 +61,9 @@ class SweepSummary(Callback):
         self._write(draw=job_return.cfg.get("plot", True))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:  # noqa: ARG002
-        """Print the table."""
+        """Print the table; a sweep without a job is an error."""
         if not self._runs:
-            return
+            sys.exit("--multirun: this sweep has no jobs; give values, as seed=0,1")
         rows = read_rows(self._directory / _TABLE)
         widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
         for row in ({name: name for name in widths}, *rows):

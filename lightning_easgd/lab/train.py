@@ -39,7 +39,7 @@ from lightning_easgd.lab.configuration import SEARCH_PATH
 from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.models import Classifier
-from lightning_easgd.lab.run_directory import VERSIONS_FILE, check_free, clear, saved_run, take_over
+from lightning_easgd.lab.run_directory import VERSIONS_FILE, check_free, check_places, clear, saved_run, take_over
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 _COMMAND = "easgd-train"
@@ -73,7 +73,13 @@ def launch_name() -> str:
 
 
 _ON_DIVERGENCE = ("fail", "report")
-_WHOLE_NUMBERS = {"max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "accumulate_grad_batches": 1}
+_SWITCHES = ("overwrite", "report", "plot")
+_TRAINERS_SWITCHES = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark",
+                      "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones",
+                      "sync_batchnorm")  # fmt: skip
+_WHOLE_NUMBERS = {"max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "accumulate_grad_batches": 1,
+                  "log_every_n_steps": 0, "num_sanity_val_steps": -1,
+                  "reload_dataloaders_every_n_epochs": 0}  # fmt: skip
 _LOSSES = ("val/loss", "train/loss")
 
 
@@ -102,16 +108,18 @@ def train(config: DictConfig) -> float | None:
         ReportedError: If the training has failed.
     """
     quiet()
-    run = Path(config.paths.run)
-    checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
     with before_training(_COMMAND):
         _check_settings(config)
+        _check_numbers(config)
+        run = Path(config.paths.run)
+        checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
         L.seed_everything(config.seed, workers=True, verbose=False)
         trainer = build_trainer(config)
         is_first = trainer.is_global_zero
         if is_first:
             in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
             check_free(_COMMAND, run, overwrite=config.overwrite, resumed=checkpoint, in_sweep=in_sweep)
+            check_places(_COMMAND, config, checkpoint)
         _check_launch(config, trainer)
         optimizer = _check_optimizer(config, trainer.strategy)
         datamodule = instantiate(config.data)
@@ -174,7 +182,10 @@ def build_strategy(config: DictConfig) -> Any:
     `tau` and `start_method` are left out where they mean nothing, so that a sweep may set them for all. A `timeout`
     that is a number, as it is written on a command line, means seconds.
     """
-    initializer = inspect.getattr_static(get_class(config._target_), "__init__")
+    try:
+        initializer = inspect.getattr_static(get_class(config._target_), "__init__")
+    except (ImportError, ValueError) as error:
+        raise UsageError(naming_the_key(_COMMAND, "strategy", error)) from error
     left_out = {"tau", "start_method"} - set(inspect.signature(initializer).parameters)
     return instantiate(
         OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]), **_timeout(config)
@@ -239,20 +250,54 @@ def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
 
 
 def _check_settings(config: DictConfig) -> None:
-    """Refuse values of this command's own keys, and of those that would fail late."""
-    if isinstance(config.seed, bool) or not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
-        raise UsageError(f"{_COMMAND}(seed={config.seed}): give a whole number from 0 to {2**32 - 1}")
-    for key in ("overwrite", "report", "plot"):
-        if not isinstance(config[key], bool):
-            raise UsageError(f"{_COMMAND}({key}={config[key]}): give true or false")
+    """Refuse values of this command's own keys, switches and places that are none."""
+    for key, value in (("seed", config.seed), ("data.seed", config.data.get("seed", 0))):
+        if not _is_whole(value, 0, 2**32 - 1):
+            raise UsageError(f"{_COMMAND}({key}={value}): give a whole number from 0 to {2**32 - 1}")
+    for key in ("paths.run", "ckpt_path"):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, str) and (key, value) != ("ckpt_path", None):
+            raise UsageError(f"{_COMMAND}({key}={'null' if value is None else value}): give a path, as ./NAME")
+    for key in (*_SWITCHES, *(f"trainer.{key}" for key in _TRAINERS_SWITCHES)):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, bool) and (key in _SWITCHES or value is not None):
+            raise UsageError(f"{_COMMAND}({key}={value}): give true or false")
     if config.on_divergence not in _ON_DIVERGENCE:
         raise UsageError(
             f"{_COMMAND}(on_divergence={config.on_divergence}): unknown; choose one of: {', '.join(_ON_DIVERGENCE)}"
         )
+    for group in ("callbacks", "logger"):
+        for name, value in config[group].items():
+            if value is not None and not isinstance(value, DictConfig):
+                raise UsageError(
+                    f"{_COMMAND}({group}.{name}={value}): give null to leave it out, or set one of its keys, as"
+                    f" {group}.{name}.KEY"
+                )
+
+
+def _check_numbers(config: DictConfig) -> None:
+    """Refuse values of the trainer and the strategy that would fail late, without saying what they are of."""
     for key, least in _WHOLE_NUMBERS.items():
         value = config.trainer[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        if value is not None and not _is_whole(value, least):
             raise UsageError(f"{_COMMAND}(trainer.{key}={value}): give a whole number from {least} on, or leave it out")
+    interval = config.trainer.val_check_interval
+    if isinstance(interval, int | float) and not interval > 0:
+        raise UsageError(
+            f"{_COMMAND}(trainer.val_check_interval={interval}): give a number of batches from 1 on, or a share of the"
+            " epoch up to 1.0"
+        )
+    backend = config.strategy.get("process_group_backend")
+    known = torch.distributed.Backend.backend_list if torch.distributed.is_available() else []
+    if backend is not None and not {each.rpartition(":")[2] for each in str(backend).split(",")} <= set(known):
+        raise UsageError(
+            f"{_COMMAND}(strategy.process_group_backend={backend}): there is no such backend; choose one of:"
+            f" {', '.join(each for each in known if each != 'undefined')}, or leave it out"
+        )
+
+
+def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimizer:
@@ -388,6 +433,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):  # devices, ranks, and advertisements
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever sets one wants its report
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says it raises, too
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # that it ends the other ranks
     for message in (
         # The shipped data sets are in memory, where loader processes only cost time.

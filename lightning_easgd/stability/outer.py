@@ -19,6 +19,7 @@ from lightning_easgd.stability.spectra import Array, first_unstable, spectral_ra
 
 __all__ = ["Family", "largest_scaled_lr", "period_map", "radius"]
 
+_FARTHEST = 2560.0
 _X, _V, _CENTER, _U, _PULL = range(5)
 
 
@@ -106,5 +107,13 @@ def radius(scaled_lr: ArrayLike, alpha: ArrayLike, beta: ArrayLike, *, workers: 
 
 
 def largest_scaled_lr(alpha: float, beta: float, *, workers: int, **family: Unpack[Family]) -> float:
-    """The ηh below which every curvature is stable, found numerically; arguments as :func:`radius`'s."""
-    return first_unstable(lambda s: radius(s, alpha, beta, workers=workers, **family), end=2.5)
+    """The ηh below which every curvature is stable, found numerically; arguments as :func:`radius`'s.
+
+    A pull to the new center may hold workers that are not stable alone: there it is beyond 2. It is sought up to 2560.
+    """
+    end = 2.5
+    while True:
+        limit = first_unstable(lambda s: radius(s, alpha, beta, workers=workers, **family), end)
+        if limit < end or end >= _FARTHEST:
+            return limit
+        end *= 2

@@ -4,15 +4,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_group
 from torch.distributed.utils import _sync_params_and_buffers
 
-from lightning_easgd.strategies.outside_values import ignored_names
+from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.tensors.buffers import can_be_written
 from lightning_easgd.tensors.shards import is_shard, local
 
-__all__ = ["broadcast_parts", "broadcast_states", "check_whole"]
+__all__ = ["broadcast_parts", "broadcast_states", "check_whole", "warn_of_unreduced"]
 
 _BROADCAST_BYTES = 250 * 1024 * 1024
 
@@ -75,15 +76,48 @@ def check_whole(strategy: str, module: nn.Module) -> None:
         )
 
 
+def warn_of_unreduced(strategy: str, module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Warn of parameters that FSDP2 has not taken in: each data-parallel rank would train its own.
+
+    Args:
+        strategy: Name of the strategy.
+        module: The module, parallelized.
+        group: This worker's data-parallel ranks that this one is of.
+    """
+    ranks = set(dist.get_process_group_ranks(group))
+    if len(ranks) == 1:
+        return
+    names = [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not (is_shard(parameter) and ranks <= _ranks_of(parameter))
+    ]
+    if names:
+        rank_zero_warn(
+            f"{strategy}: {listed(names)} are not sharded over the {len(ranks)} data-parallel ranks of a worker:"
+            " nothing reduces their gradients, so that these ranks train each its own. Have"
+            " fully_shard(..., mesh=self.device_mesh['data_parallel']) take in the module that has them, unless they"
+            " are reduced by other means."
+        )
+
+
+def _ranks_of(parameter: Any) -> set[int]:
+    return set(parameter.device_mesh.mesh.flatten().tolist())
+
+
 @torch.no_grad()
 def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Give ranks of equal coordinate the parts that the one in worker 0 has of the parameters, and its buffers.
+
+    What the module's author keeps out of DDP stays each rank's own.
 
     Args:
         module: The module.
         group: The ranks of this coordinate, the one of worker 0 first.
     """
-    tensors = [local(tensor).detach() for tensor in (*module.parameters(), *module.buffers())]
+    ignored = ignored_names(module)
+    named = (*module.named_parameters(), *module.named_buffers())
+    tensors = [local(tensor).detach() for name, tensor in named if name not in ignored]
     tensors = [tensor for tensor in tensors if tensor.numel() and can_be_written(tensor)]
     _sync_params_and_buffers(group, tensors, _BROADCAST_BYTES, 0)
 

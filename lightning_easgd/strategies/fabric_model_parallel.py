@@ -78,11 +78,9 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
                 process_group_backend=process_group_backend,
                 timeout=timeout,
             )
-            self._backward_sync_control = self._holds_back  # what the body has for workers of one rank is not for this
 
         def _init_lightning(self, *_: Any, process_group_backend: str | None, timeout: timedelta, **__: Any) -> None:
             base.__init__(self, *self._of_lightning, process_group_backend=process_group_backend, timeout=timeout)
-            self._holds_back = self._backward_sync_control
             self._start_method = "popen"
             self._ddp_kwargs: dict[str, Any] = {}
 
@@ -105,7 +103,13 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
                     return
                 from torch.distributed.checkpoint import state_dict  # noqa: PLC0415 - it takes its time
 
-                (module,) = (each for each in state.values() if isinstance(each, nn.Module))
+                modules = [each for each in state.values() if isinstance(each, nn.Module)]
+                if len(modules) != 1:
+                    raise ValueError(
+                        f"{type(self).__name__}.save_checkpoint(...): a distributed checkpoint is of one module and"
+                        f" this state has {len(modules)}; save each in a checkpoint of its own."
+                    )
+                (module,) = modules
                 options = state_dict.StateDictOptions(cpu_offload=True)
                 shards: dict[str, Any] = {}
                 metadata: dict[str, Any] = {}

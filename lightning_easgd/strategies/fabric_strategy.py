@@ -58,8 +58,6 @@ class FabricStrategy(WorkerProcess, _Base):
         assert self._timeout is not None
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
-        if self.devices_per_worker == 1:
-            self._backward_sync_control: Any = _NoBackwardSync()
         self._modules: list[nn.Module] = []
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
@@ -122,6 +120,7 @@ class FabricStrategy(WorkerProcess, _Base):
         if self.has_center:
             self._modules.append(module)
         if self.layout.per_worker == 1:
+            self._backward_sync_control: Any = _NoBackwardSync()
             return module
         with self._reducing_inside(module):
             return super().setup_module(module)

@@ -15,7 +15,7 @@ from lightning_easgd.tensors.buffers import FiniteValues
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.shards import local, reshard
 
-__all__ = ["OutsideValues", "ignored_names"]
+__all__ = ["OutsideValues", "ignored_names", "listed"]
 
 
 def ignored_names(module: nn.Module) -> frozenset[str]:
@@ -136,7 +136,7 @@ class OutsideValues:
         optimizers = sorted({self._unknown[p] for p in self._parameters().values() if p in self._unknown})
         by = f"by an optimizer ({', '.join(optimizers)}) that this strategy does not know" if optimizers else "by hand"
         raise RuntimeError(
-            f"{self._strategy}: {_listed(trained)} have been trained {by}, so that nothing averages them and each rank"
+            f"{self._strategy}: {listed(trained)} have been trained {by}, so that nothing averages them and each rank"
             " has its own. Return their optimizer from configure_optimizers (with Fabric: fabric.setup), also if its"
             " steps are made by hand. If they are no more than written to, such as a target network, make that clear by"
             " requires_grad_(False); those that are to stay each rank's own are named in the module's"
@@ -165,6 +165,7 @@ def _memory(tensor: Tensor) -> int | None:
     return tensor.untyped_storage().data_ptr()
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """The first of some names, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
-from lightning_easgd.strategies.common_start import broadcast_parts
+from lightning_easgd.strategies.common_start import broadcast_parts, warn_of_unreduced
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
 from lightning_easgd.tensors.shards import is_shard, local, sharded_like
 from lightning_easgd.transport.channel import Failure, OwnGroup
@@ -227,6 +227,7 @@ class _ShardedRanks(WorkerProcess):
 
     def _share_parts(self, module: nn.Module) -> None:
         """Give the ranks of each coordinate what the one in worker 0 has."""
+        warn_of_unreduced(type(self).__name__, module, self.mesh.get_group("data_parallel"))
         if self.layout.workers > 1:
             broadcast_parts(module, self.mesh.get_group("workers"))
 

@@ -1,11 +1,12 @@
 """Parameters of which each rank holds a part (``DTensor``, as FSDP2 and tensor parallelism make them): that part."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_shard", "local", "reshard", "sharded_like"]
+__all__ = ["copies", "is_shard", "local", "reshard", "sharded_like"]
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -20,6 +21,15 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
     return part
+
+
+def copies(tensor: Tensor, ranks: int) -> int:
+    """How many of the ranks of one worker hold the part of a tensor that this one holds; all of a plain tensor."""
+    if not is_shard(tensor):
+        return ranks
+    whole: Any = tensor
+    parts: int = math.prod(whole.device_mesh.size(n) for n, at in enumerate(whole.placements) if not at.is_replicate())
+    return ranks // parts
 
 
 def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:

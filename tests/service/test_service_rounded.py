@@ -11,6 +11,7 @@ from reference import MINIMA, round_robin_trace
 from toys import Quadratic, Regression, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.averagers.served.averager import CenterPart
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.method.rules import AsymmetricExchange, SymmetricExchange
 from lightning_easgd.served_center import CenterError, InProcessCenter, Layout
@@ -112,6 +113,19 @@ def test_who_does_not_know_a_reference_cannot_round(linked):
     link.ends[0].set_reference(0, state)
     with pytest.raises(CenterError, match=r"asks for nothing that is served here|is lost"):  # its message is unread
         link.exchange(0, torch.zeros(1000, dtype=torch.float64), 0.3)
+
+
+def test_a_link_goes_on_in_the_centers_dtype():
+    """What was saved in another one would not have the size that the server awaits."""
+    seen = {}
+
+    class Center(InProcessCenter):
+        def load_link_state(self, chunk, state):
+            seen[chunk] = [part.dtype for part in state]
+
+    part = CenterPart(Center(LAYOUT, torch.float64, SymmetricExchange()), range(1))
+    part.load_link_state({chunk: (torch.zeros(LAYOUT.size(chunk)),) * 2 for chunk in range(3)})
+    assert seen == {chunk: [torch.float64] * 2 for chunk in range(3)}
 
 
 def as_node():

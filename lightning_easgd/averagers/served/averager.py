@@ -76,7 +76,8 @@ class CenterPart:
         """Go on where :meth:`link_state` was taken; chunks that are cut otherwise begin anew."""
         for place, chunk in enumerate(sorted(self._chunks)):
             if place in state and len(state[place][0]) == self._service.layout.size(chunk):
-                self._service.load_link_state(chunk, state[place])
+                reference, residual = (part.to(self._service.dtype) for part in state[place])
+                self._service.load_link_state(chunk, (reference, residual))
 
     def read(self, into: Tensor, store: int) -> bool:
         """Copy one store into a flat vector of this part; each chunk is consistent in itself.
@@ -155,7 +156,7 @@ class ServedAverager(Averager):
         self._is_answered = False  # the wire holds answers that are still to be applied
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._snapshot: FlatTensors | None = None
-        self._distance: float | None = None
+        self._distance: Tensor | None = None
         self._is_measured = True  # whether the distance is that of the last exchange
         self.clock = 0
 
@@ -245,11 +246,15 @@ class ServedAverager(Averager):
 
     @override
     def elastic_distance(self) -> float | None:
+        self._keep_distance()
+        return None if self._distance is None else float(self._distance)
+
+    @torch.no_grad()
+    def _keep_distance(self) -> None:
+        """Measure the last difference, while the wire holds it."""
         if not self._is_measured:
-            measured = self._measure()
-            self._distance = None if measured is None else float(measured)
+            self._distance = self._measure()
             self._is_measured = True
-        return self._distance
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -264,7 +269,8 @@ class ServedAverager(Averager):
     @override
     @torch.no_grad()
     def start_at_center(self) -> None:
-        self._is_answered = False
+        self.receive()
+        self._is_answered = False  # it was for where the worker was
         self._read(store=0).store(self.parameters)
 
     @torch.no_grad()
@@ -279,7 +285,7 @@ class ServedAverager(Averager):
         if self._snapshot is None:
             self.take_snapshot()
         assert self._snapshot is not None
-        self.elastic_distance()  # while the wire holds it
+        self._keep_distance()
         # An idle wire holds the worker exactly. It is in use only when an error cut an exchange short.
         self._kept = self._wire if self._is_idle else self._like_wire()
         self._kept.load_(self.parameters)

@@ -39,6 +39,7 @@ class DownpourAverager(ServedAverager):
     @override
     @torch.no_grad()
     def begin(self) -> None:
+        self._served.watch()
         if not self._is_due():
             return
         self._wire.load_(self.parameters)

@@ -77,10 +77,13 @@ class AsynchronousAverager(ServedAverager):
     @override
     @torch.no_grad()
     def begin(self) -> None:
+        self._served.watch()
         if not self._follows_step and self._is_due():
             self._exchange_parameters()
 
     def _exchange_parameters(self) -> None:
+        self.complete()  # it is over, unless the run that is resumed had a longer delay
+        self._keep_distance()
         workers = self._shared.workers()
         rates = self._rates.of_groups(self._optimizer, workers, self.clock)
         self._position.write(self._wire, self.parameters)
@@ -114,8 +117,12 @@ class AsynchronousAverager(ServedAverager):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"position": self._position.state_dict(self.laid_out)}
         if self._is_answered:
-            answer = {"flat": self._layout.flat, "alphas": self._alphas, "due_at": self._due_at}
-            state["answer"] = answer
+            answers = self._layout.like()  # zero where nothing is under way
+            for number in self._served.exchanged:
+                answers.segments[number].copy_(self._wire.segments[number])
+            state["answer"] = {
+                "flat": answers.flat, "alphas": self._alphas, "due_at": self._due_at, "is_bare": self._is_bare
+            }  # fmt: skip
         return state
 
     @override
@@ -123,7 +130,8 @@ class AsynchronousAverager(ServedAverager):
         super().load_state_dict(state)
         self._position.load_state_dict(state["position"], self.laid_out)
         answer = state.get("answer")
-        if answer is not None:
+        groups = len(self._optimizer.param_groups)
+        if answer is not None and (answer["is_bare"], len(answer["alphas"])) == (self._is_bare, groups):
             self._layout.flat.copy_(answer["flat"])
             self._alphas, self._due_at = answer["alphas"], answer["due_at"]
             self._is_answered = True

@@ -53,6 +53,7 @@ class ServedParameters:
             self.segments.append([p for p in numbers if _is_trained(p) or id(p) in before])
             self.segments.append([p for p in numbers if not (_is_trained(p) or id(p) in before)])
         self.exchanged: set[int] = {number for number in range(0, len(self.segments), 2) if self.segments[number]}
+        self._unfrozen: set[int] = set()  # that will travel
         self._frozen_at = {n: [*map(checksum, self.segments[n])] for n in range(1, len(self.segments), 2)}
 
     @property
@@ -81,8 +82,8 @@ class ServedParameters:
         """The segments as all workers must have them in common."""
         return described(self.segments, self._names())
 
-    def unfreeze(self) -> bool:
-        """Let frozen segments travel of which a parameter is trained now; whether there were any.
+    def watch(self) -> None:
+        """Before each step: take notice of frozen segments of which a parameter is trained now.
 
         Raises:
             RuntimeError: If a parameter was written to while it was frozen: the center has the value of the start.
@@ -90,7 +91,7 @@ class ServedParameters:
         new = {
             number
             for number in range(1, len(self.segments), 2)
-            if number not in self.exchanged and any(map(_is_trained, self.segments[number]))
+            if number not in self.exchanged | self._unfrozen and any(map(_is_trained, self.segments[number]))
         }
         for number in new:
             sums = map(checksum, self.segments[number])
@@ -105,6 +106,11 @@ class ServedParameters:
                     " but a served center has its value of the start of training. Write to it before training starts,"
                     " or use EASGDStrategy(mode='sync')."
                 )
+        self._unfrozen |= new
+
+    def unfreeze(self) -> bool:
+        """Let the segments travel that :meth:`watch` has found; whether there were any."""
+        new, self._unfrozen = self._unfrozen, set()
         self.exchanged |= new
         return bool(new)
 

@@ -1,5 +1,6 @@
 r"""Synchronous EASGD: the center is replicated on all workers and moved by an all-reduce."""
 
+import math
 import time
 import zlib
 from collections.abc import Callable, Collection, Sequence
@@ -27,6 +28,7 @@ from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, as_real, center_dtype
+from lightning_easgd.tensors.shards import copies
 from lightning_easgd.transport.channel import Channel
 from lightning_easgd.transport.staging import brought_near
 
@@ -135,6 +137,7 @@ class SynchronousAverager(Averager):
     def _exchange_if_due(self) -> None:
         if self.clock == self._begun_at or not self._sum.is_due(self.clock, self._tau):
             return
+        self._catch_up()
         self.complete()
         self._take_restored()
         if self._line.agree():  # nobody begins another exchange
@@ -176,8 +179,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     def join(self) -> None:
         """Take part in an exchange that other workers announced, without a step of this worker's own."""
-        if self._pull.is_pending:  # of an exchange that the others have left behind
-            self._pull_worker()
+        self._catch_up()
         self._take_restored()
         finite = self.is_finite()
         if self._averaged.have_changed:
@@ -282,6 +284,7 @@ class SynchronousAverager(Averager):
     @torch.no_grad()
     @override
     def start_at_center(self) -> None:
+        self.complete()  # on a rank of a larger worker a part of the center may have moved already
         self.finiteness.forget()
         self._pull.forget()
         self.center.values.store(self.parameters)
@@ -318,8 +321,17 @@ class SynchronousAverager(Averager):
         wire = self._sum.wire
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
-        self._distance = self._sum.norms()
+        self._distance = self._norms()
         return self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
+
+    def _norms(self) -> list[Tensor]:
+        """Norms of the difference's parts: together, over a sharded worker's ranks, that of the worker's difference."""
+        ranks = self._line.worker.inside.size
+        held = [copies(p, ranks) for p in self.parameters] if self._line.worker.is_sharded else []
+        if not any(number > 1 for number in held):
+            return self._sum.norms()
+        norms = torch._foreach_norm(self._sum.wire.views)
+        return [norm / math.sqrt(number) for norm, number in zip(norms, held, strict=True)]
 
     def _start_again(self) -> None:
         """Let a worker that has gone astray start again at the center; its difference counts as zero.
@@ -335,17 +347,25 @@ class SynchronousAverager(Averager):
 
     def _start(self, rates: list[tuple[float, float]]) -> None:
         wire = self._sum.wire
+        alphas = [alpha for alpha, _ in rates]
         if self._rates.are_each_workers_own:  # workers may have different α: each one's own counts, on both sides
-            for segment, (alpha, _) in zip(wire.segments, rates, strict=True):
+            for segment, alpha in zip(wire.segments, alphas, strict=True):
                 segment.mul_(alpha)
-            alphas = [1.0] * len(rates)
+            factors = [1.0] * len(rates)
         else:
-            alphas = [alpha for alpha, _ in rates]
+            factors = alphas
         self._in_flight = self.has_exchanged = True
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(self._shares(rates))
-        self._pull.begin(self._sum, lambda into: self._position.write(into, self.parameters), alphas, self.clock)
+        self._pull.begin(
+            self._sum, factors, lambda into: self._position.write(into, self.parameters), alphas, self.clock
+        )
+
+    def _catch_up(self) -> None:
+        """Make the pull of an exchange that another follows before it is due: of others, or after a longer delay."""
+        if self._pull.is_pending:
+            self._pull_worker()
 
     @property
     def _workers(self) -> int:

@@ -30,12 +30,18 @@ class Pull(ABC):
 
     @abstractmethod
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
         """An exchange has begun.
 
         Args:
             given: The sum, which has been started.
+            factors: For each group, what its differences in the sum are to be multiplied by to be the paper's pull.
             write: Writes the worker's position.
             rates: α for each group.
             clock: t.
@@ -84,9 +90,14 @@ class PullToOld(Pull):
 
     @override
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
-        self._due = given.given, rates
+        self._due = given.given, factors
 
     @override
     def is_due(self, clock: int) -> bool:
@@ -106,8 +117,8 @@ class PullToOld(Pull):
     @override
     def keep(self) -> None:
         if self._due is not None:
-            differences, rates = self._due
-            self._due = [[each.clone() for each in group] for group in differences], rates
+            differences, factors = self._due
+            self._due = [[each.clone() for each in group] for group in differences], factors
 
     @override
     def forget(self) -> None:
@@ -133,17 +144,24 @@ class PullToNew(Pull):
     def __init__(self, delay: int = 0) -> None:
         self._delay = delay
         self._kept: FlatTensors | None = None
+        self._is_taken = False  # whether the center has been subtracted from what is kept
         self._center: FlatTensors | None = None
         self._rates: Sequence[float] | None = None
         self._due_at = 0
 
     @override
     def begin(
-        self, given: DifferenceSum, write: Callable[[FlatTensors], None], rates: Sequence[float], clock: int
+        self,
+        given: DifferenceSum,
+        factors: Sequence[float],
+        write: Callable[[FlatTensors], None],
+        rates: Sequence[float],
+        clock: int,
     ) -> None:
         self._lay_out(given.center.values)
         assert self._kept is not None
         write(self._kept)
+        self._is_taken = False
         self._rates = rates
         self._due_at = clock + self._delay
 
@@ -162,7 +180,8 @@ class PullToNew(Pull):
         assert self._kept is not None
         assert self._center is not None
         rates, self._rates = self._rates, None
-        elastic_difference_([self._kept.flat], [self._center.flat])
+        if not self._is_taken:
+            elastic_difference_([self._kept.flat], [self._center.flat])
         return self._kept.groups, rates
 
     @override
@@ -174,16 +193,23 @@ class PullToNew(Pull):
         if self._rates is None:
             return {}
         assert self._kept is not None
-        return {"kept": self._kept.flat, "rates": list(self._rates), "due_at": self._due_at}
+        assert self._center is not None
+        differences = self._kept.flat.clone()
+        if not self._is_taken:
+            elastic_difference_([differences], [self._center.flat])
+        return {"differences": differences, "rates": list(self._rates), "due_at": self._due_at}
 
     @override
     def load_state_dict(self, state: dict[str, Any], center: FlatTensors) -> None:
         self._rates = state.get("rates")
-        if self._rates is not None:
-            self._lay_out(center)
-            assert self._kept is not None
-            self._kept.flat.copy_(state["kept"])
-            self._due_at = state["due_at"]
+        if self._rates is None or len(self._rates) != len(center.groups):
+            self.forget()
+            return
+        self._lay_out(center)
+        assert self._kept is not None
+        self._kept.flat.copy_(state["differences"])
+        self._is_taken = True
+        self._due_at = state["due_at"]
 
     def _lay_out(self, center: FlatTensors) -> None:
         if self._center is not center:

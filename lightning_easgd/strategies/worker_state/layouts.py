@@ -17,7 +17,8 @@ def merged(saved: Any, fresh: Any, old: Layout, new: Layout, keep: Container[str
 
     Args:
         saved: The state, of tensors, primitives, lists of a number for each part, and mappings of them.
-        fresh: The state of a run that starts here. A part that is not kept, or was not there, is its.
+        fresh: The state of a run that starts here. A part that is not kept, or was not there, is its; or zero, where
+            this run has no such vector yet.
         old: The layout of the saved vectors.
         new: The layout of the fresh ones.
         keep: The names of the parts to keep.
@@ -31,6 +32,8 @@ def merged(saved: Any, fresh: Any, old: Layout, new: Layout, keep: Container[str
     if isinstance(saved, list) and isinstance(fresh, list) and (len(saved), len(fresh)) == (len(old), len(new)):
         values = {name: value for (name, _), value in zip(old, saved, strict=True) if name in keep}
         return [values.get(name, value) for (name, _), value in zip(new, fresh, strict=True)]
+    if fresh is None and isinstance(saved, Tensor) and saved.numel() == _size(old):
+        fresh = saved.new_zeros(_size(new))
     if not isinstance(saved, Tensor) or not isinstance(fresh, Tensor):
         return saved
     if saved.numel() != _size(old) or fresh.numel() != _size(new):
