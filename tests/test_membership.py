@@ -122,5 +122,8 @@ def test_the_first_saves_and_all_go_on(job):
         job.start(number, resumes=str(job.folder / "of_0.ckpt"))
     for number in (0, 1, 2):
         assert job.until(number, are(0, 1, 2), since=end)["clock"] > 140
-    job.check_centers(0, 1, 2)
+    moved = max(line["version"] for number in (0, 1, 2) for line in job.steps(number)[-1:])
+    for number in (0, 1, 2):
+        job.until(number, lambda line: line["version"] > moved + 6, since=end)
+    job.check_centers(0, 1, 2, since=end)
     assert "saved by workers that come and go, of which this is number 0" in job.said(1)
