@@ -113,7 +113,8 @@ class CenterMethod(WorkerProcess):
     def elastic_distance(self) -> float | None:
         r"""The distance :math:`\|x^i - \tilde x\|_2` of this worker at its last exchange, None before the first.
 
-        It makes no communication and waits for none, except inside of a sharded worker, whose ranks ask together.
+        It makes no communication and waits for none, except inside of a sharded worker, whose ranks ask together. With
+        a served center and ``pull_to="new"`` it is the distance from the center of after the exchange.
 
         Raises:
             RuntimeError: If this process only spawns or forks the ranks.
