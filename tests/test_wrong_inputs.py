@@ -138,16 +138,38 @@ WRONG = [
     ("easgd-compare experiment=quick grid.steps=null", "give one budget"),
     ("easgd-compare experiment=quick grid.timeout=abc", "give a positive number of seconds"),
     ("easgd-compare experiment=quick grid.baseline=xyz", "easgd-compare(grid.baseline=xyz)", "choose one of"),
+    ("easgd-compare experiment=quick grid.workers=[0]", "easgd-compare(grid.workers=[0]): give one"),
+    ("easgd-compare experiment=quick grid.tau=[0]", "easgd-compare(grid.tau=[0]): give one whole number"),
+    ("easgd-compare experiment=quick grid.seeds=[1,1]", "each once"),
+    ("easgd-compare experiment=quick grid.steps=0", "easgd-compare(grid.steps=0): give a whole number from 1 on"),
+    ("easgd-compare experiment=quick grid.validate_every=abc", "grid.validate_every=abc): give a whole number"),
+    ("easgd-compare experiment=quick grid.steps=null grid.seconds=-1", "grid.seconds=-1): give a positive number"),
+    ("easgd-compare experiment=quick grid.target_errors=[2]", "grid.target_errors=[2]): give errors between"),
+    ("easgd-compare experiment=quick grid.only=easgd", "grid.only=easgd): give a list, as [easgd]"),
+    ("easgd-compare experiment=quick grid.methods=null", "grid.methods=None): give methods and rates"),
+    ("easgd-compare experiment=quick grid.methods.easgd.lr=[-1]", "grid.methods.easgd=", "give it learning rates"),
+    ("easgd-compare experiment=quick grid.methods.easgd.lr=0.1", "grid.methods.easgd=", "give it learning rates"),
+    ("easgd-compare experiment=quick +grid.methods.ddp.tau=[0]", "grid.methods.ddp.tau=[0]): give whole numbers"),
+    ("easgd-compare experiment=quick +grid.methods.foo.lr=[0.1]", "no method 'foo'; set its method, one of: "),
+    ("easgd-compare experiment=quick fast_dev_run=abc", "easgd-compare(fast_dev_run=abc): give true or false"),
+    ("easgd-compare experiment=quick directory=RUN", "easgd-compare(directory=RUN): this directory holds a run"),
+    ("easgd-compare experiment=quick directory=file.txt", "FileExistsError", "check this path"),
     ("easgd-compare experiment=quick seed=3", "see grid.methods, grid.seeds"),
     ("easgd-compare experiment=quick optimizer.lrr=3", "did you mean optimizer.lr?"),
     ("easgd-compare experiment=quick data=cifar10 paths.data=nowhere", "set download=true"),
     ("easgd-plot", "usage: easgd-plot DIRECTORY"),
     ("easgd-plot nowhere", "give the directory of an easgd-compare"),
+    ("easgd-plot torn", "easgd-plot(torn): it has no finished run to draw"),
+    ("plots torn", "plots: ", "(traceback: "),
+    ("plots classes", "there is nothing to draw"),
     ("plots nowhere", "usage: python -m lightning_easgd.plots RUN_DIRECTORY"),
     ("easgd-simulate walk", "easgd-simulate --help"),
     ("easgd-simulate run workers=-4", "workers=-4: give 1 or more"),
     ("easgd-simulate run worker=4", "did you mean workers?"),
     ("easgd-simulate sweep workers=1,2 file=file.txt", "file.txt", "overwrite=true"),
+    ("easgd-simulate sweep workers=1,2 file=a.png", "file=a.png: this is no place for a table"),
+    ("easgd-simulate sweep workers=1,2 file=", "give a CSV file, as file=sweep.csv"),
+    ("easgd-simulate plot file=RUN", "IsADirectoryError", "check this path"),
     ("easgd-simulate sweep workers=1,2 overwrite=yes", "overwrite=yes: this is neither true nor false"),
     ("easgd-stability check lr=0.1", "give curvature=..., workers=..."),
     ("easgd-stability check lr=0 curvature=1 workers=2", "Setting(lr=0.0)"),
@@ -168,6 +190,9 @@ def place(tmp_path_factory):
         )
     )  # fmt: skip
     (folder / "file.txt").write_text("text")
+    (folder / "torn").mkdir()
+    for name in ("cells.csv", "accuracy.csv"):
+        (folder / "torn" / name).write_text("text\n1\n")
     (folder / "broken").mkdir()
     (folder / "broken" / "config.yaml").write_text("seed: [")
     (folder / "broken" / "last.ckpt").write_text("")

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import lightning_easgd
 
-__all__ = ["GROUPS", "SEARCH_PATH", "option_file"]
+__all__ = ["GROUPS", "SEARCH_PATH", "option_file", "options"]
 
 _NAME = "lightning_easgd.conf"
 SEARCH_PATH = f"pkg://{_NAME}"
@@ -39,6 +39,11 @@ def option_file(group: str, option: str) -> DictConfig | None:
         return None
     config = OmegaConf.create(path.read_text(encoding="utf-8"))
     return config if isinstance(config, DictConfig) else None
+
+
+def options(group: str) -> list[str]:
+    """List the options of a configuration group."""
+    return sorted(each.name.removesuffix(".yaml") for each in files(_NAME).joinpath(group).iterdir() if each.is_file())
 
 
 _find_in_clone()

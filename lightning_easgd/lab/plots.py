@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_easgd import __version__
 from lightning_easgd.callbacks import ACCURACY_FILE, ELASTIC_DIRECTORY
+from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.figure_style import (
     CENTER_STYLE,
     MODEL_STYLE,
@@ -17,11 +19,22 @@ from lightning_easgd.lab.figure_style import (
     save,
 )
 from lightning_easgd.lab.report import CENTER, is_elastic, whole_rows
+from lightning_easgd.lab.unexpected import unexpected
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FIGURE_FILE = "figure.png"
+_COMMAND = "python -m lightning_easgd.plots"
+_USAGE = f"usage: {_COMMAND} RUN_DIRECTORY"
+_HELP = f"""{_USAGE}
+
+It draws the figure of a run again, from the CSV files in its directory.
+
+Examples:
+  {_COMMAND} outputs/2026-01-31/12-00-00-1a2b
+  {_COMMAND} examples/results/digits
+  {_COMMAND} --version"""
 _STEPS = "optimizer steps of a worker"
 _THIN: dict[str, Any] = {"linewidth": 1.0, "alpha": 0.7}
 
@@ -90,10 +103,24 @@ def _points(rows: Rows, column: str) -> tuple[list[int], list[float]]:
 def main() -> None:
     """Draw the figure of the run whose directory the command line names."""
     words = sys.argv[1:]
+    if "--version" in words:
+        print(f"{_COMMAND} {__version__}")
+        return
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(_HELP)
+        return
     if len(words) != 1 or not Path(words[0]).is_dir():
-        sys.exit("usage: python -m lightning_easgd.plots RUN_DIRECTORY, where that is the directory of a run")
+        sys.exit(f"{_USAGE}, where that is the directory of a run")
     run = Path(words[0])
-    print(draw(run) or f"there is nothing to draw: {run} has no {ACCURACY_FILE} and no {ELASTIC_DIRECTORY}")
+    try:
+        figure = draw(run)
+    except MissingExtraError as error:
+        sys.exit(f"plots: {error}")
+    except Exception as error:
+        sys.exit(unexpected("plots", error))
+    if figure is None:
+        sys.exit(f"there is nothing to draw: {run} has no {ACCURACY_FILE} and no {ELASTIC_DIRECTORY}")
+    print(figure)
 
 
 if __name__ == "__main__":

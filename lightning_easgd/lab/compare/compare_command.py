@@ -20,6 +20,7 @@ from lightning_easgd.lab.compare.grid import COMMAND, Cell, cells, first_of_each
 from lightning_easgd.lab.configuration import SEARCH_PATH
 from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
+from lightning_easgd.lab.run_directory import saved_run
 from lightning_easgd.lab.train import machine
 
 __all__ = ["main", "planned"]
@@ -41,6 +42,8 @@ def _hydra_main(config: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
     _give_jobs_directories_of_their_own(config)
     with usage_errors(COMMAND):
+        if not isinstance(config.fast_dev_run, bool):
+            raise UsageError(f"{COMMAND}(fast_dev_run={config.fast_dev_run}): give true or false")
         failures = compare(config, planned(config, HydraConfig.get().overrides.task))
     if failures:
         for name, failure in failures.items():
@@ -83,6 +86,8 @@ def compare(config: DictConfig, every: Sequence[Cell]) -> dict[str, str]:
         from lightning_easgd.lab.compare.records import collect  # noqa: PLC0415
         from lightning_easgd.lab.compare.tables import write_tables  # noqa: PLC0415
     directory = _directory(config)
+    if saved_run(directory / "any") is not None:
+        raise UsageError(f"{COMMAND}(directory={directory}): this directory holds a run; choose another one")
     with before_training(COMMAND):  # what each of the runs would say
         data = instantiate(config.data)
         if isinstance(data, SplitDataModule):

@@ -1,5 +1,6 @@
 """The cells of a comparison: methods x communication periods x workers x learning rates x seeds."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -8,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lightning_easgd.lab.command_errors import UsageError
+from lightning_easgd.lab.configuration import option_file, options
 
 __all__ = ["COMMAND", "Cell", "cells", "first_of_each"]
 
@@ -64,12 +66,25 @@ def cells(grid: DictConfig, common: Sequence[str] = ()) -> list[Cell]:
     Raises:
         UsageError: If the grid is empty, has no budget, or has two, or a method has an unknown key or no rates.
     """
-    for key in ("seeds", "workers", "tau"):
+    for key, least in (("seeds", 0), ("workers", 1), ("tau", 1)):
         values = grid[key] if isinstance(grid[key], ListConfig) else [None]
-        if not values or not all(type(value) is int for value in values):
-            raise UsageError(f"{COMMAND}(grid.{key}={grid[key]}): give one whole number at least, as [1]")
-    if not isinstance(grid.timeout, int | float) or not grid.timeout > 0:
-        raise UsageError(f"{COMMAND}(grid.timeout={grid.timeout}): give a positive number of seconds")
+        if not values or not all(_is_whole(value, least) for value in values) or len(set(values)) < len(values):
+            raise UsageError(
+                f"{COMMAND}(grid.{key}={grid[key]}): give one whole number at least, from {least} on, each once, as [1]"
+            )
+    for key in ("steps", "validate_every"):
+        if grid[key] is not None and not _is_whole(grid[key], 1):
+            raise UsageError(f"{COMMAND}(grid.{key}={grid[key]}): give a whole number from 1 on")
+    for key in ("seconds", "timeout"):
+        if (key, grid[key]) != ("seconds", None) and not _is_positive(grid[key]):
+            raise UsageError(f"{COMMAND}(grid.{key}={grid[key]}): give a positive number of seconds")
+    if not _is_list(grid.target_errors) or not all(_is_positive(each) and each < 1 for each in grid.target_errors):
+        raise UsageError(f"{COMMAND}(grid.target_errors={grid.target_errors}): give errors between 0 and 1, as [0.1]")
+    for key in ("overrides", "only"):
+        if grid[key] is not None and not _is_list(grid[key]):
+            raise UsageError(f"{COMMAND}(grid.{key}={grid[key]}): give a list, as [{grid[key]}]")
+    if not isinstance(grid.methods, DictConfig):
+        raise UsageError(f"{COMMAND}(grid.methods={grid.methods}): give methods and rates, as {{easgd: {{lr: [0.1]}}}}")
     methods = {str(label): _settings(str(label), settings) for label, settings in grid.methods.items()}
     chosen = list(methods) if grid.only is None else [str(label) for label in grid.only]
     if grid.baseline is not None and str(grid.baseline) not in methods:
@@ -118,13 +133,24 @@ def _budget(grid: DictConfig) -> list[str]:
 
 def _settings(label: str, settings: Any) -> Mapping[str, Any]:
     plain = OmegaConf.to_container(settings, resolve=True) if isinstance(settings, DictConfig) else None
-    if not isinstance(plain, dict) or not plain.get("lr"):
+    rates = plain.get("lr") if isinstance(plain, dict) else None
+    if not isinstance(plain, dict) or not _is_list(rates) or not rates or not all(map(_is_positive, rates)):
         raise UsageError(f"{COMMAND}(grid.methods.{label}={settings}): give it learning rates, as {{lr: [0.1, 0.05]}}")
     unknown = set(plain) - _OF_A_METHOD
     if unknown:
         raise UsageError(
             f"{COMMAND}(grid.methods.{label}.{min(unknown)}=...): there is no such key; choose among:"
             f" {', '.join(sorted(_OF_A_METHOD))}"
+        )
+    for key in ("tau", "workers"):
+        values = plain.get(key) or []
+        if not _is_list(values) or not all(_is_whole(value, 1) for value in values):
+            raise UsageError(f"{COMMAND}(grid.methods.{label}.{key}={values}): give whole numbers from 1 on, as [4]")
+    method = str(plain.get("method", label))
+    if option_file("method", method) is None:
+        raise UsageError(
+            f"{COMMAND}(grid.methods.{label}): there is no method {method!r}; set its method, one of:"
+            f" {', '.join(options('method'))}"
         )
     return {str(key): value for key, value in plain.items()}
 
@@ -152,6 +178,18 @@ def _cells_of(label: str, settings: Mapping[str, Any], grid: DictConfig, seed: i
                 *_strings(settings.get("overrides") or []),
             ),
         )
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | ListConfig)
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _strings(overrides: Sequence[Any]) -> list[str]:

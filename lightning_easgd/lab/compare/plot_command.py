@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning_easgd import __version__
 from lightning_easgd.lab.demo_extra import MissingExtraError, demo_extra
+from lightning_easgd.lab.unexpected import unexpected
 
 __all__ = ["main"]
 
@@ -40,9 +41,13 @@ def main() -> None:
         if not (directory / CELLS).is_file():
             sys.exit(f"{_COMMAND}({directory}): there is no {CELLS}; give the directory of an easgd-compare")
         write_tables(directory)
-        print(*draw(directory), sep="\n")
+        if not (figures := draw(directory)):
+            sys.exit(f"{_COMMAND}({directory}): it has no finished run to draw; give another directory")
+        print(*figures, sep="\n")
     except MissingExtraError as error:
         sys.exit(f"{_COMMAND}: {error}")
+    except Exception as error:
+        sys.exit(unexpected(_COMMAND, error))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,8 @@ def _sweep(
         x: The key on the figure's abscissa.
         overwrite: Whether an earlier sweep's files are replaced.
     """
+    if not file.name or file.suffix == ".png":
+        raise ValueError(f"file={file}: this is no place for a table; give a CSV file, as file=sweep.csv")
     check_new(file, file.with_suffix(".png"), overwrite=overwrite)
     varied = {key: several for key, several in values.items() if len(several) > 1 or key == x}
     if x not in varied:
