@@ -47,7 +47,7 @@ def round_robin_trace(minima, steps: int, tau: int, alpha: float, lr: float = 0.
 class BlockingAverager:
     """Plain synchronous EASGD: the reduction is waited for at once, and the center moved before the step."""
 
-    has_departed = False
+    has_departed = is_expected = False
     has_exchanged = True
     finiteness = HostFiniteness()
 
