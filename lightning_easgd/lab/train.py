@@ -430,7 +430,8 @@ def _conclude(config: DictConfig, run: Path, trainer: L.Trainer, model: L.Lightn
 
 def quiet() -> None:
     """Silence what Lightning says about every run of this command and no user can act upon."""
-    for name in ("lightning.pytorch", "lightning.fabric"):  # devices, ranks, and advertisements
+    # Devices, ranks, and advertisements; of the class trees, the one that was imported last speaks for all.
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.pytorch.profilers").setLevel(logging.INFO)  # whoever sets one wants its report
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # what it says it raises, too
