@@ -59,6 +59,7 @@ def end_ranks(
 
     ``interfere`` is called with the process ids while they run.
     """
+    assert not torch.distributed.is_initialized(), "forked ranks would take this process's group for theirs; fit in one"
     _warm_up()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()

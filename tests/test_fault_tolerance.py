@@ -10,6 +10,7 @@ import pytest
 import torch
 from membership_job import clean_environment
 from preloaded import python
+from ranks import end_ranks
 from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
@@ -105,8 +106,13 @@ class TestStrategy:
 
     def test_nothing_listens(self, monkeypatch):
         monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))
-        with pytest.raises(RuntimeError, match=r"^EASGDStrategy: there is no lighthouse at http://localhost:1; start"):
+
+        def fit():  # in a process of its own, which is left with a process group
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1).fit(Quadratic())
+
+        (ended,) = end_ranks(fit, 1)
+        assert ended.exitcode == 1
+        assert "EASGDStrategy: there is no lighthouse at http://localhost:1; start" in ended.error
 
     def test_a_fixed_world_imports_nothing_of_it(self, tmp_path):
         script = tmp_path / "fixed.py"
