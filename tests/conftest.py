@@ -107,3 +107,22 @@ def pytest_runtest_setup(item):
 def pytest_runtest_call(item):
     with _watched(item):
         return (yield)
+
+
+# What a fit in the tests' own process leaves there, and forked ranks would take for theirs.
+RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+        "TORCHELASTIC_RUN_ID")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_rank_stays() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in RANK}
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -28,7 +28,7 @@ PAPER = {
 
 
 def test_every_method_of_the_paper_is_there():
-    assert set(options("method")) == PAPER | {"ddp", "post_local_sgd", "local", "replicated_sgd"}
+    assert set(options("method")) == PAPER | {"ddp", "post_local_sgd", "local", "replicated_sgd", "local_sgd", "diloco"}
 
 
 @pytest.mark.parametrize("method", options("method"))

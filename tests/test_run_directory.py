@@ -245,7 +245,7 @@ def test_names_of_checkpoints(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "callbacks: {one: {filename: '{epoch}-best'}, two: {filename: null}, x: null}"
     )
-    names = run_directory._checkpoint_names(tmp_path)
+    names = run_directory._checkpoint_names(OmegaConf.load(tmp_path / "config.yaml"))
     for name, own in {
         "epoch=3-best": True,
         "epoch=1-step=9": True,

@@ -20,6 +20,7 @@ from lightning_easgd.averagers import ExchangeLine, SynchronousAverager, all_red
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.method.position import LookAheadPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.transport.channel import LoneChannel
 
 pytestmark = pytest.mark.timeout(120)
 NO_OPTIMIZER = pytest.mark.filterwarnings("ignore:`LightningModule.configure_optimizers` returned `None`")
@@ -344,24 +345,11 @@ def test_a_step_that_is_tried_again_exchanges_once(strategy, failing):
 # The position of EAMSGD
 
 
-class Lone:
-    rank, size = 0, 1
-
-    def sum(self, buffer):
-        return self
-
-    def wait(self):
-        pass
-
-    def bytes_sent(self, nbytes):
-        return 0
-
-
 def averager_of(optimizer):
     make_nesterov(optimizer, 0.9)
-    sums = all_reduced_sums(Lone, 100)
+    sums = all_reduced_sums(LoneChannel, 100)
     return SynchronousAverager(
-        optimizer, ExchangeLine(Lone()), sums, number=0, tau=100, rates=MovingRates(), position=LookAheadPosition
+        optimizer, ExchangeLine(LoneChannel()), sums, number=0, tau=100, rates=MovingRates(), position=LookAheadPosition
     )
 
 
