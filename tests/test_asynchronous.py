@@ -178,12 +178,13 @@ def seconds(pause, free=True):
 
 @pytest.mark.serial
 def test_a_slow_rank_does_not_slow_the_other():
-    together = run_ranks(seconds, 2, 0.003)[0]
-    beside_slow = run_ranks(seconds, 2, 0.02)[0]
-    assert beside_slow < 1.25 * together
+    def fastest(*arguments):  # of three: the machine may be busy with something else
+        return min(run_ranks(seconds, 2, *arguments)[0] for _ in range(3))
+
+    together = fastest(0.003)
+    assert fastest(0.02) < 1.25 * together
     if BROADCASTS:
-        locked = run_ranks(seconds, 2, 0.02, False)[0]
-        assert locked > 2 * together
+        assert fastest(0.02, False) > 2 * together
 
 
 @pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async", tau=2), DownpourStrategy(tau=2)])
