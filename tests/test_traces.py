@@ -9,7 +9,7 @@ from test_elastic import SYNCHRONOUS
 from toys import Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy, LocalStrategy
-from lightning_easgd.averagers.sync import averager as synchronous
+from lightning_easgd.averagers.sync import averaging as synchronous
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,7 +8,8 @@ from lightning_easgd.averagers.served.averaging import ServedAveraging, free_ord
 from lightning_easgd.averagers.served.downpour import DownpourAverager
 from lightning_easgd.averagers.served.easgd import AsynchronousAverager, elastic_exchange
 from lightning_easgd.averagers.served.loss_policy import ContinueOnLoss, FailOnLoss, LossPolicy
-from lightning_easgd.averagers.sync.averager import SynchronousAverager, SynchronousAveraging
+from lightning_easgd.averagers.sync.averager import SynchronousAverager
+from lightning_easgd.averagers.sync.averaging import SynchronousAveraging
 from lightning_easgd.averagers.sync.choice import MakeSum, all_reduced_sums, compressed_sums, shared_sums
 from lightning_easgd.transport.channel import (
     Channel,
