@@ -16,6 +16,7 @@ from toys import Quadratic, quiet_trainer
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
+from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.transport.channel import LoneChannel
@@ -172,11 +173,13 @@ class Others:
 class TestSum:
     """x from 8 in steps of -1, center from 8 at first; τ = 2, β = ½."""
 
-    def averaging(self, others, **settings):
+    def averaging(self, others, make_pull=PullToOld, **settings):
         self.x = torch.nn.Parameter(torch.tensor([8.0]))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
         make_sum = partial(MembershipSum, members=others, tau=2, patience=3.0, timeout=1.0, **settings)
-        self.whole = SynchronousAveraging(LoneChannel(), make_sum, tau=2, rates=MovingRates(beta=0.5))
+        self.whole = SynchronousAveraging(
+            LoneChannel(), make_sum, tau=2, rates=MovingRates(beta=0.5), make_pull=make_pull
+        )
         self.whole.start([self.optimizer])
         (self.averager,) = self.whole.averagers.values()
 
@@ -186,6 +189,10 @@ class TestSum:
             self.x.grad = torch.ones(1)
             self.optimizer.step()
             self.averager.finish()
+
+    def values_after(self, steps):
+        self.step(steps)
+        return self.values
 
     @property
     def values(self):
@@ -201,13 +208,22 @@ class TestSum:
         self.step(2)  # at x = 4.5: d = -1.5; α = β = ½
         assert self.values == (4.5 + 0.75 - 1, 6 - 0.75)
 
-    def test_a_lost_exchange_leaves_no_trace(self):
+    @pytest.mark.parametrize("delay", [0, 1])
+    def test_a_pull_to_the_new_center(self, delay):
+        self.averaging(Others(size=2, gives=-6.0), partial(PullToNew, delay))
+        self.step(2)  # then at x = 6: d = -2, of all -8; the center goes to 6, from where x is
+        assert self.values == (6.0, 6.0)
+        self.step()
+        assert self.values == (5.0, 6.0)
+
+    @pytest.mark.parametrize("make_pull", [PullToOld, PullToNew, partial(PullToNew, 1)])
+    def test_a_lost_exchange_leaves_no_trace(self, make_pull):
         others = Others(gives=float("nan"))
         others.counts = False
-        self.averaging(others)
+        self.averaging(others, make_pull)
         with pytest.warns(RuntimeWarning, match=r"has come to nothing \(lost\)"):
-            self.step(4)
-        assert self.values == (4.0, 8.0)
+            values = self.values_after(4)
+        assert values == (4.0, 8.0)
 
     def test_who_is_not_there_is_waited_for_once(self):
         others = Others()

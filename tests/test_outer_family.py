@@ -1,18 +1,21 @@
 """The family beyond the paper: momentum at the center, a pull to the new center, and delayed answers."""
 
 import re
+import threading
 import warnings
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 from reference import MINIMA, synchronous_trace
 from test_fabric import trace as fabric_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.averagers.served.averager import CenterPart
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.method.schedules import LinearSchedule
 
@@ -151,6 +154,37 @@ def test_asynchronous_traces_in_turn(arguments, workers, tau):
     steps = 3 * tau + 1
     traces = run_ranks(train, workers, EASGDStrategy(tau=tau, **TURNS, **arguments), steps, workers)
     check(traces, reference_of(workers, steps, tau, arguments, asynchronous=True), both=False)
+
+
+@pytest.mark.parametrize("arguments", [{"delay": 2}, {"delay": 2, "pull_to": "new", "alpha": 0.4, "beta": 0.8}])
+def test_an_answer_is_waited_for_when_it_is_due_and_not_before(arguments):
+    """It comes as the batch of the step begins after which it is due."""
+    due = 5 if "pull_to" in arguments else 6
+
+    def run():
+        asked, may_answer, in_time = threading.Event(), threading.Event(), []
+        exchange = CenterPart.exchange
+
+        def late(part, messages, rates):
+            asked.set()
+            in_time.append(may_answer.wait(20))
+            return exchange(part, messages, rates)
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, index):
+                if index == due:
+                    assert asked.wait(20)
+                    assert not in_time
+                    may_answer.set()
+
+        CenterPart.exchange = late
+        strategy = EASGDStrategy(mode="async", tau=4, **arguments)
+        fitted(Quadratic(steps=8, record=False), strategy, 1, callbacks=[Watch()])
+        return in_time
+
+    (in_time,) = run_ranks(run, 1)
+    assert in_time
+    assert all(in_time)
 
 
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "int8"])

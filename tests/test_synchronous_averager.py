@@ -9,6 +9,7 @@ from reference import synchronous_trace
 from toys import MINIMA
 
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAverager, all_reduced_sums
+from lightning_easgd.averagers.sync.pull import PullToNew
 from lightning_easgd.method.position import LookAheadPosition, make_nesterov
 from lightning_easgd.method.rates import MovingRates
 
@@ -58,6 +59,23 @@ def test_the_pull_waits_for_nothing():
     quadratic_step(averager, x, optimizer, 0.0)
     assert x.item() == pytest.approx(0.9 - 0.09 - 0.5 * (0.9 - 1.0))
     assert events == ["start"]
+
+
+@pytest.mark.parametrize(("delay", "waits_after"), [(0, 2), (1, 3), (2, 4)])
+def test_a_pull_to_the_new_center_is_waited_for_when_it_is_due_and_not_before(delay, waits_after):
+    events = []
+    line = line_on(LoneChannel([]), LoneChannel(events))
+    x = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    averager = on_line(optimizer, line, tau=3, number=0, pull=PullToNew(delay), rates=MovingRates(0.5, 1.0))
+    events.clear()
+    for step in range(5):
+        quadratic_step(averager, x, optimizer, 0.0)
+        events.append(f"step {step}")
+    expected = [f"step {step}" for step in range(5)]
+    expected.insert(waits_after, "wait")
+    expected.insert(2, "start")
+    assert events == expected
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])
