@@ -19,6 +19,7 @@ from omegaconf import OmegaConf, open_dict
 from test_configs import SINGLE_RUNS, available
 
 from lightning_easgd.callbacks import LocalEnergyMonitor
+from lightning_easgd.lab.building import build_model, build_trainer
 from lightning_easgd.lab.command_errors import UsageError, explain
 from lightning_easgd.lab.compare import compare_command, plot_command, runs
 from lightning_easgd.lab.compare.compare_command import compare, planned
@@ -28,7 +29,6 @@ from lightning_easgd.lab.compare.records import CELLS, FAILURES, SELECTION, TIME
 from lightning_easgd.lab.compare.tables import write_tables
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.recorders import CURVE_FILE, LearningCurve
-from lightning_easgd.lab.train import build_model, build_trainer
 
 pytestmark = pytest.mark.timeout(120)
 COMPARISONS = [name for name in options("experiment") if name not in SINGLE_RUNS]

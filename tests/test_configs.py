@@ -16,11 +16,12 @@ from official_data import WNIDS, write_cifar10, write_cifar100, write_imagenet, 
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_easgd import DownpourStrategy, EASGDModelParallelStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.lab.building import build_model, build_strategy, build_trainer
 from lightning_easgd.lab.command_errors import explain
 from lightning_easgd.lab.data import DataError
 from lightning_easgd.lab.data.images import ImageArguments, ImageDataModule
 from lightning_easgd.lab.evaluate import evaluate
-from lightning_easgd.lab.train import build_model, build_strategy, build_trainer, train
+from lightning_easgd.lab.train import train
 from lightning_easgd.strategies.ddp_arguments import known_ddp_arguments
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))

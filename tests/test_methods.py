@@ -16,8 +16,8 @@ from toys import MINIMA, Quadratic, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
+from lightning_easgd.lab.building import build_strategy, build_trainer
 from lightning_easgd.lab.recorders import IterateAverage
-from lightning_easgd.lab.train import build_strategy, build_trainer
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")]
 LR = 0.1

@@ -18,7 +18,7 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.callbacks import RecalibrateBatchNorm
-from lightning_easgd.lab.train import build_trainer
+from lightning_easgd.lab.building import build_trainer
 
 pytestmark = pytest.mark.timeout(120)
 MODES = ["sync", "async"]

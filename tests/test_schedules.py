@@ -17,7 +17,7 @@ from toys import MINIMA, Quadratic, fitted
 
 from lightning_easgd import EASGDStrategy
 from lightning_easgd.averagers import Meeting
-from lightning_easgd.lab.train import build_strategy
+from lightning_easgd.lab.building import build_strategy
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.schedules import (
     ConstantSchedule,

@@ -22,7 +22,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 from omegaconf import OmegaConf
 from test_train import refusal
 
-from lightning_easgd.lab import evaluate, train
+from lightning_easgd.lab import building, evaluate, train
 from lightning_easgd.lab.worker_weights import kept_workers, loaded_workers
 
 pytestmark = [
@@ -75,7 +75,7 @@ def test_a_services_keys_are_those_of_its_class(tmp_path, name):
 
 
 def test_nothing_of_a_service_is_imported_unless_it_is_chosen(tmp_path):
-    train.build_trainer(composed(tmp_path, "strategy=single"))
+    building.build_trainer(composed(tmp_path, "strategy=single"))
     assert not {"wandb", "mlflow", "comet_ml"} & set(sys.modules)
 
 
@@ -112,7 +112,7 @@ def test_chosen_services_are_told_metrics_and_settings(monkeypatch, tmp_path):
     monkeypatch.setattr("lightning.pytorch.loggers.mlflow._get_resolve_tags", lambda: lambda tags: tags)
     pytest.importorskip("tensorboard")
     config = composed(tmp_path, "logger=[many_loggers,comet]", *QUICK)
-    trainer = train.build_trainer(config)
+    trainer = building.build_trainer(config)
     assert [type(logger).__name__ for logger in trainer.loggers] == [
         "CSVLogger", "TensorBoardLogger", "WandbLogger", "MLFlowLogger", "CometLogger",
     ]  # fmt: skip
@@ -136,15 +136,17 @@ def test_callbacks_add_to_the_default_and_to_each_other(tmp_path):
     ):
         config = composed(tmp_path, f"callbacks=[{','.join(order)}]", "strategy=single")
         assert default < set(config.callbacks)
-        found = {type(callback) for callback in train.build_trainer(config).callbacks}
+        found = {type(callback) for callback in building.build_trainer(config).callbacks}
         assert {RichProgressBar, EarlyStopping, LearningRateMonitor} <= found
-        bars = [callback for callback in train.build_trainer(config).callbacks if "Progress" in type(callback).__name__]
+        bars = [
+            callback for callback in building.build_trainer(config).callbacks if "Progress" in type(callback).__name__
+        ]
         assert len(bars) == 1
 
 
 def test_the_bar_of_rich_obeys_the_trainers_switch(tmp_path):
     config = composed(tmp_path, "callbacks=rich_progress_bar", "trainer.enable_progress_bar=false")
-    assert not [each for each in train.build_trainer(config).callbacks if "Progress" in type(each).__name__]
+    assert not [each for each in building.build_trainer(config).callbacks if "Progress" in type(each).__name__]
 
 
 def test_the_learning_rate_is_recorded_and_training_stops_early(tmp_path):
@@ -172,7 +174,7 @@ def test_a_learning_rate_without_a_logger_is_one_sentence(monkeypatch, tmp_path)
 def test_every_way_of_debugging_runs_in_this_process(tmp_path, option, caplog):
     more = ["trainer.max_epochs=2"] if option == "overfit" else []
     config = composed(tmp_path, f"debug={option}", "model.network.width=4", *more)
-    trainer = train.build_trainer(config)
+    trainer = building.build_trainer(config)
     assert (trainer.world_size, trainer.num_nodes) == (1, 1)
     facts = {
         "default": (trainer.max_epochs, trainer._detect_anomaly) == (1, True),
@@ -225,7 +227,7 @@ def test_a_search_maximizes_the_accuracy_and_ends_with_its_table_and_figure(monk
 
 def test_a_search_of_one_process_is_built(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    assert train.build_trainer(composed(tmp_path, "hparams_search=optuna", "strategy=single")).world_size == 1
+    assert building.build_trainer(composed(tmp_path, "hparams_search=optuna", "strategy=single")).world_size == 1
 
 
 def test_a_search_without_its_package_is_one_sentence(monkeypatch, tmp_path):
@@ -260,7 +262,7 @@ def test_what_torchrun_has_started_is_found(monkeypatch, tmp_path):
                "GROUP_RANK": "1", "TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}  # fmt: skip
     for name, value in started.items():
         monkeypatch.setenv(name, value)
-    trainer = train.build_trainer(composed(tmp_path, "trainer=torchrun", "trainer.accelerator=cpu"))
+    trainer = building.build_trainer(composed(tmp_path, "trainer=torchrun", "trainer.accelerator=cpu"))
     assert (trainer.num_devices, trainer.num_nodes, trainer.world_size) == (4, 2, 8)
     assert isinstance(trainer.strategy.cluster_environment, TorchElasticEnvironment)
 
@@ -271,14 +273,14 @@ def test_the_tasks_of_a_job_of_slurm_are_found(monkeypatch, tmp_path):
              "SLURM_NODELIST": "a[1-2]"}  # fmt: skip
     for name, value in tasks.items():
         monkeypatch.setenv(name, value)
-    trainer = train.build_trainer(composed(tmp_path, "trainer=slurm", "trainer.accelerator=cpu"))
+    trainer = building.build_trainer(composed(tmp_path, "trainer=slurm", "trainer.accelerator=cpu"))
     assert (trainer.num_devices, trainer.num_nodes, trainer.world_size) == (4, 2, 8)
     assert isinstance(trainer.strategy.cluster_environment, SLURMEnvironment)
 
 
 def test_nodes_without_a_launcher(tmp_path):
     config = composed(tmp_path, "trainer=nodes", "trainer.accelerator=cpu", "trainer.devices=3", "trainer.num_nodes=2")
-    assert train.build_trainer(config).world_size == 6
+    assert building.build_trainer(config).world_size == 6
 
 
 @pytest.mark.processes

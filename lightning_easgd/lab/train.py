@@ -1,6 +1,5 @@
 """`easgd-train`: one training run, described by the configuration `lightning_easgd.conf`."""
 
-import inspect
 import logging
 import math
 import os
@@ -9,7 +8,6 @@ import secrets
 import sys
 import warnings
 from collections.abc import Mapping
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,29 +16,25 @@ import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_class, instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 import lightning_easgd
 from lightning_easgd.lab import plots, rank_errors, report, resume
+from lightning_easgd.lab.building import build_model, build_trainer
+from lightning_easgd.lab.checks import check_data, check_launch, check_numbers, check_optimizer, check_settings
 from lightning_easgd.lab.command_errors import (
     ReportedError,
     UsageError,
     before_training,
-    naming_the_key,
     run_command,
     shows_tracebacks,
     usage_errors,
 )
 from lightning_easgd.lab.configuration import SEARCH_PATH
-from lightning_easgd.lab.data.images import SplitDataModule
 from lightning_easgd.lab.demo_extra import MissingExtraError
-from lightning_easgd.lab.models import Classifier
 from lightning_easgd.lab.run_directory import VERSIONS_FILE, check_free, check_places, clear, saved_run, take_over
-from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 _COMMAND = "easgd-train"
 _CONFIGURATION = "train"
@@ -72,14 +66,6 @@ def launch_name() -> str:
     return str(os.getppid()) if launched_with_others else secrets.token_hex(2)
 
 
-_ON_DIVERGENCE = ("fail", "report")
-_SWITCHES = ("overwrite", "report", "plot")
-_TRAINERS_SWITCHES = ("enable_checkpointing", "enable_progress_bar", "enable_model_summary", "benchmark",
-                      "inference_mode", "use_distributed_sampler", "detect_anomaly", "barebones",
-                      "sync_batchnorm")  # fmt: skip
-_WHOLE_NUMBERS = {"max_epochs": -1, "min_epochs": 0, "max_steps": -1, "min_steps": 0, "accumulate_grad_batches": 1,
-                  "log_every_n_steps": 0, "num_sanity_val_steps": -1,
-                  "reload_dataloaders_every_n_epochs": 0}  # fmt: skip
 _LOSSES = ("val/loss", "train/loss")
 
 
@@ -109,8 +95,8 @@ def train(config: DictConfig) -> float | None:
     """
     quiet()
     with before_training(_COMMAND):
-        _check_settings(config)
-        _check_numbers(config)
+        check_settings(config)
+        check_numbers(config)
         run = Path(config.paths.run)
         checkpoint = None if config.ckpt_path is None else Path(config.ckpt_path)
         L.seed_everything(config.seed, workers=True, verbose=False)
@@ -120,11 +106,11 @@ def train(config: DictConfig) -> float | None:
             in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
             check_free(_COMMAND, run, overwrite=config.overwrite, resumed=checkpoint, in_sweep=in_sweep)
             check_places(_COMMAND, config, checkpoint)
-        _check_launch(config, trainer)
-        optimizer = _check_optimizer(config, trainer.strategy)
+        check_launch(config, trainer)
+        optimizer = check_optimizer(config, trainer.strategy)
         datamodule = instantiate(config.data)
         model = build_model(config)
-        _check_data(model, datamodule)
+        check_data(model, datamodule)
         state: dict[str, Any] = {}
         if checkpoint is not None and is_first:
             state = resume.read_checkpoint(_COMMAND, checkpoint)
@@ -152,189 +138,6 @@ def train(config: DictConfig) -> float | None:
             raise
         return None
     return _conclude(config, run, trainer, model) if trainer.is_global_zero else None
-
-
-def build_model(config: DictConfig) -> L.LightningModule:
-    """Build the model with the optimizer and scheduler of their own groups."""
-    scheduler = instantiate(config.scheduler) if config.get("scheduler") else None
-    model: L.LightningModule = instantiate(config.model, optimizer=instantiate(config.optimizer), scheduler=scheduler)
-    return model
-
-
-def build_trainer(config: DictConfig) -> L.Trainer:
-    """Build the trainer with strategy, callbacks and loggers."""
-    loggers = [_build_logger(config.logger, name) for name in config.logger]
-    callbacks = _build_callbacks(config)
-    if not loggers and any(isinstance(callback, LearningRateMonitor) for callback in callbacks):
-        raise UsageError(f"{_COMMAND}(logger=none): LearningRateMonitor writes to a logger; choose one, as logger=csv")
-    trainer: L.Trainer = instantiate(
-        config.trainer,
-        strategy=build_strategy(config.strategy),
-        callbacks=callbacks,
-        logger=loggers or False,
-    )
-    return trainer
-
-
-def build_strategy(config: DictConfig) -> Any:
-    """Build the strategy.
-
-    `tau` and `start_method` are left out where they mean nothing, so that a sweep may set them for all. A `timeout`
-    that is a number, as it is written on a command line, means seconds.
-    """
-    try:
-        initializer = inspect.getattr_static(get_class(config._target_), "__init__")
-    except (ImportError, ValueError) as error:
-        raise UsageError(naming_the_key(_COMMAND, "strategy", error)) from error
-    left_out = {"tau", "start_method"} - set(inspect.signature(initializer).parameters)
-    return instantiate(
-        OmegaConf.masked_copy(config, [str(key) for key in config if key not in left_out]), **_timeout(config)
-    )
-
-
-def _timeout(config: DictConfig) -> dict[str, timedelta]:
-    value = config.get("timeout")
-    if value is None or isinstance(value, DictConfig):
-        return {}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UsageError(f"{_COMMAND}(strategy.timeout={value}): give a positive number of seconds")
-    return {"timeout": timedelta(seconds=value)}
-
-
-def _build_callbacks(config: DictConfig) -> list[Any]:
-    # The trainer's switches turn the group's callbacks off; Lightning would call the two a contradiction.
-    switched_off = tuple(
-        prefix
-        for prefix, switch in (("progress_bar", "enable_progress_bar"), ("checkpoint", "enable_checkpointing"))
-        if config.trainer[switch] is False
-    )
-    chosen = {
-        str(name): callback
-        for name, callback in config.callbacks.items()
-        if callback and not str(name).startswith(switched_off)
-    }
-    if any(name.startswith("progress_bar_") for name in chosen):  # it takes the default's place
-        del chosen["progress_bar"]
-    return [instantiate(callback) for callback in chosen.values()]
-
-
-def _build_logger(config: DictConfig, name: str) -> Any:
-    try:
-        return instantiate(config[name])
-    except hydra.errors.InstantiationException as error:
-        if isinstance(error.__cause__, ModuleNotFoundError):
-            raise UsageError(
-                f"{_COMMAND}(logger={name}): the package {name} is not installed; run pip install "
-                f"'lightning_easgd[{name}]' or choose logger=csv"
-            ) from error
-        raise
-
-
-def _check_launch(config: DictConfig, trainer: L.Trainer) -> None:
-    """Refuses, before any process starts, what would train something else than was asked for."""
-    settings = HydraConfig.get()
-    if config.strategy._target_ == "builtins.str" and trainer.world_size > 1:
-        raise UsageError(
-            f"{_COMMAND}(strategy=single, trainer.devices={config.trainer.devices}): one process uses one "
-            f"device; set trainer.devices=1 or choose another strategy"
-        )
-    popen = config.strategy.get("start_method", "popen") == "popen"
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    external = environment is not None and environment.creates_processes_externally
-    if settings.mode == RunMode.MULTIRUN and popen and trainer.num_devices > 1 and not external:
-        raise UsageError(
-            f"{_COMMAND}(--multirun, strategy.start_method=popen, trainer.devices={config.trainer.devices}): "
-            f"each rank would repeat the whole sweep and train other settings; set "
-            f"strategy.start_method=spawn"
-        )
-
-
-def _check_settings(config: DictConfig) -> None:
-    """Refuse values of this command's own keys, switches and places that are none."""
-    for key, value in (("seed", config.seed), ("data.seed", config.data.get("seed", 0))):
-        if not _is_whole(value, 0, 2**32 - 1):
-            raise UsageError(f"{_COMMAND}({key}={value}): give a whole number from 0 to {2**32 - 1}")
-    for key in ("paths.run", "ckpt_path"):
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, str) and (key, value) != ("ckpt_path", None):
-            raise UsageError(f"{_COMMAND}({key}={'null' if value is None else value}): give a path, as ./NAME")
-    for key in (*_SWITCHES, *(f"trainer.{key}" for key in _TRAINERS_SWITCHES)):
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, bool) and (key in _SWITCHES or value is not None):
-            raise UsageError(f"{_COMMAND}({key}={value}): give true or false")
-    if config.on_divergence not in _ON_DIVERGENCE:
-        raise UsageError(
-            f"{_COMMAND}(on_divergence={config.on_divergence}): unknown; choose one of: {', '.join(_ON_DIVERGENCE)}"
-        )
-    for group in ("callbacks", "logger"):
-        for name, value in config[group].items():
-            if value is not None and not isinstance(value, DictConfig):
-                raise UsageError(
-                    f"{_COMMAND}({group}.{name}={value}): give null to leave it out, or set one of its keys, as"
-                    f" {group}.{name}.KEY"
-                )
-
-
-def _check_numbers(config: DictConfig) -> None:
-    """Refuse values of the trainer and the strategy that would fail late, without saying what they are of."""
-    for key, least in _WHOLE_NUMBERS.items():
-        value = config.trainer[key]
-        if value is not None and not _is_whole(value, least):
-            raise UsageError(f"{_COMMAND}(trainer.{key}={value}): give a whole number from {least} on, or leave it out")
-    interval = config.trainer.val_check_interval
-    if isinstance(interval, int | float) and not interval > 0:
-        raise UsageError(
-            f"{_COMMAND}(trainer.val_check_interval={interval}): give a number of batches from 1 on, or a share of the"
-            " epoch up to 1.0"
-        )
-    backend = config.strategy.get("process_group_backend")
-    known = torch.distributed.Backend.backend_list if torch.distributed.is_available() else []
-    if backend is not None and not {each.rpartition(":")[2] for each in str(backend).split(",")} <= set(known):
-        raise UsageError(
-            f"{_COMMAND}(strategy.process_group_backend={backend}): there is no such backend; choose one of:"
-            f" {', '.join(each for each in known if each != 'undefined')}, or leave it out"
-        )
-
-
-def _is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-
-
-def _check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimizer:
-    """Build the optimizer on a stand-in for the model: what is wrong with it shows before any process starts."""
-    try:
-        optimizer: torch.optim.Optimizer = instantiate(config.optimizer)([torch.nn.Parameter(torch.zeros(1))])
-        if isinstance(strategy, TrainerStrategy) and strategy.has_center:
-            strategy.prepare_optimizer(optimizer)
-    except InstantiationException:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(_of_the_optimizer(config, error)) from error
-    if config.get("scheduler"):
-        try:
-            scheduler = instantiate(config.scheduler)(optimizer)
-            optimizer.step()
-            scheduler.step()
-        except (TypeError, ValueError, ArithmeticError) as error:
-            raise UsageError(naming_the_key(_COMMAND, "scheduler", error)) from error
-    return optimizer
-
-
-def _of_the_optimizer(config: DictConfig, error: Exception) -> str:
-    if "Strategy(" in str(error):  # what the strategy says of the optimizer
-        return f"{_COMMAND}(optimizer={config.optimizer._target_}): {error}"
-    return naming_the_key(_COMMAND, "optimizer", error)
-
-
-def _check_data(model: L.LightningModule, datamodule: object) -> None:
-    """Compare the model with the data, and look for the data's files, before any process starts."""
-    if isinstance(model, Classifier):
-        try:
-            model.check_data(datamodule)
-        except ValueError as error:
-            raise UsageError(f"{_COMMAND}: {error}") from error
-    if isinstance(datamodule, SplitDataModule):
-        datamodule.check_files()
 
 
 def _changed_settings(config: DictConfig, checkpoint: Path) -> resume.ChangedSettings:
