@@ -16,8 +16,8 @@ from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.position import LookAheadPosition, ParameterPosition, Position, make_nesterov
-from lightning_easgd.method.rates import MovingRates, check_number
-from lightning_easgd.method.rules import CenterRule, check_rule, outer_rule
+from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.rules import CenterRule, outer_rule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.stability import outer
 from lightning_easgd.stability.spectra import is_contraction
@@ -30,6 +30,17 @@ from lightning_easgd.strategies.center_method import (
     check_period,
 )
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
+from lightning_easgd.strategies.easgd_arguments import (
+    check_center_device,
+    check_center_rule,
+    check_elastic,
+    check_mode,
+    check_momentum,
+    check_outer,
+    check_pull,
+    check_wire_dtype,
+    check_worker,
+)
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance, as_fault_tolerance
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
@@ -197,28 +208,18 @@ class EASGDMethod(CenterMethod):
         )
         name = type(self).__name__
         check_period(name, tau)
-        _check_mode(name, mode, order, on_worker_loss)
-        _check_worker(name, devices_per_worker, mode)
-        _check_wire_dtype(name, wire_dtype)
-        _check_center_device(name, center_device, mode)
+        check_mode(name, mode, order, on_worker_loss)
+        check_worker(name, devices_per_worker, mode)
+        check_wire_dtype(name, wire_dtype)
+        check_center_device(name, center_device, mode)
         settings = as_fault_tolerance(name, fault_tolerance)
         if settings is not None:
-            _check_elastic(name, mode, wire_dtype, devices_per_worker, self.may_come_and_go)
+            check_elastic(name, mode, wire_dtype, devices_per_worker, self.may_come_and_go)
             self.elastic = ElasticWorker(name, settings)
-        check_number(name, "momentum", momentum)
-        if not (center_rule is None or isinstance(center_rule, CenterRule)):
-            raise TypeError(
-                f"{name}(center_rule={center_rule!r}): this is no rule; derive a class from"
-                " lightning_easgd.method.rules.CenterRule, and give an instance."
-            )
-        if center_rule is not None:
-            check_rule(name, center_rule)
-        _check_outer(name, outer_momentum, outer_nesterov, center_rule)
-        _check_pull(name, pull_to, delay, mode, tau)
-        if momentum is not None and not 0 < momentum < 1:
-            raise ValueError(
-                f"{name}(momentum={momentum}): Nesterov momentum lies in (0, 1); leave it None for plain EASGD."
-            )
+        check_momentum(name, momentum)
+        check_center_rule(name, center_rule)
+        check_outer(name, outer_momentum, outer_nesterov, center_rule)
+        check_pull(name, pull_to, delay, mode, tau)
         self.tau = tau
         is_of_paper = center_rule is None and not outer_momentum and pull_to == "old" and not delay
         self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", is_judged=is_of_paper, owner=name)
@@ -364,109 +365,4 @@ class EASGDMethod(CenterMethod):
             on_astray=self._astray_policy(),
             worker=worker,
             strategy=type(self).__name__,
-        )
-
-
-def _check_outer(strategy: str, momentum: object, nesterov: object, center_rule: CenterRule | None) -> None:
-    check_number(strategy, "outer_momentum", momentum)
-    if not (momentum is None or (isinstance(momentum, int | float) and 0 <= momentum < 1)):
-        raise ValueError(
-            f"{strategy}(outer_momentum={momentum}): the center's momentum lies in [0, 1); leave it None for none."
-        )
-    if not isinstance(nesterov, bool):
-        raise TypeError(f"{strategy}(outer_nesterov={nesterov!r}): this is no bool; use True or False.")
-    if nesterov and momentum is None:
-        raise ValueError(
-            f"{strategy}(outer_nesterov=True): there is no momentum to look ahead with; give outer_momentum, 0.9 in"
-            " DiLoCo."
-        )
-    if momentum is not None and center_rule is not None:
-        raise ValueError(
-            f"{strategy}(outer_momentum={momentum}, center_rule={center_rule!r}): each says how the center moves; give"
-            " one of them."
-        )
-
-
-def _check_pull(strategy: str, pull_to: object, delay: object, mode: str, tau: int) -> None:
-    if pull_to not in ("old", "new"):
-        raise ValueError(
-            f"{strategy}(pull_to={pull_to!r}): unknown center; use 'old' for that of before the exchange, or 'new' for"
-            " that of after it."
-        )
-    if isinstance(delay, bool) or not isinstance(delay, int):
-        raise TypeError(f"{strategy}(delay={delay!r}): this is no number of steps; give an int.")
-    if not 0 <= delay < tau:
-        raise ValueError(
-            f"{strategy}(delay={delay}, tau={tau}): an exchange is over before the next one begins, so that a delay"
-            " lies in 0, …, tau - 1."
-        )
-    if delay and mode == "sync" and pull_to == "old":
-        raise ValueError(
-            f"{strategy}(delay={delay}, mode='sync', pull_to='old'): every worker holds the old center, and its pull"
-            " waits for nothing; use pull_to='new', or leave delay out."
-        )
-
-
-def _check_mode(strategy: str, mode: object, order: str, on_worker_loss: str) -> None:
-    if mode not in ("sync", "async"):
-        raise ValueError(f"{strategy}(mode={mode!r}): unknown mode; use 'sync' or 'async'.")
-    if mode == "sync" and order != "free":
-        raise ValueError(
-            f"{strategy}(order={order!r}, mode='sync'): synchronous workers exchange all at once; use mode='async'."
-        )
-    if mode == "sync" and on_worker_loss != "fail":
-        raise ValueError(
-            f"{strategy}(on_worker_loss={on_worker_loss!r}, mode='sync'): an all-reduce needs every worker; use"
-            " mode='async'."
-        )
-
-
-def _check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
-    if devices_per_worker != 1 and mode == "async":
-        raise ValueError(
-            f"{strategy}(devices_per_worker={devices_per_worker!r}, mode='async'): the served center answers each rank"
-            " on its own clock, and the ranks of one worker have to get the same answer; use mode='sync', or"
-            " devices_per_worker=1."
-        )
-
-
-def _check_elastic(strategy: str, mode: str, wire_dtype: object, devices_per_worker: object, may: bool) -> None:
-    if not may:
-        raise ValueError(
-            f"{strategy}(fault_tolerance=...): Fabric's workers are a fixed number; leave it out, or use a Trainer."
-        )
-    refusals = {
-        "mode='async'": (mode == "async", "a served center goes with the ranks that hold it; use mode='sync'"),
-        f"wire_dtype={wire_dtype!r}": (
-            wire_dtype is not None,
-            "what rounding has left for the next message would go with a worker; leave it out",
-        ),
-        f"devices_per_worker={devices_per_worker!r}": (
-            devices_per_worker != 1,
-            "a worker that comes and goes is of one device so far; leave it out",
-        ),
-    }
-    for given, (is_refused, why) in refusals.items():
-        if is_refused:
-            raise ValueError(f"{strategy}({given}, fault_tolerance=...): {why}.")
-
-
-def _check_wire_dtype(strategy: str, wire_dtype: object) -> None:
-    if wire_dtype not in (None, "bfloat16", "int8"):
-        raise ValueError(
-            f"{strategy}(wire_dtype={wire_dtype!r}): unknown; use 'bfloat16' or 'int8', or None to send the"
-            " differences as they are."
-        )
-
-
-def _check_center_device(strategy: str, center_device: object, mode: str) -> None:
-    if center_device not in (None, "cpu"):
-        raise ValueError(
-            f"{strategy}(center_device={center_device!r}): unknown place; use 'cpu', or None for where the"
-            " parameters are."
-        )
-    if center_device is not None and mode == "async":
-        raise ValueError(
-            f"{strategy}(center_device={center_device!r}, mode='async'): a served center is in host memory anyway;"
-            " leave it out."
         )
