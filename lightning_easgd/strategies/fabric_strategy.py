@@ -65,7 +65,6 @@ class FabricStrategy(WorkerProcess, _Base):
         self._final_center: dict[str, Tensor] | None = None  # a view of it could not be pickled
         self._resumed = Kept()  # what to go on from at the next step
         self._statistics = Statistics()
-        self._is_saving = False  # or loading
 
     # What users call
 
@@ -230,15 +229,6 @@ class FabricStrategy(WorkerProcess, _Base):
         if self._session is None and not _share_parameters(optimizer, self._optimizers):
             return None  # of something else, before training starts
         return self._started()
-
-    @contextlib.contextmanager
-    def _without_steps(self) -> Iterator[None]:
-        """Context in which a step is none of a worker's: torch makes steps of no size to fill optimizers' states."""
-        self._is_saving = True
-        try:
-            yield
-        finally:
-            self._is_saving = False
 
     def _started(self) -> CenterSession:
         if self._session is None:

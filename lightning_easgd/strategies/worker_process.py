@@ -133,6 +133,7 @@ class WorkerProcess(_Base):
     on_nonfinite: str
 
     _is_rank = False
+    _is_saving = False  # or loading
     _roll_call: RollCall | None = None  # from setup_environment on
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
@@ -372,6 +373,15 @@ class WorkerProcess(_Base):
     def _make_launcher(self) -> Any:
         """The launcher in place of Lightning's; None for that."""
         return None
+
+    @contextmanager
+    def _without_steps(self) -> Iterator[None]:
+        """Context in which a step is none of a worker's: torch makes steps of no size to fill optimizers' states."""
+        self._is_saving = True
+        try:
+            yield
+        finally:
+            self._is_saving = False
 
     def _warn_of_arguments(self) -> None:
         """Warn of arguments that do not go with the number of workers, which is known now."""

@@ -96,7 +96,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._own_callbacks: list[Any] = []
         self._training = False  # while exchanges may happen
         self._validating = False
-        self._is_saving = False
         self._replaced = False  # whether a callback has put other weights in place of the worker's, for good
         self._checkpoints: TrainerCheckpoints | None = None  # of the latest fit
         self._calibrate: Callable[[], None] | None = None
@@ -543,15 +542,6 @@ class TrainerStrategy(WorkerProcess, _Base):
     def _is_averaging(self) -> bool:
         """Whether a step is one of a worker's, which counts."""
         return self._training and not self._is_saving and not is_without_steps(self._trainer)
-
-    @contextlib.contextmanager
-    def _without_steps(self) -> Iterator[None]:
-        """Context in which a step is none of a worker's."""
-        self._is_saving = True
-        try:
-            yield
-        finally:
-            self._is_saving = False
 
     def _trained_optimizers(self) -> list[Optimizer]:
         """The optimizers, without Lightning's stand-in where configure_optimizers returns None."""
