@@ -107,6 +107,7 @@ class Mesh(ForkAware):
         self._ring()
         if threading.current_thread() is not self._thread:
             self._thread.join(_LONGEST_GOODBYE)
+        self.error = self.error or ExchangeError("the connections have been closed on this worker.")
 
     @override
     def abandon(self) -> None:

@@ -77,7 +77,7 @@ def train(
     points = gradients.start.repeat(copies, 1)
     buffers = torch.zeros_like(points)
     rule = outer_rule(member.outer_momentum or None, member.outer_nesterov)
-    stores = [gradients.start.clone() for _ in rule.names]
+    stores = list(rule.initial_stores(gradients.start.clone()))
     center, pull, of = stores[0], None, torch.arange(workers)
     for step in range(1, steps + 1):
         batch = images.draw(step - 1)
