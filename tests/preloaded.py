@@ -20,6 +20,18 @@ import tempfile
 import time
 from pathlib import Path
 
+_MODULES = """
+    lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
+    hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
+    hydra._internal.core_plugins.basic_launcher matplotlib.figure matplotlib.backends.backend_agg
+    sklearn.datasets torch.distributed.run torch.utils.data
+    torch.distributed.algorithms.model_averaging.averagers lightning_easgd lightning_easgd.strategies
+    lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
+    lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
+    lightning_easgd.lab.baselines lightning_easgd.lab.command_errors lightning_easgd.lab.compare
+    lightning_easgd.lab.simulation PIL.Image torch.utils.tensorboard
+"""
+
 # The client, which imports little, and its request: one packet of JSON, the three streams, and where the process is
 # spawned all that its parent has left open for it.
 _CLIENT = """\
@@ -70,19 +82,6 @@ os._exit(code)
 # The server. A forked child leaves the loop with what to run, and runs it at the top level of the interpreter.
 _SERVER = r"""
 import fcntl, gc, importlib, json, multiprocessing, os, random, selectors, signal, socket, sys
-
-MODULES = '''
-    lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
-    hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
-    hydra._internal.core_plugins.basic_launcher matplotlib.figure
-    matplotlib.backends.backend_agg sklearn.datasets torch.distributed.run torch.utils.data
-    torch.distributed.algorithms.model_averaging.averagers lightning_easgd lightning_easgd.strategies
-    lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
-    lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
-    lightning_easgd.lab.baselines
-    lightning_easgd.lab.command_errors lightning_easgd.lab.compare lightning_easgd.lab.simulation PIL.Image
-    torch.utils.tensorboard
-'''.split()
 
 def answer(listener):
     selector = selectors.DefaultSelector()
@@ -147,13 +146,13 @@ def answer(listener):
                     pass
                 connection.close()
 
-address, python = sys.argv[1:]
+address, python, *modules = sys.argv[1:]
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(address + "-")
 listener.listen(64)
 os.rename(address + "-", address)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own; a command that runs gets it too
-for name in MODULES:
+for name in modules:
     try:
         importlib.import_module(name)
     except ImportError:
@@ -162,7 +161,7 @@ del name
 gc.collect()
 gc.freeze()
 arguments, folder, environment = answer(listener)
-del listener, answer, MODULES
+del listener, answer, modules
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(folder)
 os.environ.clear()
@@ -214,13 +213,19 @@ else:
 
 
 @functools.cache
-def python() -> str:
-    """Start the server, once; return the path of the program that stands for the interpreter."""
+def python(*modules: str) -> str:
+    """Start a server that has imported these modules, once; return the path of what stands for the interpreter.
+
+    Without any it has imported all that the package's commands need, and the package.
+    """
     folder = tempfile.TemporaryDirectory(prefix="easgd-python-")
     address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
     server.write_text(_SERVER)
     process = subprocess.Popen(
-        [sys.executable, server, address, client], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder.name
+        [sys.executable, server, address, client, *(modules or _MODULES.split())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=folder.name,
     )
     client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)
