@@ -3,6 +3,7 @@
 Tests that start processes are marked `processes` here, by what they call; the others are `make test-fast`.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 import pytest
+
+# The tests' modules and libraries stay: to look for garbage among them takes a third of the time that they need to be
+# imported, later a fifth of what a test of Hydra's needs, and copies memory that forked ranks share.
+gc.disable()
 
 HERE = str(Path(__file__).parent)
 # What starts processes, and what code that does so itself calls it.
@@ -43,6 +48,11 @@ def pytest_collection_modifyitems(items):
         fixtures = [definition.func for each in item._fixtureinfo.name2fixturedefs.values() for definition in each]
         if any(_starts(function, known) for function in (item.obj, *fixtures)):
             item.add_marker("processes")
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
 
 
 def _starts(value: Any, known: dict[Any, bool]) -> bool:

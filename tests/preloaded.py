@@ -4,9 +4,10 @@ Each import of the training command takes some six seconds of processor time, an
 them. `python()` is a small program that hands its arguments, environment, folder and standard streams to a server. The
 server has imported the libraries, has done nothing else, and forks a process that goes on as ``python -m MODULE ...``
 or ``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes and tracebacks. There the interpreter
-is `python()` again, so that ranks which Lightning or torchrun start are forked too. It lives as long as that process,
-passes signals on, and ends as it ends; when it is killed the process is killed. Other command lines, such as
-``-c CODE``, and processes that are spawned get the real interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone.
+is `python()` again, so that ranks which Lightning or torchrun start are forked too, and so are processes that
+multiprocessing spawns, which then import their main module alone. It lives as long as that process, passes signals on,
+and ends as it ends; when it is killed the process is killed. Other command lines, such as ``-c CODE``, get the real
+interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone.
 With ``EASGD_WHOLE_EXIT=1`` a process takes its modules to pieces as it ends, as others need not.
 """
 
@@ -19,15 +20,38 @@ import tempfile
 import time
 from pathlib import Path
 
-# The client, which imports little, and its request: one packet of JSON and the three streams.
+_MODULES = """
+    lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
+    hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
+    hydra._internal.core_plugins.basic_launcher matplotlib.figure matplotlib.backends.backend_agg
+    sklearn.datasets torch.distributed.run torch.utils.data
+    torch.distributed.algorithms.model_averaging.averagers lightning_easgd lightning_easgd.strategies
+    lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
+    lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
+    lightning_easgd.lab.baselines lightning_easgd.lab.command_errors lightning_easgd.lab.compare
+    lightning_easgd.lab.simulation PIL.Image torch.utils.tensorboard
+"""
+
+# The client, which imports little, and its request: one packet of JSON, the three streams, and where the process is
+# spawned all that its parent has left open for it.
 _CLIENT = """\
 #!{python} -ISs
 import json, os, signal, socket, sys
+def is_open(number):
+    try:
+        return bool(os.fstat(number))
+    except OSError:
+        return False
 arguments = sys.argv[1:]
-while arguments[:1] == ["-u"]:
+while arguments[:1] in (["-u"], ["-B"]):  # what an environment that is handed on says as well
     del arguments[0]
-if not arguments or not (arguments[0] == "-m" or arguments[0].endswith(".py")) or "EASGD_REAL_PYTHON" in os.environ:
+spawned = arguments[:1] == ["-c"] and arguments[-1] == "--multiprocessing-fork"
+known = spawned or arguments and (arguments[0] == "-m" or arguments[0].endswith(".py"))
+if not known or "EASGD_REAL_PYTHON" in os.environ:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
+files = [0, 1, 2]
+if spawned:
+    files += [number for number in map(int, os.listdir("/proc/self/fd")) if number > 2 and is_open(number)]
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 def pass_on(number, frame):
@@ -41,8 +65,8 @@ child = None
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
     if signal.getsignal(number) != signal.SIG_IGN:
         signal.signal(number, pass_on)
-request = json.dumps([arguments, os.getcwd(), dict(os.environ)]).encode()
-socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+request = json.dumps([arguments, os.getcwd(), dict(os.environ), files]).encode()
+socket.send_fds(server, [len(request).to_bytes(4, "big")], files)
 server.sendall(request)
 answers = server.makefile()
 child = int(answers.readline())
@@ -57,20 +81,7 @@ os._exit(code)
 
 # The server. A forked child leaves the loop with what to run, and runs it at the top level of the interpreter.
 _SERVER = r"""
-import gc, importlib, json, os, random, selectors, signal, socket, sys
-
-MODULES = '''
-    lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
-    hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
-    hydra._internal.core_plugins.basic_launcher matplotlib.figure
-    matplotlib.backends.backend_agg sklearn.datasets torch.distributed.run torch.utils.data
-    torch.distributed.algorithms.model_averaging.averagers lightning_easgd lightning_easgd.strategies
-    lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
-    lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
-    lightning_easgd.lab.baselines
-    lightning_easgd.lab.command_errors lightning_easgd.lab.compare lightning_easgd.lab.simulation PIL.Image
-    torch.utils.tensorboard
-'''.split()
+import fcntl, gc, importlib, json, multiprocessing, os, random, selectors, signal, socket, sys
 
 def answer(listener):
     selector = selectors.DefaultSelector()
@@ -86,7 +97,7 @@ def answer(listener):
             if key.data == "connection":
                 connection, _ = listener.accept()
                 try:
-                    header, streams, _, _ = socket.recv_fds(connection, 4, 3)
+                    header, files, _, _ = socket.recv_fds(connection, 4, 100)
                     with connection.makefile("rb") as file:
                         request = json.loads(file.read(int.from_bytes(header, "big")))
                 except (ValueError, OSError):  # it was killed already
@@ -94,18 +105,22 @@ def answer(listener):
                     continue
                 process = os.fork()
                 if process == 0:
-                    for number, stream in enumerate(streams):
-                        os.dup2(stream, number)
-                        os.close(stream)
                     for other in [*clients, connection, listener]:
                         other.close()
                     for each in list(selector.get_map().values()):
                         if isinstance(each.fileobj, int) and each.fileobj > 2:
                             os.close(each.fileobj)
                     selector.close()
+                    *request, numbers = request
+                    high = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 1000) for file in files]
+                    for file in files:
+                        os.close(file)
+                    for file, number in zip(high, numbers):
+                        os.dup2(file, number)
+                        os.close(file)
                     return request
-                for stream in streams:
-                    os.close(stream)
+                for file in files:
+                    os.close(file)
                 clients[connection] = process
                 ended = os.pidfd_open(process)
                 selector.register(connection, selectors.EVENT_READ, "client")
@@ -131,13 +146,13 @@ def answer(listener):
                     pass
                 connection.close()
 
-address, python = sys.argv[1:]
+address, python, *modules = sys.argv[1:]
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(address + "-")
 listener.listen(64)
 os.rename(address + "-", address)
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own; a command that runs gets it too
-for name in MODULES:
+for name in modules:
     try:
         importlib.import_module(name)
     except ImportError:
@@ -146,12 +161,14 @@ del name
 gc.collect()
 gc.freeze()
 arguments, folder, environment = answer(listener)
-del listener, answer, MODULES
+del listener, answer, modules
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
 sys.executable = python
+multiprocessing.set_executable(python)
+multiprocessing.process.ORIGINAL_DIR = folder
 random.seed()
 if "numpy" in sys.modules:
     sys.modules["numpy"].random.seed()
@@ -163,6 +180,10 @@ def run():
         sys.path[0] = folder
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.path[0] = ""
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
     else:
         sys.path[0] = os.path.dirname(os.path.realpath(arguments[0]))
         sys.argv = arguments
@@ -192,13 +213,19 @@ else:
 
 
 @functools.cache
-def python() -> str:
-    """Start the server, once; return the path of the program that stands for the interpreter."""
+def python(*modules: str) -> str:
+    """Start a server that has imported these modules, once; return the path of what stands for the interpreter.
+
+    Without any it has imported all that the package's commands need, and the package.
+    """
     folder = tempfile.TemporaryDirectory(prefix="easgd-python-")
     address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
     server.write_text(_SERVER)
     process = subprocess.Popen(
-        [sys.executable, server, address, client], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=folder.name
+        [sys.executable, server, address, client, *(modules or _MODULES.split())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        cwd=folder.name,
     )
     client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)

@@ -8,14 +8,17 @@ from preloaded import python
 from ranks import free_port
 
 pytestmark = pytest.mark.timeout(240)
-TRAIN = ["-m", "lightning_easgd.lab.train", "trainer.enable_progress_bar=false", "plot=false"]
+# With twice the usual learning rate, in 15 epochs in place of 40: it is above 97 % from about the eighth on.
+SHORT = ["trainer.max_epochs=15", "trainer.check_val_every_n_epoch=5"]
+TRAIN = ["-m", "lightning_easgd.lab.train", *SHORT, "trainer.enable_progress_bar=false", "plot=false"]
+ASYNC = ["strategy=easgd_async", "optimizer.lr=0.2"]
 
 
 def center_accuracy(output: str) -> float:
     return float(re.search(r"test accuracy at the center +([\d.]+)%", output)[1])
 
 
-@pytest.mark.parametrize("overrides", [["strategy=easgd_async"], ["strategy=downpour", "optimizer.lr=0.02"]])
+@pytest.mark.parametrize("overrides", [ASYNC, ["strategy=downpour", "optimizer.lr=0.05"]])
 def test_one_node_of_four_ranks(overrides, tmp_path):
     run = subprocess.run(
         [python(), *TRAIN, *overrides], cwd=tmp_path, timeout=220, text=True, capture_output=True, check=False
@@ -31,7 +34,7 @@ def test_two_nodes_of_two_ranks(tmp_path):
             [
                 *(python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"),
                 *(f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}", *TRAIN),
-                *("strategy=easgd_async", "trainer.devices=2", "trainer.num_nodes=2"),
+                *(*ASYNC, "trainer.devices=2", "trainer.num_nodes=2"),
                 *(f"hydra.run.dir={tmp_path / 'run'}", "hydra.output_subdir=null"),
             ],
             cwd=tmp_path,

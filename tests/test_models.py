@@ -97,16 +97,16 @@ def test_layers_of_the_strided_network():
 
 
 @pytest.mark.parametrize(
-    ("network", "image_shape", "sizes"),
+    ("make", "image_shape", "sizes"),
     [
-        (ResNet18(), (3, 224, 224), [(64, 56), (128, 28), (256, 14), (512, 7)]),
-        (ResNet50(), (3, 224, 224), [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
-        (ResNet18(SmallImageStem(), 10), (3, 32, 32), [(64, 32), (128, 16), (256, 8), (512, 4)]),
-        (ResNet50(SmallImageStem(1), 10), (1, 28, 28), [(256, 28), (512, 14), (1024, 7), (2048, 4)]),
+        (ResNet18, (3, 224, 224), [(64, 56), (128, 28), (256, 14), (512, 7)]),
+        (ResNet50, (3, 224, 224), [(256, 56), (512, 28), (1024, 14), (2048, 7)]),
+        (lambda: ResNet18(SmallImageStem(), 10), (3, 32, 32), [(64, 32), (128, 16), (256, 8), (512, 4)]),
+        (lambda: ResNet50(SmallImageStem(1), 10), (1, 28, 28), [(256, 28), (512, 14), (1024, 7), (2048, 4)]),
     ],
 )
-def test_stages_of_the_resnets(network, image_shape, sizes):
-    seen = []
+def test_stages_of_the_resnets(make, image_shape, sizes):
+    network, seen = make(), []
     for stage in network.stages:
         stage.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:3])))
     network.eval()

@@ -60,6 +60,38 @@ def test_it_has_imported_the_libraries_and_starts_others_alike(tmp_path):
     assert real.stdout == ours.stdout
 
 
+SPAWN = """
+import multiprocessing, os, sys
+def answer(queue, pipe):
+    pipe.send(("torch" in BEFORE, __name__, queue.get()))
+    sys.exit(5)
+BEFORE = set(sys.modules)
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue, (ours, theirs) = context.SimpleQueue(), context.Pipe()
+    child = context.Process(target=answer, args=(queue, theirs))
+    child.start()
+    theirs.close()
+    queue.put("hello")
+    print(*ours.recv())
+    child.join()
+    print(child.exitcode)
+    killed = context.Process(target=answer, args=(queue, ours))
+    killed.start()
+    killed.kill()
+    killed.join()
+    print(killed.exitcode)
+"""
+
+
+def test_processes_that_it_spawns_are_forked_too(tmp_path):
+    (tmp_path / "script.py").write_text(SPAWN)
+    real, ours = runs(tmp_path, "script.py")
+    assert (real.stderr, ours.stderr) == ("", "")
+    assert real.stdout.split() == ["False", "__mp_main__", "hello", "5", "-9"]
+    assert ours.stdout.split() == ["True", "__mp_main__", "hello", "5", "-9"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGKILL, -9)])
 def test_signals_reach_the_process(tmp_path, number, code):
     (tmp_path / "wait.py").write_text(

@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import lightning.fabric
@@ -14,6 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.strategies import STRATEGY_REGISTRY as OTHER_FABRIC_REGISTRY
+from preloaded import python
 from pytorch_lightning.strategies import StrategyRegistry as OtherRegistry
 from ranks import end_ranks, run_ranks
 from test_asynchronous import ASYNCHRONOUS
@@ -64,11 +67,22 @@ print(*sorted(finder.tree for finder in sys.meta_path if hasattr(finder, "tree")
 """
 
 
-def in_new_process(code: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True, text=True, timeout=140, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+# What all trees import, which takes most of the time.
+UNDER_ALL_TREES = (
+    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "torch.optim.swa_utils",
+    "torch.utils.tensorboard", "torchmetrics", "lightning_utilities", "fsspec", "tqdm", "yaml",
+)  # fmt: skip
+
+
+def in_new_process(code: str, *under: str) -> list[str]:
+    """What it prints in an interpreter that has imported nothing, or some libraries."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text("import warnings; warnings.simplefilter('error')\n" + code)
+        done = subprocess.run(
+            [python(*under) if under else sys.executable, script],
+            capture_output=True, text=True, timeout=140, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -92,7 +106,7 @@ LIGHTNING, OTHER = ["lightning.fabric", "lightning.pytorch"], ["lightning_fabric
     ],
 )
 def test_order_of_imports(code, imported, waiting):
-    lines = in_new_process(code + CHECK)
+    lines = in_new_process(code + CHECK, *(UNDER_ALL_TREES if imported else ()))
     assert [line.split() for line in lines] == [imported, sorted(waiting)]
 
 
@@ -104,7 +118,7 @@ import lightning.fabric
 importlib.reload(lightning.fabric)
 importlib.reload(lightning_easgd)
 """
-    lines = in_new_process(code + CHECK)
+    lines = in_new_process(code + CHECK, *UNDER_ALL_TREES)
     assert lines[1].split() == OTHER
 
 

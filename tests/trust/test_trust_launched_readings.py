@@ -1,8 +1,12 @@
 """What the process that only spawns or forks the ranks reads of them is theirs, or an error: never a zero."""
 
+import multiprocessing
+import sys
+
 import lightning.fabric
 import pytest
 import torch
+from preloaded import python
 from ranks import run_ranks
 from test_trees import Quadratic as OtherQuadratic
 from test_trees import other_trainer
@@ -32,8 +36,14 @@ STRATEGIES = {
 }
 
 
-# Every strategy, and every start method with a center among the ranks and with a served one; ranks that are spawned
-# import everything again.
+@pytest.fixture(autouse=True)
+def _spawned_ranks_import_the_tests_alone():
+    multiprocessing.set_executable(python())
+    yield
+    multiprocessing.set_executable(sys.executable)
+
+
+# Every strategy, and every start method with a center among the ranks and with a served one.
 @pytest.mark.parametrize(
     ("strategy", "method"),
     [("sync", "fork"), ("async", "fork"), ("downpour", "fork"), ("sync", "spawn"), ("async", "spawn")],
