@@ -19,6 +19,7 @@ _WITH_A_FIGURE = (
     "batchnorm_statistics",
     "gpu",
     "membership",
+    "outer_rules",
     "slow_link",
     "stacked",
     "step_cost",

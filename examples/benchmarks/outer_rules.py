@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from harness.command import parser
+from harness.figures import draw_curves
 from harness.ratios import Row
 from harness.results import print_table, write_results
 from harness.stacked_gradients import StackedGradients, Way
@@ -226,9 +227,28 @@ def write_tables(options: argparse.Namespace) -> None:
                 "MB_sent": round(sent, 2), "rates_tried": " ".join(f"{lr:g}" for lr in tried),
             }
         )  # fmt: skip
-    tried = [{**row, "alpha": row["alpha"]} for row in ends if row["method"] == "try"]
+    tried = [row for row in ends if row["method"] == "try"]
     print_table(results)
     write_results(options.output, {"results": results, "family": tried}, vars(options))
+    draw(options.output)
+
+
+def draw(results: Path) -> None:
+    """Draw the curves of the seeds that are reported, their means, from the table of all runs."""
+    rows = [row for file in sorted(results.glob("runs_*.csv")) for row in read_rows(file) if row["seed"] != 0]
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for schedule, tau in sorted({(row["schedule"], row["tau"]) for row in rows if row["method"] != "ddp"}):
+        own = [row for row in rows if row["schedule"] == schedule and (row["tau"] == tau or row["method"] == "ddp")]
+        panels[f"{schedule}, τ = {tau}"] = {
+            name: [
+                (step, statistics.fmean(row["test_error"] for row in at))
+                for (step,), at in _grouped(of, "steps").items()
+            ]
+            for (name,), of in _grouped(own, "method").items()
+        }
+    draw_curves(
+        results / "figure.png", panels, "Test error after equal steps", across="training of a worker", unit="steps"
+    )
 
 
 def _grouped(rows: Iterable[Row], *columns: str) -> dict[tuple[Any, ...], list[Row]]:
