@@ -24,7 +24,8 @@ SETTINGS = {
     "steps": 10**6,
     "pace": 0.01,  # seconds of a step
     "tau": 5,
-    "dies_in_exchange": None,  # its own of this number
+    "wire_dtype": None,
+    "dies_in": None,  # an operation of its exchanges, in its own of this number
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
@@ -84,29 +85,29 @@ class Paced(L.LightningModule):
             self.trainer.save_checkpoint(self.folder / f"of_{self.number}.ckpt")
 
 
-def die_in_exchange(number):
-    """Let this process be killed when the others have begun to add up, and it has not."""
-    add_up = Membership._sum
+def die_in(operation, number):
+    """Let this process be killed when the others have begun the operation of an exchange, and it has not."""
+    operate = getattr(Membership, operation)
     made = itertools.count(1)
 
-    def dies(self, buffers):
+    def dies(self, *buffers):
         if next(made) == number:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
-        add_up(self, buffers)
+        operate(self, *buffers)
 
-    Membership._sum = dies
+    setattr(Membership, operation, dies)
 
 
 if __name__ == "__main__":
     folder, number, *given = sys.argv[1:]
     settings = SETTINGS | {key: json.loads(value) for key, value in (each.split("=", 1) for each in given)}
     torch.manual_seed(int(number))
-    if settings["dies_in_exchange"] is not None:
-        die_in_exchange(settings["dies_in_exchange"])
+    if settings["dies_in"] is not None:
+        die_in(*settings["dies_in"])
     module = Paced(settings, Path(folder), int(number))
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
-    strategy = EASGDStrategy(tau=settings["tau"], fault_tolerance=tolerance)
+    strategy = EASGDStrategy(tau=settings["tau"], wire_dtype=settings["wire_dtype"], fault_tolerance=tolerance)
     trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=-1, max_steps=settings["steps"])
     trainer.fit(module, ckpt_path=settings["resumes"])
     module.write(event="ends", step=trainer.global_step)

@@ -85,7 +85,6 @@ class TestStrategy:
         ("arguments", "said"),
         [
             ({"mode": "async"}, r"mode='async', fault_tolerance=\.\.\.\): a served center"),
-            ({"wire_dtype": "int8"}, r"wire_dtype='int8', fault_tolerance=\.\.\.\): what rounding"),
             ({"devices_per_worker": 2}, r"devices_per_worker=2, fault_tolerance=\.\.\.\): .* one device so far"),
         ],
     )
@@ -158,13 +157,15 @@ class Others:
         self.waited.append(seconds)
         return self.has_others
 
-    def sum(self, buffers):
+    def exchange(self, add_up):
         self.is_requested = False
-        for buffer in buffers:
-            buffer.add_(self.gives)
+        add_up()
         done = Future()
         done.set_result(None)
         return done
+
+    def all_reduce(self, buffer):
+        buffer.add_(self.gives)
 
     def commit(self):
         return self.counts
@@ -253,7 +254,7 @@ class TestSum:
         self.averaging(others, restart_after_missed=after)
         self.step(4)
         _, load = others.states["center"]
-        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90})
+        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90, "wire_dtype": None})
         others.behind = 2
         self.x.data.fill_(4.0)
         before = self.averager.clock
@@ -266,7 +267,7 @@ class TestSum:
         others = Others(gives=2.0)
         self.averaging(others)
         _, load = others.states["center"]
-        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21})
+        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None})
         self.whole.enter()
         assert self.values == (3.5, 3.5)  # it has given nothing, and the others 2 at β/p = ¼
         assert self.averager.clock == 21
@@ -274,7 +275,7 @@ class TestSum:
     def test_others_of_another_size_are_refused(self):
         others = Others()
         self.averaging(others)
-        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21})
+        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21, "wire_dtype": None})
         with pytest.raises(ExchangeError, match=r"vectors of \[\(2,\)\] elements and this one of \[\(1,\)\]"):
             self.whole.enter()
 

@@ -61,9 +61,10 @@ def test_killed_started_again_late_and_frozen(job):
         assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
 
 
-def test_killed_inside_of_an_exchange(job):
-    job.start(0)
-    one = job.start(1, dies_in_exchange=10)
+@pytest.mark.parametrize(("wire_dtype", "operation"), [(None, "_exchange"), ("int8", "all_gather")])
+def test_killed_inside_of_an_exchange(job, wire_dtype, operation):
+    job.start(0, wire_dtype=wire_dtype)
+    one = job.start(1, wire_dtype=wire_dtype, dies_in=[operation, 10])
     assert one.wait(60) == -signal.SIGKILL
     lost = job.until(0, lambda line: line["failed"] == 1)
     alone = job.until(0, are(0), since=lost["time"])
@@ -98,10 +99,10 @@ def test_a_lighthouse_that_is_away(job):
 
 
 def test_torchrun_starts_a_worker_again(job):
-    job.start(0)
+    job.start(0, wire_dtype="bfloat16")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d")
     launcher = (*launcher, "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1")
-    job.start(1, *launcher, raises_at=25)
+    job.start(1, *launcher, wire_dtype="bfloat16", raises_at=25)
     first = job.until(1, are(0, 1))
     deadline = time.monotonic() + 60
     while len(starts := [line["time"] for line in job.lines(1) if "pid" in line]) < 2:
@@ -114,12 +115,12 @@ def test_torchrun_starts_a_worker_again(job):
 
 
 def test_the_first_saves_and_all_go_on(job):
-    workers = [job.start(number, saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
+    workers = [job.start(number, wire_dtype="int8", saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
     assert [worker.wait(100) for worker in workers] == [0, 0]
     assert [path.name for path in job.folder.glob("*.ckpt")] == ["of_0.ckpt"]
     end = time.time()
     for number in (0, 1, 2):
-        job.start(number, resumes=str(job.folder / "of_0.ckpt"))
+        job.start(number, wire_dtype="int8", resumes=str(job.folder / "of_0.ckpt"))
     for number in (0, 1, 2):
         assert job.until(number, are(0, 1, 2), since=end)["clock"] > 140
     moved = max(line["version"] for number in (0, 1, 2) for line in job.steps(number)[-1:])

@@ -5,8 +5,11 @@ from functools import partial
 from typing import Any, final
 
 from lightning_easgd.averagers import Averaging
+from lightning_easgd.averagers.sync.addition import ExactAddition
 from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.compressed_addition import CompressedAddition
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
+from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.transport.membership import Membership
@@ -72,12 +75,13 @@ class ElasticWorker:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": 1, "rank": 0, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica_id}
 
-    def make_sum(self, tau: int, timeout: float) -> MakeSum:
+    def make_sum(self, tau: int, timeout: float, wire_dtype: WireDtype | None) -> MakeSum:
         """Find the lighthouse, and make what makes the sum.
 
         Args:
             tau: τ.
             timeout: Seconds for which a worker that comes waits for the others.
+            wire_dtype: What differences are rounded to on their way; None for nothing.
 
         Raises:
             ExchangeError: If there is no lighthouse, or a worker of this number is alive.
@@ -103,6 +107,7 @@ class ElasticWorker:
             patience=settings.quorum_timeout,
             timeout=timeout,
             restart_after_missed=settings.restart_after_missed,
+            make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )
 
