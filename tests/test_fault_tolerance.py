@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.transport.channel import LoneChannel
 
 HERE_ON_DISK = Path(__file__).parent
@@ -103,6 +105,30 @@ class TestStrategy:
     def test_one_launch_is_one_worker(self):
         with pytest.raises(ValueError, match="this one has 2; use devices=1"):
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=2)
+
+    def test_rates_and_schedules_are_handed_over_as_of_one_step(self):
+        handed = []
+
+        class Seen(torch.optim.lr_scheduler.StepLR):
+            def get_lr(self):
+                handed.append(worker._now)  # as another thread may, in the middle of a step
+                return super().get_lr()
+
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = Seen(sgd, 2, gamma=0.5)
+        handed.clear()
+        configs = [SimpleNamespace(scheduler=schedule)]
+        worker._trainer = SimpleNamespace(
+            global_step=0, current_epoch=0, optimizers=[sgd], lr_scheduler_configs=configs
+        )
+        for _ in range(6):
+            worker.note_clocks()
+            sgd.step()
+            schedule.step()
+        assert len(handed) == 6
+        for clocks in handed:
+            assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
 
     def test_nothing_listens(self, monkeypatch):
         monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))
