@@ -196,6 +196,10 @@ class Others:
     def commit(self):
         return self.counts
 
+    @property
+    def has_failed(self):
+        return not (self.counts or self.problem == "too few")
+
 
 class TestSum:
     """x from 8 in steps of -1, center from 8 at first; τ = 2, β = ½."""
@@ -297,6 +301,45 @@ class TestSum:
         self.whole.enter()
         assert self.values == (3.5, 3.5)  # it has given nothing, and the others 2 at β/p = ¼
         assert self.averager.clock == 21
+
+    def test_who_comes_tries_again_where_nothing_has_arrived(self):
+        others = Others(gives=0.0)
+        self.averaging(others)
+        come = others.request
+
+        def request():
+            come()
+            others.counts = len(others.waited) == 2
+            if others.counts:
+                state = {"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None}
+                others.states["center"][1](state)
+
+        others.request = request
+        with pytest.warns(RuntimeWarning, match="come to nothing"):
+            self.whole.enter()
+        assert len(others.waited) == 3
+        assert self.values == (3.0, 3.0)
+        assert self.averager.clock == 21
+
+    def test_who_never_gets_through_to_the_others_ends(self):
+        others = Others()
+        others.counts = False
+        self.averaging(others)
+        with (
+            pytest.warns(RuntimeWarning, match="come to nothing"),
+            pytest.raises(
+                ExchangeError, match=r"10 exchanges .* nothing \(lost\); give .* longer process_group_timeout"
+            ),
+        ):
+            self.whole.enter()
+
+    def test_with_too_few_it_begins(self):
+        others = Others()
+        others.counts, others.problem = False, "too few"
+        self.averaging(others)
+        with pytest.warns(RuntimeWarning, match="come to nothing"):
+            self.whole.enter()
+        assert len(others.waited) == 1
 
     def test_others_of_another_size_are_refused(self):
         others = Others()

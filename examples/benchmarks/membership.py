@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, FaultTolerance
 from lightning_easgd.lab.data import CIFAR10DataModule, DataError
-from lightning_easgd.lab.figure_style import METHODS, LineStyle, blank_figure, legend_under, plot, save
+from lightning_easgd.lab.figure_style import METHODS, LineStyle, blank_figure, legend_below, percent, plot, save
 from lightning_easgd.lab.models import StridedNet
 
 WORKERS, DATA = 3, "data.pt"
@@ -178,24 +178,31 @@ class Job:
     def disturb(self, chance: random.Random, *, seconds: float) -> None:
         """Do something to a worker, and put it right some seconds later; with the last one the center would go."""
         training = [number for number in range(WORKERS) if self._trains(number)]
-        what = chance.choice(("killed", "frozen", "added") if len(training) > 1 else ("added",))
-        number = chance.choice(training) if training else WORKERS
-        if what == "added":
-            number = WORKERS
-            self._start(number)
-        self._note(what, number)
-        if what == "frozen":
-            self._workers[number].send_signal(signal.SIGSTOP)
-        if what == "killed":
-            self._kill(number)
+        things = (self._stop_and_start, self._freeze, self._add) if len(training) > 1 else (self._add,)
+        chance.choice(things)(chance.choice(training or [WORKERS]), seconds)
+
+    def _stop_and_start(self, number: int, seconds: float) -> None:
+        self._note("killed", number)
+        self._kill(number)
         time.sleep(seconds)
-        if what == "frozen":
-            self._workers[number].send_signal(signal.SIGCONT)
-        if what == "killed":
-            self._start(number)
-            self._note("started", number)
-        if what == "added":
-            self._kill(number)
+        self._note("started", number)
+        self._start(number)
+
+    def _freeze(self, number: int, seconds: float) -> None:
+        self._note("frozen", number)
+        self._workers[number].send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._workers[number].send_signal(signal.SIGCONT)
+
+    def _add(self, _: int, seconds: float) -> None:
+        self._note("added", WORKERS)
+        self._start(WORKERS)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and not self._trains(WORKERS):
+            time.sleep(0.2)
+        time.sleep(3 * seconds)
+        self._note("removed", WORKERS)
+        self._kill(WORKERS)
 
     def _trains(self, number: int) -> bool:
         rows = self.rows(number)
@@ -261,8 +268,9 @@ def run(options: argparse.Namespace, name: str) -> tuple[Rows, Rows, Rows]:
         "added": sum(what == "added" for _, what, _ in job.events),
         "most_steps_lost": max(job.lost, default=0), "test_error": rows[-1][4],
     }  # fmt: skip
+    rows = [[*each, number] for number, each in enumerate(rows, 1)]
     curve = [
-        {**of_run, "second": second, "steps_per_second": len(own) / _BIN,
+        {**of_run, "second": second, "steps": own[-1][5], "steps_per_second": len(own) / _BIN,
          "workers": sum(each[3] for each in own) / len(own),
          "test_error": next((each[4] for each in reversed(own) if each[4] == each[4]), "")}
         for second, own in ((key * _BIN, list(group)) for key, group in itertools.groupby(rows, _bin_since(rows[0][0])))
@@ -285,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--root", default=os.environ.get("EASGD_DATA", "data"), help="of CIFAR-10 (%(default)s)")
     options.add_argument("--steps", type=int, default=8000, help="of each worker (%(default)s)")
     options.add_argument("--pace", type=float, default=0.025, help="seconds of a step beside its work (%(default)s)")
-    options.add_argument("--every", type=float, default=20.0, help="mean seconds between events (%(default)s)")
+    options.add_argument("--every", type=float, default=15.0, help="mean seconds between events (%(default)s)")
     options.add_argument("--seeds", type=int, default=1, help="how many (%(default)s)")
     options.add_argument("--more", type=int, default=0, help="seeds that are only left in peace (%(default)s)")
     options.add_argument("--output", type=Path, default=Path("outputs", "benchmarks", "membership"))
@@ -323,24 +331,26 @@ def draw(directory: Path) -> None:
         UNDISTURBED: LineStyle("left in peace", METHODS["easgd"].color, "o"),
         DISTURBED: LineStyle("disturbed", METHODS["eamsgd"].color, "s"),
     }
-    panels = {
-        "steps_per_second": ("how fast all workers are together", "steps per second"),
-        "workers": ("how many take part in an exchange, p", "workers"),
-        "test_error": ("the test error at the center", "test error"),
-    }
+    panels = [
+        ("second", "steps_per_second", "steps of all workers", "time, s", "in a second, steps"),
+        ("second", "workers", "workers in an exchange", "time, s", "those that take part, p"),
+        ("second", "test_error", "test error by time", "time, s", "at the center, %"),
+        ("steps", "test_error", "test error by work", "steps of all workers", "at the center, %"),
+    ]
     figure, axes = blank_figure(len(panels), "Workers that are killed, frozen, started again and added at random")
-    for panel, (column, (title, label)) in zip(axes, panels.items(), strict=True):
+    for panel, (x, y, title, x_label, y_label) in zip(axes, panels, strict=True):
         for name, style in styles.items():
-            own = [row for row in curves if row["run"] == name and row[column]]
-            plot(panel, [float(row["second"]) for row in own], [float(row[column]) for row in own], style)
-        panel.set(title=title, xlabel="seconds", ylabel=label)
-    for marker, what in zip("xsv^", ("killed", "frozen", "added", "started"), strict=True):
+            own = [row for row in curves if row["run"] == name and row[y]][:-1]  # the last one is cut off
+            values = [float(row[y]) for row in own]
+            plot(panel, [float(row[x]) for row in own], percent(values) if y == "test_error" else values, style)
+        panel.set(title=title, xlabel=x_label, ylabel=y_label)
+    for marker, what in zip("x^sov", ("killed", "started", "frozen", "added", "removed"), strict=True):
         seconds = [float(row["second"]) for row in events if row["what"] == what]
-        axes[1].plot(seconds, [0.5] * len(seconds), marker, color="0.3", markersize=4, label=what)
+        axes[1].plot(seconds, [0.4] * len(seconds), marker, color="0.3", fillstyle="none", markersize=4.5, label=what)
     axes[1].set_ylim(0, WORKERS + 1.4)
-    axes[2].set_yscale("log")
-    for panel in axes:
-        legend_under(panel)
+    for panel in axes[2:]:
+        panel.set_ylim(bottom=0)
+    legend_below(figure)
     save(figure, directory / "figure.png")
 
 

@@ -248,6 +248,11 @@ class Membership:
         return counts
 
     @property
+    def has_failed(self) -> bool:
+        """Whether an operation of the last exchange has failed, or what this worker was behind by has not come."""
+        return self._manager.errored() is not None
+
+    @property
     def problem(self) -> str:
         """Why the last exchange does not count."""
         error = self._manager.errored()

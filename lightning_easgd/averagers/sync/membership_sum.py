@@ -16,6 +16,8 @@ from lightning_easgd.transport.membership import Membership
 
 __all__ = ["MembershipSum"]
 
+_ATTEMPTS = 10  # to come to the others
+
 
 @final
 class MembershipSum(DifferenceSum):
@@ -62,7 +64,7 @@ class MembershipSum(DifferenceSum):
         self._patience, self._timeout = patience, timeout
         self._restart_after_missed = restart_after_missed
         self._strategy = strategy
-        self._clock = self._due_at = 0
+        self._clock = self._due_at = self._entered = 0
         self._left = 0.0  # of the patience for the request that has been made
         self._transfer: Future[None] | None = None
         self._received: dict[str, Any] | None = None
@@ -128,6 +130,13 @@ class MembershipSum(DifferenceSum):
     @override
     def enter(self, clock: int) -> bool:
         self._clock = clock
+        self._entered += 1
+        if self._entered > _ATTEMPTS:
+            raise ExchangeError(
+                f"{self._strategy}(fault_tolerance=...): the other workers are there, but {_ATTEMPTS} exchanges with"
+                f" them have come to nothing ({self._members.problem}); give FaultTolerance a longer"
+                " process_group_timeout."
+            )
         self._members.request()
         if not self._members.has_come(self._timeout):
             raise ExchangeError(
@@ -138,6 +147,11 @@ class MembershipSum(DifferenceSum):
         if self._received is not None:
             self._addition.forget()  # of a checkpoint: the others have gone on without it
         return True
+
+    @property
+    @override
+    def must_enter_again(self) -> bool:
+        return self._members.has_failed
 
     # What one who is behind gets
 
