@@ -43,6 +43,7 @@ WORKERS, DATA = 3, "data.pt"
 UNDISTURBED, DISTURBED = "undisturbed", "disturbed"
 Rows = list[dict[str, Any]]
 _BIN = 10  # seconds
+_MARKERS = {"x": "killed", "^": "started", "s": "frozen", "o": "added", "v": "removed"}
 _COLUMNS = ("time", "step", "version", "workers", "error")
 _LIGHTHOUSE = (
     "import sys, time; from torchft.coordination import LighthouseServer;"
@@ -340,16 +341,17 @@ def draw(directory: Path) -> None:
     figure, axes = blank_figure(len(panels), "Workers that are killed, frozen, started again and added at random")
     for panel, (x, y, title, x_label, y_label) in zip(axes, panels, strict=True):
         for name, style in styles.items():
-            own = [row for row in curves if row["run"] == name and row[y]][:-1]  # the last one is cut off
+            own = [row for row in curves if row["run"] == name and row[y]]
+            if y == "steps_per_second":
+                own.pop()  # of a part of the time
             values = [float(row[y]) for row in own]
             plot(panel, [float(row[x]) for row in own], percent(values) if y == "test_error" else values, style)
         panel.set(title=title, xlabel=x_label, ylabel=y_label)
-    for marker, what in zip("x^sov", ("killed", "started", "frozen", "added", "removed"), strict=True):
+    for place, (marker, what) in enumerate(_MARKERS.items(), 1):
         seconds = [float(row["second"]) for row in events if row["what"] == what]
-        axes[1].plot(seconds, [0.4] * len(seconds), marker, color="0.3", fillstyle="none", markersize=4.5, label=what)
+        heights = [0.16 * place] * len(seconds)
+        axes[1].plot(seconds, heights, marker, color="0.3", fillstyle="none", markersize=4.5, label=what)
     axes[1].set_ylim(0, WORKERS + 1.4)
-    for panel in axes[2:]:
-        panel.set_ylim(bottom=0)
     legend_below(figure)
     save(figure, directory / "figure.png")
 
