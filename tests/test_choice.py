@@ -17,12 +17,12 @@ ONE_HOST = {"is_one_host": True}
 @pytest.mark.parametrize(
     ("setting", "choice"),
     [
-        (Setting(CPU, "gloo", 10, 1, **ONE_HOST), Choice("shared", "gloo", 10, True)),
-        (Setting(CPU, "gloo", 10, 2, **ONE_HOST), Choice("shared", "gloo", 10, True)),
+        (Setting(CPU, "gloo", 10, 1, **ONE_HOST), Choice("shared", "direct", 10, True)),
+        (Setting(CPU, "gloo", 10, 2, **ONE_HOST), Choice("shared", "direct", 10, True)),
         (Setting(CPU, "gloo", 10, 1, has_chosen_backend=True, **ONE_HOST), Choice("all-reduced", "gloo", 10, False)),
-        (Setting(CPU, "gloo", 10, 1), Choice("all-reduced", "gloo", 10, False)),
-        (Setting(CPU, "gloo", 10, 1, wire_dtype="int8", **ONE_HOST), Choice("compressed", "gloo", 10, True)),
-        (Setting(CPU, "gloo", 10, 1, center_device="cpu", **ONE_HOST), Choice("shared", "gloo", 10, True)),
+        (Setting(CPU, "gloo", 10, 1), Choice("all-reduced", "direct", 10, False)),
+        (Setting(CPU, "gloo", 10, 1, wire_dtype="int8", **ONE_HOST), Choice("compressed", "direct", 10, True)),
+        (Setting(CPU, "gloo", 10, 1, center_device="cpu", **ONE_HOST), Choice("shared", "direct", 10, True)),
         (Setting(GPU, "nccl", 10, 1, **ONE_HOST), Choice("all-reduced", "nccl", 10, True)),
         (Setting(GPU, "nccl", 10, 2, **ONE_HOST), Choice("all-reduced", "nccl", 1, True)),
         (Setting(GPU, "nccl", 10, 1, center_device="cpu", **ONE_HOST), Choice("all-reduced", "gloo", 1, True)),

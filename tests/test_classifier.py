@@ -36,11 +36,12 @@ def test_training_metrics_stay_on_their_rank():
     assert tiny_classifier().train_accuracy.sync_on_compute is False
 
 
-def test_scheduler_is_stepped_each_epoch():
-    model = tiny_classifier(scheduler=functools.partial(StepLR, step_size=1, gamma=0.5))
-    trainer = quiet_trainer(max_epochs=2, limit_train_batches=1, limit_val_batches=0)
+@pytest.mark.parametrize(("interval", "times"), [("epoch", 2), ("step", 6)])
+def test_scheduler_is_stepped_at_its_interval(interval, times):
+    model = tiny_classifier(scheduler=functools.partial(StepLR, step_size=1, gamma=0.5), scheduler_interval=interval)
+    trainer = quiet_trainer(max_epochs=2, limit_train_batches=3, limit_val_batches=0)
     trainer.fit(model, datamodule=DigitsDataModule())
-    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.25)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**times)
 
 
 def test_digits_net_reaches_97_percent_in_seconds():

@@ -25,6 +25,7 @@ from lightning_easgd.lab.models import Classifier, DigitsNet
 from lightning_easgd.method.compression import make_codec
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import (
+    ChainedTransfer,
     ExchangeError,
     MessageChannel,
     MessageTransfer,
@@ -69,8 +70,9 @@ class ThreadChannel(MessageChannel):
     def __init__(self, messages, rank):
         self.rank, self.size, self._messages, self._counts = rank, messages.size, messages, {}
 
-    def all_to_all(self, outgoing, incoming):
-        return self._join("all_to_all", outgoing, lambda sent, sender: incoming[sender].copy_(sent[self.rank]))
+    def all_to_all(self, outgoing, incoming, then=None):
+        first = self._join("all_to_all", outgoing, lambda sent, sender: incoming[sender].copy_(sent[self.rank]))
+        return first if then is None else ChainedTransfer(first, then)
 
     def all_gather(self, message, messages):
         return self._join("all_gather", message, lambda sent, sender: messages[sender].copy_(sent))
@@ -197,12 +199,14 @@ class HeldChannel(MessageChannel):
     def __init__(self):
         self.events, self.arrived = [], False
 
-    def all_to_all(self, outgoing, incoming):
+    def all_to_all(self, outgoing, incoming, then=None):
         self.events.append("all_to_all")
-        return HeldTransfer(self, lambda: incoming.copy_(outgoing))
+        first = HeldTransfer(self, lambda: incoming.copy_(outgoing))
+        return first if then is None else ChainedTransfer(first, then)
 
     def all_gather(self, message, messages):
         self.events.append("all_gather")
+        self.arrived = False
         return HeldTransfer(self, lambda: messages[0].copy_(message))
 
 
@@ -233,6 +237,7 @@ def test_steps_do_what_they_can_without_waiting():
     total.advance()
     assert channel.events == ["all_to_all", "wait", "all_gather"]
     assert (total.center.flat == 1.0).all()
+    channel.arrived = True
     total.advance()
     assert total.center.flat == pytest.approx(torch.full_like(total.center.flat, 1.5))
     total.advance()

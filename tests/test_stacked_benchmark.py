@@ -2,24 +2,31 @@
 
 import csv
 import importlib
+import math
 import sys
 
 import pytest
 import torch
 from application import ROOT
 from official_data import write_cifar10
+from reference import MINIMA
+from test_outer_family import family_trace
 from torch import nn
 
 sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
 
+import outer_rules
 from harness.stacked_convolution import with_patches
 from harness.stacked_gradients import StackedGradients, Way
 from harness.stacked_images import StackedImages, synthetic_images
 from harness.stacked_methods import Alone, DataParallel, Downpour, Elastic, PostLocal
 from harness.stacked_results import best_rates
+from harness.stacked_rules import Member
+from harness.stacked_rules import train as train_member
 
 from lightning_easgd.lab.models.convnets import ConvNet7, StridedNet
 from lightning_easgd.lab.simulation import LocalSGD
+from lightning_easgd.lab.simulation.sweep import read_rows
 
 WORKERS, TAU, STEPS, LR, DECAY = 3, 4, 18, 0.2, 1e-3
 BETA, WARMUP = 0.9, 6
@@ -236,3 +243,71 @@ def test_dry_run(tmp_path, chosen):
     assert (tmp_path / "figure.png").stat().st_size > 1000
     assert (tmp_path / "best.csv").is_file()
     assert (tmp_path / "speed.csv").is_file()
+
+
+class Quadratics:
+    """Workers whose losses are ½(x - b_i)², where the network's gradients are asked for."""
+
+    start = torch.ones(1, dtype=torch.float64)
+
+    def __call__(self, points, images, labels, of):
+        return points - torch.tensor(MINIMA, dtype=torch.float64)[: len(of), None], torch.zeros(len(of))
+
+
+class NoImages:
+    def draw(self, clock):
+        return None, None
+
+
+@pytest.mark.parametrize(
+    ("member", "expected"),
+    [
+        (Member(1.0, momentum=0.0), {"alpha": 1.0, "beta": 1.0, "pull_to": "new"}),
+        (
+            Member(0.7, 0.9, 0.5, outer_nesterov=True, momentum=0.0),
+            {"alpha": 0.7, "beta": 0.9, "mu": 0.5, "nesterov": True, "pull_to": "new"},
+        ),
+        (Member(0.9, 0.8, 0.4, momentum=0.0), {"alpha": 0.9, "beta": 0.8, "mu": 0.4, "pull_to": "new"}),
+        (
+            Member(0.3, 0.9, pull_to="old", momentum=0.9, exchanges_position=True),
+            {"alpha": 0.3, "beta": 0.9, "delta": 0.9},
+        ),
+    ],
+)
+def test_members_of_the_family_follow_their_recursions(member, expected):
+    """The same as the strategy's, but that an exchange comes after a step rather than before the next."""
+    trace = family_trace(3, 13, tau=3, **expected)
+    centers = {
+        step: center.item()
+        for step, center in train_member(
+            member, Quadratics(), NoImages(), workers=3, tau=3, lr=0.1, schedule="constant", steps=12, read_at=bool
+        )
+    }
+    later = 0 if expected.get("pull_to") == "new" else 1
+    for step in (3, 6, 9, 12):
+        assert centers[step] == pytest.approx(trace[step - 1 + later, -1], abs=1e-12)
+
+
+def test_ddp_is_one_model_with_the_mean_gradient():
+    (*_, (_, center)) = train_member(
+        Member(None, momentum=0.0), Quadratics(), NoImages(), workers=3, tau=1, lr=0.1, schedule="cosine", steps=5,
+        read_at=bool,
+    )  # fmt: skip
+    x, mean = 1.0, sum(MINIMA[:3]) / 3
+    for step in range(5):
+        x -= 0.1 * (1 + math.cos(math.pi * step / 5)) / 2 * (x - mean)
+    assert center.item() == pytest.approx(x, abs=1e-12)
+
+
+def test_outer_rules_dry_run_goes_on_where_it_was(tmp_path, capsys):
+    options = ["--dry", "--output", str(tmp_path), "--schedules", "cosine", "--methods", "ddp", "eamsgd"]
+    outer_rules.main(options)
+    made = capsys.readouterr().out.count("seed=")
+    rows = read_rows(tmp_path / "results.csv")
+    assert {row["method"] for row in rows} == {"ddp", "eamsgd"}
+    for row in rows:  # the best is no end of what was tried
+        tried = [float(rate) for rate in row["rates_tried"].split()]
+        assert min(tried) < row["lr"] < max(tried)
+    assert made >= 8
+    outer_rules.main(options)
+    assert capsys.readouterr().out.count("seed=") == 0

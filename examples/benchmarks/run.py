@@ -25,6 +25,7 @@ BENCHMARKS = {
     "simulated_time": "how well easgd-simulate predicts the time of real runs",
     "simulated_curve": "the error curves of real runs on the digits beside simulated ones",
     "stacked": "the paper's figure in steps: all workers of all methods stacked on one device (needs CIFAR-10, a GPU)",
+    "outer_rules": "test error of rules of the center after equal steps, rates tuned for each (needs CIFAR-10)",
     "worker_groups": "what elastic averaging adds to a step where a worker is several ranks (DDP or FSDP2 inside)",
     "membership": "workers killed, frozen, started again and added at random, beside a job left in peace",
     "overview": "draw the figure of step_cost and slow_link together",

@@ -112,6 +112,12 @@ def check_optimizer(config: DictConfig, strategy: object) -> torch.optim.Optimiz
     except (TypeError, ValueError) as error:
         raise UsageError(_of_the_optimizer(config, error)) from error
     if config.get("scheduler"):
+        steps = config.scheduler.get("T_max", 1)  # it follows trainer.max_epochs or max_steps, of which -1 is no limit
+        if isinstance(steps, int) and steps < 1:
+            raise UsageError(
+                f"{_COMMAND}(scheduler.T_max={steps}): a schedule needs its length; set trainer.max_epochs or"
+                " trainer.max_steps, which it follows, or correct this value"
+            )
         try:
             scheduler = instantiate(config.scheduler)(optimizer)
             optimizer.step()

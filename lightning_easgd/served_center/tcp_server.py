@@ -14,6 +14,7 @@ from lightning_easgd.served_center.compressed_link import ServingEnd
 from lightning_easgd.served_center.interface import CenterService
 from lightning_easgd.transport.errors import CenterError, CenterTimeoutError
 from lightning_easgd.transport.forking import ForkAware
+from lightning_easgd.transport.network import listen
 from lightning_easgd.transport.strangers import Strangers
 from lightning_easgd.transport.tcp_wire import (
     FAILED,
@@ -78,7 +79,7 @@ class ShardServer(ForkAware):
         self._closed = False
         self._guard = threading.Lock()
         self._connections: dict[socket.socket, threading.Thread] = {}
-        self._listener = _listen(host)
+        self._listener = listen(host)
         self.port: int = self._listener.getsockname()[1]
         strangers = Strangers(self._listener, secret)
         self._acceptor = threading.Thread(target=self._accept, args=(strangers,), name="easgd-accept", daemon=True)
@@ -211,11 +212,3 @@ class ShardServer(ForkAware):
         else:
             numbers.copy_(link.residual(request.chunk))
         return 0
-
-
-def _listen(host: str) -> socket.socket:
-    if host:
-        return socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))

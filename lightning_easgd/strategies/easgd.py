@@ -133,8 +133,8 @@ class EASGDMethod(CenterMethod):
             p is their number at each exchange. Validation, checkpoints, epochs and the end are each worker's own, and
             so are buffers. It needs mode="sync" and a Trainer.
         process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on one host announce
-            exchanges through memory that they share, and on its CPUs they exchange there, too; a name, such as "gloo",
-            lets them do both through process groups.
+            exchanges through memory that they share, and on its CPUs they exchange there, too; CPUs of several nodes
+            do both over direct connections. A name, such as "gloo", lets them do both through process groups.
         timeout: How long a collective operation may wait for the slowest rank before it fails.
         start_method: As for ``DDPStrategy``: "popen", "spawn", "fork" or "forkserver".
         **ddp_arguments: The further arguments of ``DDPStrategy``, by name. With ``broadcast_buffers=False`` each rank's

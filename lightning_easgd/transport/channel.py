@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_easgd.transport.waiting import in_vain, wait_until
 
 __all__ = [
+    "ChainedTransfer",
     "Channel",
     "ExchangeError",
     "Failure",
@@ -134,12 +135,16 @@ class MessageChannel(ABC):
     size: int
 
     @abstractmethod
-    def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> MessageTransfer:
+    def all_to_all(
+        self, outgoing: Tensor, incoming: Tensor, then: Callable[[], MessageTransfer] | None = None
+    ) -> MessageTransfer:
         """Start to send row r of ``outgoing`` to worker r, and to receive what it sends as row r of ``incoming``.
 
         Args:
             outgoing: Shape (p, bytes), uint8.
             incoming: Likewise; what this worker sends to itself may or may not be there.
+            then: Called once they are there: at once, on another thread, or else when somebody asks for or waits for
+                the transfer. The transfer that it starts belongs to this one, which has arrived when that has.
         """
 
     @abstractmethod
@@ -227,6 +232,31 @@ class WorkTransfer(MessageTransfer):
     @override
     def follow(self) -> None:
         self._work.wait()
+
+
+@final
+class ChainedTransfer(MessageTransfer):
+    """A transfer, and the one that is started by whoever finds that it has arrived."""
+
+    def __init__(self, first: MessageTransfer, then: Callable[[], MessageTransfer]) -> None:
+        self._first = first
+        self._then = then
+        self._second: MessageTransfer | None = None
+
+    @property
+    @override
+    def arrived(self) -> bool:
+        return (self._second is not None or self._first.arrived) and self._following().arrived
+
+    @override
+    def wait(self) -> None:
+        self._following().wait()
+
+    def _following(self) -> MessageTransfer:
+        if self._second is None:
+            self._first.wait()
+            self._second = self._then()
+        return self._second
 
 
 @final
@@ -343,10 +373,13 @@ class ProcessGroupMessageChannel(_OnProcessGroups, MessageChannel):
     _GROUPS = 2
 
     @override
-    def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> MessageTransfer:
+    def all_to_all(
+        self, outgoing: Tensor, incoming: Tensor, then: Callable[[], MessageTransfer] | None = None
+    ) -> MessageTransfer:
         group, _ = self._groups
         work = dist.all_to_all_single(incoming, outgoing, group=group.group, async_op=True)
-        return group.transfer(work, outgoing)
+        transfer = group.transfer(work, outgoing)
+        return transfer if then is None else ChainedTransfer(transfer, then)
 
     @override
     def all_gather(self, message: Tensor, messages: Tensor) -> MessageTransfer:

@@ -1,4 +1,4 @@
-"""The address that this host has in the network in which the ranks' store is."""
+"""The address that this host has in the network in which the ranks' store is, and sockets that listen."""
 
 import fcntl
 import os
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from lightning_easgd.transport.errors import CenterError
 
-__all__ = ["OwnAddress", "own_address"]
+__all__ = ["OwnAddress", "listen", "own_address"]
 
 _INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
@@ -54,6 +54,21 @@ def own_address(server: tuple[str, int] | None) -> OwnAddress:
             own = str(probe.getsockname()[0])
             return OwnAddress(server[0] if own == address[0] else own, "")
     raise CenterError(f"open_center: no route to the store's host {server[0]!r}; check MASTER_ADDR.")
+
+
+def listen(host: str, backlog: int | None = None) -> socket.socket:
+    """A socket that listens at a port that the system chooses.
+
+    Args:
+        host: The address; empty for all of this host's.
+        backlog: How many may have connected before they are accepted; None for what the system takes.
+    """
+    if host:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, 0), family=family, backlog=backlog)
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=backlog)
 
 
 def _interface_address(interface: str) -> str:

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from harness.averaging_peers import AccelerateLocalSGD, FlatLocalSGD
 from harness.ranks import Place
+from harness.raw_socket import RawSocket
 from harness.torchft_peers import TorchFTDiLoCo, TorchFTLocalSGD
 from lightning_easgd import EASGDStrategy, LocalStrategy
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
@@ -82,6 +83,11 @@ def _elastic(name: str, **arguments: Any) -> Callable[[int], Method]:
     return lambda tau: Method(name, tau, partial(EASGDStrategy, tau=tau, **arguments))
 
 
+def _delayed(name: str, **arguments: Any) -> Callable[[int], Method]:
+    """With pulls that come as late as they can."""
+    return lambda tau: Method(name, tau, partial(EASGDStrategy, tau=tau, delay=tau - 1, **arguments))
+
+
 def _torchft(name: str, peer: type[Any]) -> Callable[[int], Method]:
     return lambda tau: Method(name, tau, LocalStrategy, lambda place: [peer(tau, place.address)])
 
@@ -92,6 +98,10 @@ _WITH_PERIOD: dict[str, Callable[[int], Method]] = {
     "easgd bfloat16": _elastic("easgd bfloat16", wire_dtype="bfloat16"),
     "easgd int8": _elastic("easgd int8", wire_dtype="int8"),
     "easgd_async": _elastic("easgd_async", mode="async"),
+    "easgd_async delayed": _delayed("easgd_async delayed", mode="async"),
+    "easgd_async delayed int8": _delayed("easgd_async delayed int8", mode="async", wire_dtype="int8"),
+    "local_sgd delayed": _delayed("local_sgd delayed", alpha=1.0, beta=1.0, pull_to="new"),
+    "raw_socket": lambda tau: Method("raw_socket", tau, LocalStrategy, lambda place: [RawSocket(tau, place.address)]),
     "post_local_sgd": lambda tau: Method("post_local_sgd", tau, lambda: PostLocalSGDStrategy(tau=tau)),
     "flat_local_sgd": lambda tau: Method("flat_local_sgd", tau, LocalStrategy, lambda place: [FlatLocalSGD(tau)]),
     "accelerate": lambda tau: Method("accelerate", tau, DDPStrategy, lambda place: [AccelerateLocalSGD(tau)]),

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from lightning_easgd.averagers.sync.all_reduced_sum import AllReducedSum
@@ -19,10 +20,13 @@ from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import Codec, WireDtype, make_codec
 from lightning_easgd.transport.channel import (
     Channel,
+    Failure,
     MessageChannel,
     ProcessGroupChannel,
     ProcessGroupMessageChannel,
 )
+from lightning_easgd.transport.direct_channel import DirectChannel, DirectMessageChannel
+from lightning_easgd.transport.mesh import open_mesh
 from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 from lightning_easgd.transport.shared_vectors import shared_vectors
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -121,7 +125,7 @@ class Choice:
 
     Attributes:
         sum: How differences are added up; "shared" where all workers can share memory, else "all-reduced".
-        backend: The backend of what goes through process groups.
+        backend: The backend of what goes through process groups; "direct" for connections of our own.
         spread: Over how many steps the buckets of an all-reduce are spread.
         announces_in_memory: Whether exchanges are announced in shared memory, where that is possible.
     """
@@ -143,7 +147,8 @@ def choose(setting: Setting) -> Choice:
     kind: Literal["shared", "all-reduced", "compressed"] = "shared" if on_cpu and in_memory else "all-reduced"
     if setting.wire_dtype is not None:
         kind = "compressed"
-    return Choice(kind, "gloo" if on_host else setting.backend, spread, in_memory)
+    backend = "direct" if on_cpu and not setting.has_chosen_backend else "gloo" if on_host else setting.backend
+    return Choice(kind, backend, spread, in_memory)
 
 
 def make_channel(
@@ -178,7 +183,12 @@ def make_channel(
         ``SynchronousAveraging`` takes them.
     """
     choice = choose(setting)
-    control: Channel = ProcessGroupChannel("gloo", timeout, strategy, who_is_missing)
+    failure = Failure(timeout, strategy, who_is_missing)
+    control: Channel
+    if choice.backend == "direct" and not choice.announces_in_memory and dist.get_world_size() > 1:
+        control = DirectChannel(open_mesh(rank, dist.get_world_size(), store, failure), strategy)
+    else:
+        control = ProcessGroupChannel("gloo", timeout, strategy, who_is_missing)
     if choice.announces_in_memory:
         # One of each optimizer, and one at a meeting, is under way at a worker; another may be as far behind again.
         control = shared_channel(store, control, timeout, 2 * (setting.optimizers + 1))
@@ -192,16 +202,27 @@ def make_channel(
             for ranks in (layout.across, layout.inside)
         )
         worker = WorkerRanks(across, inside, is_sharded, judges_together)
+    workers = worker.across
+
+    def reduced() -> Channel:
+        if choice.backend == "direct" and workers.size > 1:
+            return DirectChannel(open_mesh(workers.rank, workers.size, store, failure), strategy)
+        return ProcessGroupChannel(backend, timeout, strategy, who_is_missing, columns)
+
+    def messages() -> MessageChannel:
+        if choice.backend == "direct" and workers.size > 1:
+            return DirectMessageChannel(open_mesh(workers.rank, workers.size, store, failure))
+        return ProcessGroupMessageChannel(backend, timeout, strategy, who_is_missing, columns)
+
+    backend = "gloo" if choice.backend == "direct" else choice.backend
     if choice.sum == "compressed":
         assert setting.wire_dtype is not None
-        messages = partial(ProcessGroupMessageChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
         make_sum = compressed_sums(messages, partial(make_codec, setting.wire_dtype))
     else:
-        reduced = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=columns)
         make_sum = all_reduced_sums(reduced, choice.spread)
         if choice.sum == "shared" and isinstance(control, SharedChannel):  # where they can share memory at all
-            make_sum = shared_sums(store, worker.across, timeout, otherwise=make_sum)
+            make_sum = shared_sums(store, workers, timeout, otherwise=make_sum)
     if not (alone or is_sharded):
-        within = partial(ProcessGroupChannel, choice.backend, timeout, strategy, who_is_missing, ranks=layout.inside)
+        within = partial(ProcessGroupChannel, backend, timeout, strategy, who_is_missing, ranks=layout.inside)
         make_sum = sliced_sums(within, make_sum)
     return control, make_sum, worker

@@ -1,6 +1,6 @@
 """The sum over the workers in compressed messages, with what the compression drops kept for later."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, final
 
 from typing_extensions import override
@@ -27,10 +27,11 @@ class CompressedSum(DifferenceSum):
     the residuals stay as small as one rounding. The center itself is never rounded, nor is the worker's own pull, which
     uses the exact difference.
 
-    The first messages are encoded and leave in :meth:`start`. When they are there, the second leave at the next
-    :meth:`advance`, and the center moves at the one after they are there, or in :meth:`finish`. Where messages are
-    queued on the device, both are put there in :meth:`start`, beside what it computes, and the center moves in
-    :meth:`finish`: when messages are there differs from worker to worker, and so would the order of what they start.
+    The first messages are encoded and leave in :meth:`start`. When they are there the second leave: at once, where the
+    channel has a thread of its own, else at the next :meth:`advance`. The center moves at the one after they are there,
+    or in :meth:`finish`. Where messages are queued on the device, both are put there in :meth:`start`, beside what it
+    computes, and the center moves in :meth:`finish`: when messages are there differs from worker to worker, and so
+    would the order of what they start.
     A worker sends 2 (p - 1) / p times the encoded vector, an all-reduce 2 (p - 1) / p times the vector.
 
     The memory beside the wire is one residual, the messages, twice the encoded vector, and one decoded shard.
@@ -52,8 +53,7 @@ class CompressedSum(DifferenceSum):
         self._codec = codec
         self._residual = center.values.like()
         self._messages = ShardMessages(codec, center.flat, channel.rank, channel.size)
-        self._transfer: MessageTransfer | None = None
-        self._arrived: Callable[[], None] | None = None  # what to do when the messages under way are there
+        self._transfer: MessageTransfer | None = None  # of both messages
 
     @override
     def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "CompressedSum":
@@ -76,21 +76,25 @@ class CompressedSum(DifferenceSum):
             for residual, difference, share in zip(self._residual.segments, self.wire.segments, shares, strict=True):
                 residual.add_(difference, alpha=share)
             self._messages.encode_(self._residual.flat)
-            self._transfer = self._channel.all_to_all(self._messages.outgoing, self._messages.incoming)
-            self._arrived = self._add_up
             if self._is_queued:
-                self._transfer.follow()
-                self._add_up()
+                self._channel.all_to_all(self._messages.outgoing, self._messages.incoming).follow()
+                self._transfer = self._send_sum()
+            else:
+                self._transfer = self._channel.all_to_all(
+                    self._messages.outgoing, self._messages.incoming, self._send_sum
+                )
 
     @override
     def advance(self) -> None:
         if self._transfer is not None and not self._is_queued and self._transfer.arrived:
-            self._proceed()
+            self.finish()
 
     @override
     def finish(self) -> None:
-        while self._transfer is not None:
-            self._proceed()
+        if self._transfer is not None:
+            self._transfer.wait()  # the side queue holds nothing that comes after it
+            self._transfer = None
+            self._move_center()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,21 +108,12 @@ class CompressedSum(DifferenceSum):
     def close(self) -> None:
         self._channel.close()
 
-    def _proceed(self) -> None:
-        assert self._transfer is not None
-        assert self._arrived is not None
-        self._transfer.wait()  # the side queue holds nothing that comes after it
-        self._transfer = None
-        self._arrived()
-
-    def _add_up(self) -> None:
+    def _send_sum(self) -> MessageTransfer:
         """The first messages are there: send the sum of this worker's shard."""
         self._messages.add_up_(self._residual.flat)
-        self._transfer = self._channel.all_gather(self._messages.own, self._messages.outgoing)
-        self._arrived = self._move_center
+        return self._channel.all_gather(self._messages.own, self._messages.outgoing)
 
     def _move_center(self) -> None:
         """The second messages are there: they are the center's move."""
         self._messages.move_(self.center)
         self.center.end_exchange()
-        self._arrived = None

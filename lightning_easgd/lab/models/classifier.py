@@ -1,7 +1,7 @@
 """Image classification as a `LightningModule`."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import lightning as L
 import torch.nn.functional as F  # the name everyone knows it by
@@ -28,11 +28,12 @@ class Classifier(L.LightningModule):
         network: Maps a batch of inputs to logits.
         optimizer: Called with the parameters, returns the optimizer (a class with its options bound, as
             `functools.partial(torch.optim.SGD, lr=0.1)`).
-        scheduler: Called with the optimizer, returns the learning rate scheduler; stepped once per epoch.
+        scheduler: Called with the optimizer, returns the learning rate scheduler.
         num_classes: Number of classes.
+        scheduler_interval: When the scheduler is stepped: after each "epoch" or each "step" of the optimizer.
 
     Raises:
-        ValueError: If the network says that it has another `num_classes`.
+        ValueError: If the network says that it has another `num_classes`, or there is no such interval.
     """
 
     def __init__(
@@ -41,8 +42,14 @@ class Classifier(L.LightningModule):
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | None = None,
         num_classes: int = 10,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(
+                f"Classifier(scheduler_interval={scheduler_interval!r}): there is no such interval; choose 'epoch' or "
+                "'step'."
+            )
         if getattr(network, "num_classes", num_classes) != num_classes:
             raise ValueError(
                 f"Classifier(num_classes={num_classes}): the network has {network.num_classes} classes; give both the "
@@ -52,6 +59,7 @@ class Classifier(L.LightningModule):
         self.num_classes = num_classes
         self.make_optimizer = optimizer
         self.make_scheduler = scheduler
+        self.scheduler_interval = scheduler_interval
         # Micro average: the share of correct answers, whatever the classes' sizes.
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro", sync_on_compute=False)
         self.val_metrics = _evaluation_metrics(num_classes)
@@ -123,7 +131,8 @@ class Classifier(L.LightningModule):
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.make_scheduler(optimizer)}
+        scheduler = self.make_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": self.scheduler_interval}}
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Any) -> None:
         inputs, targets = batch
