@@ -198,7 +198,7 @@ class Job:
     def _add(self, _: int, seconds: float) -> None:
         self._note("added", WORKERS)
         self._start(WORKERS)
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and not self._trains(WORKERS):
             time.sleep(0.2)
         time.sleep(3 * seconds)
