@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -114,8 +115,14 @@ class Job:
         assert all(len(set(centers)) == 1 for centers in common)
 
     def stood_still(self, number, since, until):
+        """The longest time between two of its steps, beyond what a slow machine takes."""
         times = [line["time"] for line in self.steps(number) if since - 0.2 <= line["time"] <= until]
-        return max(b - a for a, b in itertools.pairwise(times))
+        return max(b - a for a, b in itertools.pairwise(times)) - self.slowness(number)
+
+    def slowness(self, number):
+        """The time of ten ordinary steps of a worker: an eighth of a second where nothing else runs."""
+        times = [line["time"] for line in self.steps(number)]
+        return 10 * statistics.median(b - a for a, b in itertools.pairwise(times))
 
 
 def are(*numbers):

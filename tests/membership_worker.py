@@ -24,7 +24,8 @@ SETTINGS = {
     "steps": 10**6,
     "pace": 0.01,  # seconds of a step
     "tau": 5,
-    "dies_in_exchange": None,  # its own of this number
+    "wire_dtype": None,
+    "dies_in": None,  # an operation of its exchanges, in its own of this number
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
@@ -37,7 +38,7 @@ class Paced(L.LightningModule):
     def __init__(self, settings, folder, number):
         super().__init__()
         self.settings, self.folder, self.number = settings, folder, number
-        self.net = torch.nn.Linear(50, 2)
+        self.norm, self.net = torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 2)
         self.made = 0
 
     def training_step(self, batch, index):
@@ -47,7 +48,7 @@ class Paced(L.LightningModule):
             raise RuntimeError("as the test has it")
         generator = torch.Generator().manual_seed(self.global_step * 97 + self.number)
         x = torch.randn(8, 50, generator=generator)
-        return (self.net(x) - x[:, :2]).square().mean()
+        return (self.net(self.norm(x)) - x[:, :2]).square().mean()
 
     def configure_optimizers(self):
         sgd = torch.optim.SGD(self.parameters(), lr=0.05)
@@ -77,6 +78,7 @@ class Paced(L.LightningModule):
             center=hashlib.blake2b(center.flat.numpy().tobytes(), digest_size=8).hexdigest(),
             weight=self.net.weight[0, 0].item(),
             living=members.living,
+            tracked=int(self.norm.num_batches_tracked),
             missed=members.missed,
             failed=members.failed,
         )
@@ -84,29 +86,29 @@ class Paced(L.LightningModule):
             self.trainer.save_checkpoint(self.folder / f"of_{self.number}.ckpt")
 
 
-def die_in_exchange(number):
-    """Let this process be killed when the others have begun to add up, and it has not."""
-    add_up = Membership._sum
+def die_in(operation, number):
+    """Let this process be killed when the others have begun the operation of an exchange, and it has not."""
+    operate = getattr(Membership, operation)
     made = itertools.count(1)
 
-    def dies(self, buffers):
+    def dies(self, *buffers):
         if next(made) == number:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
-        add_up(self, buffers)
+        operate(self, *buffers)
 
-    Membership._sum = dies
+    setattr(Membership, operation, dies)
 
 
 if __name__ == "__main__":
     folder, number, *given = sys.argv[1:]
     settings = SETTINGS | {key: json.loads(value) for key, value in (each.split("=", 1) for each in given)}
     torch.manual_seed(int(number))
-    if settings["dies_in_exchange"] is not None:
-        die_in_exchange(settings["dies_in_exchange"])
+    if settings["dies_in"] is not None:
+        die_in(*settings["dies_in"])
     module = Paced(settings, Path(folder), int(number))
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
-    strategy = EASGDStrategy(tau=settings["tau"], fault_tolerance=tolerance)
+    strategy = EASGDStrategy(tau=settings["tau"], wire_dtype=settings["wire_dtype"], fault_tolerance=tolerance)
     trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=-1, max_steps=settings["steps"])
     trainer.fit(module, ckpt_path=settings["resumes"])
     module.write(event="ends", step=trainer.global_step)

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.transport.channel import LoneChannel
 
 HERE_ON_DISK = Path(__file__).parent
@@ -85,7 +87,6 @@ class TestStrategy:
         ("arguments", "said"),
         [
             ({"mode": "async"}, r"mode='async', fault_tolerance=\.\.\.\): a served center"),
-            ({"wire_dtype": "int8"}, r"wire_dtype='int8', fault_tolerance=\.\.\.\): what rounding"),
             ({"devices_per_worker": 2}, r"devices_per_worker=2, fault_tolerance=\.\.\.\): .* one device so far"),
         ],
     )
@@ -104,6 +105,30 @@ class TestStrategy:
     def test_one_launch_is_one_worker(self):
         with pytest.raises(ValueError, match="this one has 2; use devices=1"):
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=2)
+
+    def test_rates_and_schedules_are_handed_over_as_of_one_step(self):
+        handed = []
+
+        class Seen(torch.optim.lr_scheduler.StepLR):
+            def get_lr(self):
+                handed.append(worker._now)  # as another thread may, in the middle of a step
+                return super().get_lr()
+
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = Seen(sgd, 2, gamma=0.5)
+        handed.clear()
+        configs = [SimpleNamespace(scheduler=schedule)]
+        worker._trainer = SimpleNamespace(
+            global_step=0, current_epoch=0, optimizers=[sgd], lr_scheduler_configs=configs
+        )
+        for _ in range(6):
+            worker.note_clocks()
+            sgd.step()
+            schedule.step()
+        assert len(handed) == 6
+        for clocks in handed:
+            assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
 
     def test_nothing_listens(self, monkeypatch):
         monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))
@@ -158,16 +183,22 @@ class Others:
         self.waited.append(seconds)
         return self.has_others
 
-    def sum(self, buffers):
+    def exchange(self, add_up):
         self.is_requested = False
-        for buffer in buffers:
-            buffer.add_(self.gives)
+        add_up()
         done = Future()
         done.set_result(None)
         return done
 
+    def all_reduce(self, buffer):
+        buffer.add_(self.gives)
+
     def commit(self):
         return self.counts
+
+    @property
+    def has_failed(self):
+        return not (self.counts or self.problem == "too few")
 
 
 class TestSum:
@@ -253,7 +284,7 @@ class TestSum:
         self.averaging(others, restart_after_missed=after)
         self.step(4)
         _, load = others.states["center"]
-        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90})
+        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90, "wire_dtype": None})
         others.behind = 2
         self.x.data.fill_(4.0)
         before = self.averager.clock
@@ -266,15 +297,54 @@ class TestSum:
         others = Others(gives=2.0)
         self.averaging(others)
         _, load = others.states["center"]
-        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21})
+        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None})
         self.whole.enter()
         assert self.values == (3.5, 3.5)  # it has given nothing, and the others 2 at β/p = ¼
         assert self.averager.clock == 21
 
+    def test_who_comes_tries_again_where_nothing_has_arrived(self):
+        others = Others(gives=0.0)
+        self.averaging(others)
+        come = others.request
+
+        def request():
+            come()
+            others.counts = len(others.waited) == 2
+            if others.counts:
+                state = {"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None}
+                others.states["center"][1](state)
+
+        others.request = request
+        with pytest.warns(RuntimeWarning, match="come to nothing"):
+            self.whole.enter()
+        assert len(others.waited) == 3
+        assert self.values == (3.0, 3.0)
+        assert self.averager.clock == 21
+
+    def test_who_never_gets_through_to_the_others_ends(self):
+        others = Others()
+        others.counts = False
+        self.averaging(others)
+        with (
+            pytest.warns(RuntimeWarning, match="come to nothing"),
+            pytest.raises(
+                ExchangeError, match=r"10 exchanges .* nothing \(lost\); give .* longer process_group_timeout"
+            ),
+        ):
+            self.whole.enter()
+
+    def test_with_too_few_it_begins(self):
+        others = Others()
+        others.counts, others.problem = False, "too few"
+        self.averaging(others)
+        with pytest.warns(RuntimeWarning, match="come to nothing"):
+            self.whole.enter()
+        assert len(others.waited) == 1
+
     def test_others_of_another_size_are_refused(self):
         others = Others()
         self.averaging(others)
-        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21})
+        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21, "wire_dtype": None})
         with pytest.raises(ExchangeError, match=r"vectors of \[\(2,\)\] elements and this one of \[\(1,\)\]"):
             self.whole.enter()
 

@@ -34,14 +34,16 @@ def test_killed_started_again_late_and_frozen(job):
     job.start(1)
     back = job.until(1, are(0, 1), since=alone["time"])
     others = job.until(0, lambda line: line["time"] >= back["time"])
-    assert abs(back["clock"] - others["clock"]) <= 10
+    came = [line for line in job.lines(1) if line.get("event") == "starts"][-1]["time"]
+    meanwhile = [line["clock"] for line in job.steps(0) if line["time"] < came][-1]
+    assert meanwhile <= back["clock"] <= others["clock"] + 5
     assert (back["clock"] - 15) // 40 <= back["epoch"] <= back["clock"] // 40  # as it was when the center was sent
     assert back["lr"] == pytest.approx(0.05 * 0.99 ** (back["step"] // 10))
-    came = [line for line in job.lines(1) if line.get("event") == "starts"][-1]["time"]
-    assert back["time"] - came <= 2.0
+    assert meanwhile <= back["tracked"] <= others["clock"] + 5  # with the buffers of one that lives
+    assert back["time"] - came <= 2.0 + job.slowness(0)
 
     job.start(2)
-    late = job.until(2, are(0, 1, 2))
+    job.until(2, are(0, 1, 2))
     job.until(0, are(0, 1, 2))
 
     frozen = job.signal(1, signal.SIGSTOP)
@@ -52,23 +54,26 @@ def test_killed_started_again_late_and_frozen(job):
     again = job.until(1, are(0, 1, 2), since=thawed)
     kept = [line for line in job.steps(1) if line["time"] < frozen + 0.1][-1]
     assert abs(again["weight"] - kept["weight"]) < 0.5  # it has kept where it is
-    assert again["clock"] < kept["clock"] + 400
 
     job.until(0, lambda line: line["version"] > again["version"] + 3, since=again["time"])
     job.check_centers(0, 1, 2)
-    for number in (0, late["living"][-1]):  # whoever lives makes each of its steps once
-        clocks = [line["clock"] for line in job.steps(number)]
+    for number, since in ((0, 0.0), (1, came), (2, 0.0)):  # whoever lives makes each of its steps once
+        clocks = [line["clock"] for line in job.steps(number) if line["time"] > since]
         assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
 
 
-def test_killed_inside_of_an_exchange(job):
-    job.start(0)
-    one = job.start(1, dies_in_exchange=10)
+@pytest.mark.parametrize(("wire_dtype", "operation"), [(None, "_exchange"), ("int8", "all_gather")])
+def test_killed_inside_of_an_exchange(job, wire_dtype, operation):
+    job.start(0, wire_dtype=wire_dtype)
+    job.until(0, are(0))  # the other one would be at its tenth exchange before this one has come
+    one = job.start(1, wire_dtype=wire_dtype, dies_in=[operation, 10])
     assert one.wait(60) == -signal.SIGKILL
-    lost = job.until(0, lambda line: line["failed"] == 1)
+    last = job.steps(1)[-1]
+    before = [line["failed"] for line in job.steps(0) if line["time"] <= last["time"]][-1]
+    lost = job.until(0, lambda line: line["failed"] == before + 1)
     alone = job.until(0, are(0), since=lost["time"])
-    assert lost["version"] == job.steps(1)[-1]["version"]  # the center has not moved
-    assert alone["failed"] == 1
+    assert lost["version"] == last["version"]  # the center has not moved
+    assert alone["failed"] == before + 1
     job.check_centers(0, 1)
     clocks = [line["clock"] for line in job.steps(0)]
     assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
@@ -76,13 +81,16 @@ def test_killed_inside_of_an_exchange(job):
 
 def test_a_lighthouse_that_is_away(job):
     workers = [job.start(0), job.start(1)]
-    before = job.until(0, are(0, 1))
+    job.until(0, are(0, 1))
+    before = job.until(1, are(0, 1))
     job.lighthouse.kill()
     away = time.time()
     job.lighthouse.wait(20)
-    meanwhile = job.until(0, lambda line: line["missed"] == 1, since=before["time"])
-    on = job.until(0, lambda line: line["clock"] == meanwhile["clock"] + 30)
-    assert on["version"] == meanwhile["version"]
+    missed = [line["missed"] for line in job.steps(0) if line["time"] <= away][-1]
+    meanwhile = job.until(0, lambda line: line["missed"] > missed, since=before["time"])
+    without = job.until(0, lambda line: line["clock"] == meanwhile["clock"] + 30)  # an answer may have been under way
+    on = job.until(0, lambda line: line["clock"] == without["clock"] + 30)
+    assert on["version"] == without["version"]
     assert job.stood_still(0, away, on["time"]) <= PATIENCE + SLACK
     job.light()
     again = job.until(0, lambda line: line["version"] > on["version"] and line["living"] == [0, 1], since=on["time"])
@@ -91,17 +99,18 @@ def test_a_lighthouse_that_is_away(job):
     assert all(worker.poll() is None for worker in workers)
 
     job.lighthouse.kill()  # a request that nobody answers does not hold up a worker's end
-    asked = job.until(0, lambda line: line["missed"] > again["missed"], since=again["time"])
-    assert asked["living"] == [0, 1]
+    missed = job.steps(0)[-1]["missed"]
+    job.until(0, lambda line: line["missed"] > missed)
     job.signal(0, signal.SIGTERM)
     assert workers[0].wait(30) == 0
 
 
 def test_torchrun_starts_a_worker_again(job):
-    job.start(0)
+    job.start(0, wire_dtype="bfloat16")
+    job.until(0, are(0))  # the other one would have raised before this one has come
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d")
     launcher = (*launcher, "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1")
-    job.start(1, *launcher, raises_at=25)
+    job.start(1, *launcher, wire_dtype="bfloat16", raises_at=25)
     first = job.until(1, are(0, 1))
     deadline = time.monotonic() + 60
     while len(starts := [line["time"] for line in job.lines(1) if "pid" in line]) < 2:
@@ -114,12 +123,14 @@ def test_torchrun_starts_a_worker_again(job):
 
 
 def test_the_first_saves_and_all_go_on(job):
-    workers = [job.start(number, saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
+    workers = [job.start(number, wire_dtype="int8", saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
     assert [worker.wait(100) for worker in workers] == [0, 0]
-    assert [path.name for path in job.folder.glob("*.ckpt")] == ["of_0.ckpt"]
+    first = {number: line["living"][0] for number in (0, 1) for line in job.steps(number) if line["step"] == 140}
+    assert first[0] == 0
+    assert {path.name for path in job.folder.glob("*.ckpt")} == {f"of_{number}.ckpt" for number in set(first.values())}
     end = time.time()
     for number in (0, 1, 2):
-        job.start(number, resumes=str(job.folder / "of_0.ckpt"))
+        job.start(number, wire_dtype="int8", resumes=str(job.folder / "of_0.ckpt"))
     for number in (0, 1, 2):
         assert job.until(number, are(0, 1, 2), since=end)["clock"] > 140
     moved = max(line["version"] for number in (0, 1, 2) for line in job.steps(number)[-1:])

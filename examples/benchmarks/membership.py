@@ -1,16 +1,19 @@
 """Workers that are killed, frozen, started again and added at random, beside the same job left in peace.
 
-    python examples/benchmarks/run.py membership --steps 20000 --pace 0.025 --every 15      # about ten minutes a run
+    EASGD_DATA=~/data python examples/benchmarks/run.py membership      # about ten minutes a run
 
-Three workers learn the digits. In the disturbed run one of them is killed (kill -9) and started again, frozen for some
-seconds, or a fourth one comes and is killed, every so many seconds. Each job ends when its workers have made their
-steps, and each seed is made in both ways: the test errors at the center, and what killed workers had made since their
-last exchange, go into the table; throughput, the number of workers and the test error over time into the figure.
+Three workers learn CIFAR-10 (or the digits). In the disturbed run one of them is killed (kill -9) and started again,
+frozen for some seconds, or a fourth one comes and is killed, every so many seconds, until a twentieth of the steps is
+left. Then the same seed is left in peace, for as many steps of all workers as the disturbed run made. The test error at
+the last worker's center, and the most steps that a killed worker had made since its last exchange, go into the table;
+throughput, the number of workers and the test error over time into the figure. ``--more`` seeds are left in peace and
+have no pauses, which changes no number but the time: they show what the seed does to the error.
 """
 
 import argparse
 import csv
 import itertools
+import json
 import os
 import random
 import signal
@@ -29,12 +32,18 @@ import torch
 from harness.command import parser
 from harness.results import print_table, write_results
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_easgd import EASGDStrategy, FaultTolerance
-from lightning_easgd.lab.figure_style import blank_figure, save
+from lightning_easgd.lab.data import CIFAR10DataModule, DataError
+from lightning_easgd.lab.figure_style import METHODS, LineStyle, blank_figure, legend_below, percent, plot, save
+from lightning_easgd.lab.models import StridedNet
 
-WORKERS = 3
+WORKERS, DATA = 3, "data.pt"
+UNDISTURBED, DISTURBED = "undisturbed", "disturbed"
+Rows = list[dict[str, Any]]
+_BIN = 10  # seconds
+_MARKERS = {"x": "killed", "^": "started", "s": "frozen", "o": "added", "v": "removed"}
 _COLUMNS = ("time", "step", "version", "workers", "error")
 _LIGHTHOUSE = (
     "import sys, time; from torchft.coordination import LighthouseServer;"
@@ -43,58 +52,87 @@ _LIGHTHOUSE = (
 )
 
 
-class Digits(L.LightningModule):
-    """A perceptron that writes down each of its steps, and every hundred steps the test error at the center."""
-
-    def __init__(self, file: Path, seed: int, pace: float) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        self.file, self.seed, self.pace = file, seed, pace
+def read(data: str, root: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images and labels to train on and to test with."""
+    if data == "digits":
         digits = load_digits()
         order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
-        self.images = (torch.from_numpy(digits.data).float() / 16)[order]
-        self.labels = torch.from_numpy(digits.target)[order]
+        images, labels = torch.from_numpy(digits.data).float()[order] / 16, torch.from_numpy(digits.target)[order]
+        return images[:1437], labels[:1437], images[1437:], labels[1437:]
+    source = CIFAR10DataModule(root=root).source
+    images, labels, *test = (torch.from_numpy(part) for split in ("train", "test") for part in source.read(split))
+    return images, labels, test[0], test[1]
 
-    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        """A batch of this worker's own, of four fifths of the images."""
+
+def network(data: str) -> tuple[nn.Module, float]:
+    """A network, and its learning rate."""
+    if data == "digits":
+        return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)), 0.05
+    return StridedNet((3, 32, 32)), 0.1
+
+
+class Learner(L.LightningModule):
+    """A network whose worker writes down each of its steps, and every so many the test error at the center."""
+
+    def __init__(self, file: Path, number: int, options: argparse.Namespace) -> None:
+        super().__init__()
+        self.net, self.lr = network(options.data)
+        self.images, self.labels, *self.test = torch.load(file.parent.parent / DATA, mmap=True)
+        self.file, self.pace = file, options.pace
+        self.seed = options.seed * 10**8 + number * 10**7
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        """A batch of this worker's own."""
         time.sleep(self.pace)
-        chosen = torch.randint(1437, (32,), generator=torch.Generator().manual_seed(self.seed + self.global_step))
-        return nn.functional.cross_entropy(self.net(self.images[chosen]), self.labels[chosen])
+        generator = torch.Generator().manual_seed(self.seed + self.global_step)
+        chosen = torch.randint(len(self.labels), (32,), generator=generator)
+        return nn.functional.cross_entropy(self(self.images[chosen]), self.labels[chosen])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer of each worker."""
-        return torch.optim.SGD(self.parameters(), lr=0.05)
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
 
     def train_dataloader(self) -> Any:
         """As many batches as are asked for."""
         return torch.utils.data.DataLoader(torch.zeros(10**6), batch_size=1)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Write a row."""
+        """Write a row, of the first living worker with an error on some of the test images."""
         strategy: Any = self.trainer.strategy
-        center, members = strategy.known_center, strategy.elastic.membership
-        error = ""
-        if self.global_step % 100 == 0:
-            with torch.no_grad():
-                outputs = torch.func.functional_call(self, dict(center), self.images[1437:], strict=True)
-            error = f"{(outputs.argmax(dim=1) != self.labels[1437:]).float().mean().item():.4f}"
+        is_its_turn = self.global_step % 250 == 0 and strategy.elastic.is_saver
+        self._write(self._error(2000) if is_its_turn else "")
+
+    def on_train_end(self) -> None:
+        """Write a row with the error on all of them."""
+        self._write(self._error(len(self.test[1])))
+
+    def _write(self, error: str) -> None:
+        strategy: Any = self.trainer.strategy
         (averager,) = strategy._averagers
-        row = (f"{time.time():.3f}", self.global_step, averager.center.version, len(members.living), error)
+        living = strategy.elastic.membership.living
+        row = (f"{time.time():.3f}", self.global_step, averager.center.version, len(living), error)
         with self.file.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow(row)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def _error(self, most: int) -> str:
+        strategy: Any = self.trainer.strategy
+        images, labels = (each[:most] for each in self.test)
+        outputs = torch.func.functional_call(self, dict(strategy.known_center), images, strict=True)
+        return f"{(outputs.argmax(dim=1) != labels).float().mean().item():.4f}"
+
+    def forward(self, images: Tensor) -> Tensor:
         """The network's outputs."""
-        return self.net(images)
+        return self.net(images.float() / 64 - 2 if images.dtype == torch.uint8 else images)
 
 
-def work(folder: str, number: str, seed: str, steps: str, pace: str) -> None:
+def work(folder: str, number: str, options: argparse.Namespace) -> None:
     """One worker, as a process of its own."""
-    L.seed_everything(int(seed), verbose=False)
+    L.seed_everything(options.seed, verbose=False)
     strategy = EASGDStrategy(tau=10, fault_tolerance=FaultTolerance(replica_id=int(number)))
-    module = Digits(Path(folder, f"{number}.csv"), int(seed) * 10**8 + int(number) * 10**7, float(pace))
+    module = Learner(Path(folder, f"{number}.csv"), int(number), options)
     trainer = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=1, max_epochs=-1, max_steps=int(steps), logger=False,
+        strategy=strategy, accelerator="cpu", devices=1, max_epochs=-1, max_steps=options.steps, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module)
@@ -108,8 +146,8 @@ class Job:
         lost: Steps that killed workers had made since their last exchange.
     """
 
-    def __init__(self, folder: Path, seed: int, options: argparse.Namespace) -> None:
-        self._folder, self._arguments = folder, (str(seed), str(options.steps), str(options.pace))
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self._folder, self._options = folder, options
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("*.csv"):
             old.unlink()
@@ -125,7 +163,8 @@ class Job:
             self._start(number)
 
     def _start(self, number: int) -> None:
-        command = [sys.executable, __file__, "--worker", str(self._folder), str(number), *self._arguments]
+        given = json.dumps({name: vars(self._options)[name] for name in ("data", "seed", "steps", "pace")})
+        command = [sys.executable, __file__, "--worker", str(self._folder), str(number), given]
         with (self._folder / f"{number}.log").open("a", encoding="utf-8") as log:
             self._workers[number] = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
 
@@ -138,24 +177,37 @@ class Job:
             return [[float(value or "nan") for value in row] for row in csv.reader(file) if len(row) == len(_COLUMNS)]
 
     def disturb(self, chance: random.Random, *, seconds: float) -> None:
-        """Do something to a worker that trains, and put it right some seconds later."""
-        number = chance.choice([number for number in range(WORKERS) if self._workers[number].poll() is None])
-        what = chance.choice(("killed", "frozen", "added"))
-        if what == "added":
-            number = WORKERS
-            self._start(number)
-        self._note(what, number)
-        if what == "frozen":
-            self._workers[number].send_signal(signal.SIGSTOP)
-        if what == "killed":
-            self._kill(number)
+        """Do something to a worker, and put it right some seconds later; with the last one the center would go."""
+        training = [number for number in range(WORKERS) if self._trains(number)]
+        things = (self._stop_and_start, self._freeze, self._add) if len(training) > 1 else (self._add,)
+        chance.choice(things)(chance.choice(training or [WORKERS]), seconds)
+
+    def _stop_and_start(self, number: int, seconds: float) -> None:
+        self._note("killed", number)
+        self._kill(number)
         time.sleep(seconds)
-        if what == "frozen":
-            self._workers[number].send_signal(signal.SIGCONT)
-        if what == "killed":
-            self._start(number)
-        if what == "added":
-            self._kill(number)
+        self._note("started", number)
+        self._start(number)
+
+    def _freeze(self, number: int, seconds: float) -> None:
+        self._note("frozen", number)
+        self._workers[number].send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self._workers[number].send_signal(signal.SIGCONT)
+
+    def _add(self, _: int, seconds: float) -> None:
+        self._note("added", WORKERS)
+        self._start(WORKERS)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not self._trains(WORKERS):
+            time.sleep(0.2)
+        time.sleep(3 * seconds)
+        self._note("removed", WORKERS)
+        self._kill(WORKERS)
+
+    def _trains(self, number: int) -> bool:
+        rows = self.rows(number)
+        return self._workers[number].poll() is None and bool(rows) and time.time() - rows[-1][0] < 5
 
     def _note(self, what: str, number: int) -> None:
         self.events.append((time.time(), what, number))
@@ -176,6 +228,11 @@ class Job:
         """Whether a worker has made all steps."""
         return any(self._workers[number].poll() == 0 for number in range(WORKERS))
 
+    @property
+    def step(self) -> float:
+        """How far the job is."""
+        return max((row[1] for number in range(WORKERS) for row in self.rows(number)[-1:]), default=0)
+
     def end(self) -> None:
         """Wait for the workers, and end the lighthouse."""
         for number in range(WORKERS):
@@ -191,37 +248,39 @@ class Job:
             process.wait()
 
 
-def run(options: argparse.Namespace, seed: int, *, disturbed: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One run: its row of the table, and its curve in seconds."""
-    name = "disturbed" if disturbed else "undisturbed"
-    print(f"{name}, seed {seed}", flush=True)
-    chance, started = random.Random(seed), time.time()
-    job = Job(options.output / f"{name}_{seed}", seed, options)
+def run(options: argparse.Namespace, name: str) -> tuple[Rows, Rows, Rows]:
+    """One run: its row of the table, its curve, and what was done to it."""
+    print(f"{name}, seed {options.seed}, {options.steps} steps", flush=True)
+    chance, started, of_run = random.Random(options.seed), time.time(), {"run": name, "seed": options.seed}
+    job = Job(options.output / "workers" / f"{name}_{options.seed}", options)
     try:
         while not job.is_over:
-            time.sleep(chance.expovariate(1 / options.every) if disturbed else 0.5)
-            if disturbed and not job.is_over:
+            time.sleep(chance.expovariate(1 / options.every) if name == DISTURBED else 0.5)
+            if name == DISTURBED and 0 < job.step < 0.95 * options.steps:
                 job.disturb(chance, seconds=chance.uniform(1, options.every / 2))
         job.end()
     finally:
         job.kill()
     rows = sorted(itertools.chain.from_iterable(map(job.rows, range(WORKERS + 1))))
-    errors = [row[4] for row in rows if row[4] == row[4]]
     row = {
-        "run": name, "seed": seed, "seconds": round(time.time() - started), "steps_of_all": len(rows),
-        "killed": len(job.lost), "events": len(job.events), "most_steps_lost": max(job.lost, default=0),
-        "test_error": errors[-1],
+        **of_run, "seconds": round(time.time() - started), "steps_of_all": len(rows),
+        "killed": sum(what == "killed" for _, what, _ in job.events),
+        "frozen": sum(what == "frozen" for _, what, _ in job.events),
+        "added": sum(what == "added" for _, what, _ in job.events),
+        "most_steps_lost": max(job.lost, default=0), "test_error": rows[-1][4],
     }  # fmt: skip
+    rows = [[*each, number] for number, each in enumerate(rows, 1)]
     curve = [
-        {"run": name, "seed": seed, "second": second, "steps_per_second": len(own) / _BIN,
-         "workers": max(each[3] for each in own),
+        {**of_run, "second": second, "steps": own[-1][5], "steps_per_second": len(own) / _BIN,
+         "workers": sum(each[3] for each in own) / len(own),
          "test_error": next((each[4] for each in reversed(own) if each[4] == each[4]), "")}
         for second, own in ((key * _BIN, list(group)) for key, group in itertools.groupby(rows, _bin_since(rows[0][0])))
     ]  # fmt: skip
-    return row, curve
-
-
-_BIN = 5  # seconds
+    events = [
+        {**of_run, "second": round(when - rows[0][0], 1), "what": what, "worker": who}
+        for when, what, who in job.events
+    ]  # fmt: skip
+    return [row], curve, events
 
 
 def _bin_since(start: float) -> Callable[[Sequence[float]], int]:
@@ -231,42 +290,79 @@ def _bin_since(start: float) -> Callable[[Sequence[float]], int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = parser(__doc__)
-    options.add_argument("--steps", type=int, default=20000, help="of each worker (%(default)s)")
+    options.add_argument("--data", choices=("cifar10", "digits"), default="cifar10")
+    options.add_argument("--root", default=os.environ.get("EASGD_DATA", "data"), help="of CIFAR-10 (%(default)s)")
+    options.add_argument("--steps", type=int, default=8000, help="of each worker (%(default)s)")
     options.add_argument("--pace", type=float, default=0.025, help="seconds of a step beside its work (%(default)s)")
     options.add_argument("--every", type=float, default=15.0, help="mean seconds between events (%(default)s)")
-    options.add_argument("--seeds", type=int, default=2, help="how many (%(default)s)")
+    options.add_argument("--seeds", type=int, default=1, help="how many (%(default)s)")
+    options.add_argument("--more", type=int, default=0, help="seeds that are only left in peace (%(default)s)")
     options.add_argument("--output", type=Path, default=Path("outputs", "benchmarks", "membership"))
     chosen = options.parse_args(arguments)
-    table, curves = [], []
-    for seed, disturbed in itertools.product(range(chosen.seeds), (False, True)):
-        row, curve = run(chosen, seed, disturbed=disturbed)
-        table.append(row)
-        curves += curve
-        # Written after every run: what is measured is not lost.
-        write_results(chosen.output, {"membership": table, "curves": curves}, vars(chosen))
-    print_table(table)
+    if chosen.data == "cifar10":
+        try:
+            CIFAR10DataModule(root=chosen.root).prepare_data()
+        except DataError as error:
+            print(f"skipped: {error}")
+            return
+    (chosen.output / "workers").mkdir(parents=True, exist_ok=True)
+    torch.save([part.clone() for part in read(chosen.data, chosen.root)], chosen.output / "workers" / DATA)
+    tables: dict[str, Rows] = {"membership": [], "curves": [], "events": []}
+    for seed in range(chosen.seeds + chosen.more):
+        setting = argparse.Namespace(**{**vars(chosen), "seed": seed})
+        for name in (DISTURBED, UNDISTURBED) if seed < chosen.seeds else (UNDISTURBED,):
+            if name == UNDISTURBED:
+                disturbed = [row["steps_of_all"] for row in tables["membership"] if row["run"] == DISTURBED]
+                setting.steps = round(disturbed[min(seed, chosen.seeds - 1)] / WORKERS)
+                setting.pace = chosen.pace if seed < chosen.seeds else 0.0
+            for table, rows in zip(tables, run(setting, name), strict=True):
+                tables[table] += rows
+            # Written after every run: what is measured is not lost.
+            write_results(chosen.output, tables, vars(chosen))
+    print_table(tables["membership"])
     draw(chosen.output)
 
 
 def draw(directory: Path) -> None:
     """Draw throughput, number of workers and test error over time, from the tables alone."""
-    with (directory / "curves.csv").open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]
-    labels = {"steps_per_second": "steps per second", "workers": "workers", "test_error": "test error"}
-    figure, axes = blank_figure(len(labels), "three workers, seed 0")
-    for panel, (column, label) in zip(axes, labels.items(), strict=True):
-        for name in ("undisturbed", "disturbed"):
-            own = [row for row in rows if row["run"] == name and row[column]]
-            panel.plot([float(row["second"]) for row in own], [float(row[column]) for row in own], label=name)
-        panel.set_xlabel("seconds")
-        panel.set_ylabel(label)
-    axes[-1].set_yscale("log")
-    axes[0].legend()
+    curves, events = (
+        [row for row in _rows(directory / f"{name}.csv") if row["seed"] == "0"] for name in ("curves", "events")
+    )
+    styles = {
+        UNDISTURBED: LineStyle("left in peace", METHODS["easgd"].color, "o"),
+        DISTURBED: LineStyle("disturbed", METHODS["eamsgd"].color, "s"),
+    }
+    panels = [
+        ("second", "steps_per_second", "steps of all workers", "time, s", "in a second, steps"),
+        ("second", "workers", "workers in an exchange", "time, s", "those that take part, p"),
+        ("second", "test_error", "test error by time", "time, s", "at the center, %"),
+        ("steps", "test_error", "test error by work", "steps of all workers", "at the center, %"),
+    ]
+    figure, axes = blank_figure(len(panels), "Workers that are killed, frozen, started again and added at random")
+    for panel, (x, y, title, x_label, y_label) in zip(axes, panels, strict=True):
+        for name, style in styles.items():
+            own = [row for row in curves if row["run"] == name and row[y]]
+            if y == "steps_per_second":
+                own.pop()  # of a part of the time
+            values = [float(row[y]) for row in own]
+            plot(panel, [float(row[x]) for row in own], percent(values) if y == "test_error" else values, style)
+        panel.set(title=title, xlabel=x_label, ylabel=y_label)
+    for place, (marker, what) in enumerate(_MARKERS.items(), 1):
+        seconds = [float(row["second"]) for row in events if row["what"] == what]
+        heights = [0.16 * place] * len(seconds)
+        axes[1].plot(seconds, heights, marker, color="0.3", fillstyle="none", markersize=4.5, label=what)
+    axes[1].set_ylim(0, WORKERS + 1.4)
+    legend_below(figure)
     save(figure, directory / "figure.png")
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:])
+        work(*sys.argv[2:4], argparse.Namespace(**json.loads(sys.argv[4])))
     else:
         main()

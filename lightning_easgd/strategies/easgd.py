@@ -214,7 +214,7 @@ class EASGDMethod(CenterMethod):
         check_center_device(name, center_device, mode)
         settings = as_fault_tolerance(name, fault_tolerance)
         if settings is not None:
-            check_elastic(name, mode, wire_dtype, devices_per_worker, self.may_come_and_go)
+            check_elastic(name, mode, devices_per_worker, self.may_come_and_go)
             self.elastic = ElasticWorker(name, settings)
         check_momentum(name, momentum)
         check_center_rule(name, center_rule)
@@ -341,7 +341,7 @@ class EASGDMethod(CenterMethod):
                 f"{type(self).__name__}(fault_tolerance=...): workers that come and go train with one optimizer so far,"
                 f" and this module has {len(optimizers)}."
             )
-        make_sum = elastic.make_sum(self.tau, timeout)
+        make_sum = elastic.make_sum(self.tau, timeout, self.wire_dtype)
         # Other workers may be anywhere, and what goes through gloo is on the host.
         center_device = None if self.root_device.type == "cpu" else "cpu"
         return self._synchronous_averaging(LoneChannel(), make_sum, None, center_device)

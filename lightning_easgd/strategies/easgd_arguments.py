@@ -103,7 +103,7 @@ def check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
         )
 
 
-def check_elastic(strategy: str, mode: str, wire_dtype: object, devices_per_worker: object, may: bool) -> None:
+def check_elastic(strategy: str, mode: str, devices_per_worker: object, may: bool) -> None:
     """Refuse what workers that come and go cannot have."""
     if not may:
         raise ValueError(
@@ -111,10 +111,6 @@ def check_elastic(strategy: str, mode: str, wire_dtype: object, devices_per_work
         )
     refusals = {
         "mode='async'": (mode == "async", "a served center goes with the ranks that hold it; use mode='sync'"),
-        f"wire_dtype={wire_dtype!r}": (
-            wire_dtype is not None,
-            "what rounding has left for the next message would go with a worker; leave it out",
-        ),
         f"devices_per_worker={devices_per_worker!r}": (
             devices_per_worker != 1,
             "a worker that comes and goes is of one device so far; leave it out",

@@ -4,10 +4,13 @@ import os
 from functools import partial
 from typing import Any, final
 
-from lightning_easgd.averagers import Averaging
+from lightning_easgd.averagers.sync.addition import ExactAddition
 from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.compressed_addition import CompressedAddition
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
+from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
+from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.transport.membership import Membership
 
@@ -28,7 +31,11 @@ class ElasticWorker:
         self._settings = settings
         self._members: Membership | None = None
         self._trainer: Any = None  # of the fit
-        self._clocks: dict[str, Any] | None = None  # of another worker, which this one is to go on at
+        self._now: dict[str, Any] = {}  # the clocks at the last step
+        self._session: CenterSession | None = None
+        # Of another worker, which this one is to go on at.
+        self._clocks: dict[str, Any] | None = None
+        self._values: dict[str, Any] | None = None
 
     def resolve(self, ranks: int) -> None:
         """Find out what the environment says; before anything starts.
@@ -72,12 +79,13 @@ class ElasticWorker:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": 1, "rank": 0, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica_id}
 
-    def make_sum(self, tau: int, timeout: float) -> MakeSum:
+    def make_sum(self, tau: int, timeout: float, wire_dtype: WireDtype | None) -> MakeSum:
         """Find the lighthouse, and make what makes the sum.
 
         Args:
             tau: τ.
             timeout: Seconds for which a worker that comes waits for the others.
+            wire_dtype: What differences are rounded to on their way; None for nothing.
 
         Raises:
             ExchangeError: If there is no lighthouse, or a worker of this number is alive.
@@ -95,7 +103,8 @@ class ElasticWorker:
             strategy=self._strategy,
         )
         members.check()
-        members.add_state("clocks", lambda: clocks_of(self._trainer), self._receive)
+        members.add_state("clocks", lambda: self._now, self._receive_clocks)
+        members.add_state("values", self._hand_over, self._receive_values)
         return partial(
             MembershipSum,
             members=members,
@@ -103,15 +112,35 @@ class ElasticWorker:
             patience=settings.quorum_timeout,
             timeout=timeout,
             restart_after_missed=settings.restart_after_missed,
+            make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )
 
-    def _receive(self, clocks: dict[str, Any]) -> None:
+    def _receive_clocks(self, clocks: dict[str, Any]) -> None:
         self._clocks = clocks  # by another thread
 
-    def enter(self, averaging: Averaging, trainer: Any) -> None:
-        """Before the first step: come to the others, and go on with their steps, epochs and schedules."""
-        self._trainer, self._clocks = trainer, None
-        averaging.enter()
+    def _receive_values(self, values: dict[str, Any]) -> None:
+        self._values = values  # by another thread
+
+    def _hand_over(self) -> dict[str, Any]:
+        assert self._session is not None
+        return self._session.hand_over()
+
+    def enter(self, session: CenterSession, trainer: Any) -> None:
+        """Before the first step: come to the others, and go on with their steps, epochs, schedules and buffers."""
+        self._trainer, self._session = trainer, session
+        self._clocks = self._values = None
+        self.note_clocks()
+        session.averaging.enter()
         if self._clocks is not None:
             go_on_at(trainer, self._clocks)
+        if self._values is not None:
+            session.take_over(self._values)
+        self._values = None
+
+    def note_clocks(self) -> None:
+        """Before each step: keep how far this worker is, for one that comes.
+
+        Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together.
+        """
+        self._now = clocks_of(self._trainer)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Protocol, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging, Meeting
 from lightning_easgd.averagers.common_values import CommonValues
+from lightning_easgd.strategies.handed_values import hand_over, take_over
 from lightning_easgd.strategies.outside_values import OutsideValues
 from lightning_easgd.strategies.shown_weights import ShownWeights
 from lightning_easgd.strategies.steps import Steps, averagers_of
@@ -112,6 +113,20 @@ class CenterSession:
             else None
         )
         self.steps_made = dict.fromkeys(self.averagers, 0)
+
+    # What a worker that comes to others gets from them
+
+    def hand_over(self) -> dict[str, Any]:
+        """What of the module no averager holds, for another worker; called by another thread."""
+        assert self.outside is not None
+        return hand_over(self.outside, sum(p.nbytes for averager in self.averagers for p in averager.parameters))
+
+    def take_over(self, handed: Mapping[str, Any]) -> None:
+        """Take what another worker has handed over; before the first step."""
+        assert self.outside is not None
+        values = take_over(self.outside, handed, self._name)
+        if self._finite is not None:
+            self._finite.update(values)
 
     # What there is
 

@@ -1,4 +1,4 @@
-"""The workers that are alive, as torchft's lighthouse counts them, and the sums that those of one count make."""
+"""The workers that are alive, as torchft's lighthouse counts them, and the exchanges that those of one count make."""
 
 import importlib
 import logging
@@ -6,7 +6,7 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -14,7 +14,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, TCPStore
 from torch.distributed import ReduceOp
 
 from lightning_easgd.transport.channel import ExchangeError
@@ -32,7 +32,7 @@ _SHARES = 1024  # numbers of workers that are told apart where nobody says how m
 class Membership:
     """This worker among those that live; torchft's ``Manager``, of a worker of one rank.
 
-    In this order, again and again: :meth:`request`, which returns at once; :meth:`has_come`; :meth:`sum`;
+    In this order, again and again: :meth:`request`, which returns at once; :meth:`has_come`; :meth:`exchange`;
     :meth:`commit`. A request is answered when all that live have made theirs, or the lighthouse goes on without those
     that have not. A worker that is behind the others then gets their state: what :meth:`add_state` has registered.
 
@@ -40,15 +40,15 @@ class Membership:
         lighthouse: Its address.
         replica_id: This worker's number.
         numbers: How many numbers there are; None for 1024.
-        min_replica_size: How many workers a sum must have to count.
+        min_replica_size: How many workers an exchange must have to count.
         timeout: Seconds that a transfer may take.
         strategy: The strategy's name, for errors.
 
     Attributes:
         replica_id: As given.
-        living: The numbers of the workers of the last sum that counted; at first this worker's.
+        living: The numbers of the workers of the last exchange that counted; at first this worker's.
         missed: Requests that were not answered in time.
-        failed: Sums that did not count.
+        failed: Exchanges that did not count.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class Membership:
 
         # One's own for each attempt: torchrun starts ranks again with the store of before, and keys that are stale.
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        self._group = ProcessGroupGloo(timeout=self._timeout)
         self._manager = Manager(
-            pg=ProcessGroupGloo(timeout=self._timeout),
+            pg=self._group,
             load_state_dict=None,
             state_dict=None,
             min_replica_size=self._min_replica_size,
@@ -170,7 +171,7 @@ class Membership:
 
     @property
     def is_requested(self) -> bool:
-        """Whether there is a request that no sum has been made for."""
+        """Whether there is a request that no exchange has been made for."""
         return self._request is not None
 
     def has_come(self, seconds: float) -> bool:
@@ -196,22 +197,49 @@ class Membership:
         """p, the number of workers of the request that has been answered."""
         return max(1, int(self._manager.num_participants()))
 
-    def sum(self, buffers: Sequence[Tensor]) -> Future[None]:
-        """Start to replace buffers by their sums over the workers, and return at once; :meth:`commit` says if it is so.
+    @property
+    def rank(self) -> int:
+        """This worker's place among those p, 0 ≤ rank < p."""
+        return int(self._manager.participating_rank() or 0)
 
-        The sums are bitwise the same on all workers.
+    def exchange(self, add_up: Callable[[], None]) -> Future[None]:
+        """Start to exchange, and return at once; :meth:`commit` says whether it counts.
+
+        Args:
+            add_up: Calls the operations, the same ones on all workers, in another thread. Those after one that has
+                failed do nothing.
         """
         self._request = None
         self._presence.zero_()
         self._presence[self.replica_id % len(self._presence)] = 1
-        return self._thread.submit(self._sum, [self._presence, *buffers])
+        return self._thread.submit(self._exchange, add_up)
 
-    def _sum(self, buffers: Sequence[Tensor]) -> None:
-        for buffer in buffers:
-            self._manager.allreduce(buffer, reduce_op=ReduceOp.SUM).wait()  # keeps its error for the commit
+    def _exchange(self, add_up: Callable[[], None]) -> None:
+        self.all_reduce(self._presence)
+        add_up()
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Replace a buffer by its sum over the workers, bitwise the same on all."""
+        self._manager.allreduce(buffer, reduce_op=ReduceOp.SUM).wait()  # keeps its error for the commit
+
+    def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> None:
+        """Send row r of ``outgoing`` to worker r, and receive what it sends as row r of ``incoming``."""
+        self._operate(lambda: self._group.alltoall_base(incoming, outgoing, [], [], AllToAllOptions()))
+
+    def all_gather(self, message: Tensor, messages: Tensor) -> None:
+        """Send ``message`` to all, and receive that of worker r as row r of ``messages``."""
+        self._operate(lambda: self._group.allgather([list(messages)], [message], AllgatherOptions()))
+
+    def _operate(self, begin: Callable[[], Any]) -> None:
+        if self._manager.errored() is not None:
+            return
+        try:
+            begin().wait()
+        except RuntimeError as error:
+            self._manager.report_error(error)
 
     def commit(self) -> bool:
-        """Whether the sum counts. Called when it has ended; a state that was given away is not needed any more."""
+        """Whether the exchange counts. Called when it has ended; a state that was given away is not needed any more."""
         counts = bool(self._manager.should_commit())
         if counts:
             self.living = tuple(self._presence.nonzero().flatten().tolist())
@@ -220,8 +248,13 @@ class Membership:
         return counts
 
     @property
+    def has_failed(self) -> bool:
+        """Whether an operation of the last exchange has failed, or what this worker was behind by has not come."""
+        return self._manager.errored() is not None
+
+    @property
     def problem(self) -> str:
-        """Why the last sum does not count."""
+        """Why the last exchange does not count."""
         error = self._manager.errored()
         return "too few workers" if error is None else str(error.original_exception).partition("\n")[0]
 

@@ -195,16 +195,23 @@ class SynchronousAverager(Averager):
 
     @torch.no_grad()
     def enter(self) -> None:
-        """Before the first step: come to workers that may be training already, and start at their center."""
-        if not self._sum.enter(self.clock):
-            return
-        restored = self._take_restored()
-        if restored is not None:
-            self.clock = restored.clock
-        self._sum.make_room()
-        self._sum.wire.flat.zero_()
-        self._sum.start(self._shares(self._rates_now()))
-        self._sum.finish()
+        """Before the first step: come to workers that may be training already, and start at their center.
+
+        Raises:
+            ExchangeError: If they cannot be come to.
+        """
+        restored = None
+        # Others whose center has not arrived may be ahead: this worker's first point would be far from it.
+        while self._sum.enter(self.clock):
+            restored = self._take_restored()
+            if restored is not None:
+                self.clock = restored.clock
+            self._sum.make_room()
+            self._sum.wire.flat.zero_()
+            self._sum.start(self._shares(self._rates_now()))
+            self._sum.finish()
+            if restored is not None or not self._sum.must_enter_again:
+                break
         if restored is not None:
             self.start_at_center()
 

@@ -1,15 +1,13 @@
 """The sum over the workers in compressed messages, with what the compression drops kept for later."""
 
-import warnings
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, final
 
-import torch
 from typing_extensions import override
 
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.averagers.sync.shard_messages import ShardMessages, load_residual
 from lightning_easgd.method.compression import Codec
 from lightning_easgd.transport.channel import MessageChannel, MessageTransfer
 from lightning_easgd.transport.device_queue import HostQueue, SideQueue, make_queue
@@ -19,16 +17,10 @@ __all__ = ["CompressedSum"]
 
 @final
 class CompressedSum(DifferenceSum):
-    r"""A sum of encoded differences: worker r owns the r-th p-th of the vector, its shard.
+    r"""A sum of encoded differences.
 
-    With :math:`e^i` the residual of worker i, zero at first, and :math:`Q` the codec, an exchange is
-
-    .. math::
-        e^i &\leftarrow e^i + s \Delta^i \\
-        m^i &= Q(e^i), \quad e^i \leftarrow e^i - m^i && \text{outside of worker i's shard; to the shards' owners} \\
-        e^r &\leftarrow e^r + \textstyle\sum_{i \ne r} m^i && \text{in worker r's shard} \\
-        M &= Q(e^r), \quad e^r \leftarrow e^r - M && \text{in worker r's shard; to all} \\
-        \tilde x &\leftarrow \tilde x + M
+    With :math:`e^i` the residual of worker i, zero at first, an exchange is :math:`e^i \leftarrow e^i + s \Delta^i`,
+    then the four lines of :class:`ShardMessages`.
 
     So the center moves by what all workers decode from the same bytes: bitwise the same everywhere. Nothing is lost:
     :math:`\tilde x + \sum_i e^i` is, to the rounding of the dtype, where the exact sums would have brought the center;
@@ -60,21 +52,7 @@ class CompressedSum(DifferenceSum):
         self._channel = channel
         self._codec = codec
         self._residual = center.values.like()
-        numel, size = center.flat.numel(), channel.size
-        shard = max(1, -(-numel // (size * codec.block))) * codec.block
-        bounds = [min(rank * shard, numel) for rank in range(size + 1)]
-        self._shards = [slice(start, stop) for start, stop in pairwise(bounds)]
-        sizes = [codec.nbytes(part.stop - part.start) for part in self._shards]
-        own = sizes[channel.rank]
-        # Rows are as long as the longest message, for collectives of equal parts; the last shards may be shorter.
-        self._outgoing = torch.zeros(size, codec.nbytes(shard), dtype=torch.uint8, device=center.flat.device)
-        self._incoming = torch.zeros_like(self._outgoing)
-        self._own = torch.zeros_like(self._outgoing[0])
-        self._move = torch.empty(min(shard, numel), dtype=center.flat.dtype, device=center.flat.device)
-        self._of_shards = [row[:nbytes] for row, nbytes in zip(self._outgoing, sizes, strict=True)]
-        self._of_workers = [row[:own] for row in self._incoming]
-        self._of_sum = self._own[:own]
-        self._others = [rank for rank in range(size) if rank != channel.rank]
+        self._messages = ShardMessages(codec, center.flat, channel.rank, channel.size)
         self._transfer: MessageTransfer | None = None  # of both messages
 
     @override
@@ -89,7 +67,7 @@ class CompressedSum(DifferenceSum):
     @property
     @override
     def nbytes(self) -> int:
-        return 2 * (self._channel.size - 1) * self._own.numel()
+        return self._messages.nbytes
 
     @override
     def start(self, shares: Sequence[float]) -> None:
@@ -97,13 +75,14 @@ class CompressedSum(DifferenceSum):
         with self._queue.beside():
             for residual, difference, share in zip(self._residual.segments, self.wire.segments, shares, strict=True):
                 residual.add_(difference, alpha=share)
-            for rank in self._others:
-                self._codec.encode_rest_(self._residual.flat[self._shards[rank]], self._of_shards[rank])
+            self._messages.encode_(self._residual.flat)
             if self._is_queued:
-                self._channel.all_to_all(self._outgoing, self._incoming).follow()
+                self._channel.all_to_all(self._messages.outgoing, self._messages.incoming).follow()
                 self._transfer = self._send_sum()
             else:
-                self._transfer = self._channel.all_to_all(self._outgoing, self._incoming, self._send_sum)
+                self._transfer = self._channel.all_to_all(
+                    self._messages.outgoing, self._messages.incoming, self._send_sum
+                )
 
     @override
     def advance(self) -> None:
@@ -123,18 +102,7 @@ class CompressedSum(DifferenceSum):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        residual = state.get("residual")  # none where the checkpoint's run was not compressed
-        if residual is None:
-            return
-        if residual.shape == self._residual.flat.shape:
-            self._residual.flat.copy_(residual)
-        else:
-            warnings.warn(
-                f"wire_dtype: the checkpoint's residual has {residual.numel()} elements, this run's"
-                f" {self._residual.flat.numel()}; it starts at zero: what the last messages lacked is not sent.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        load_residual(self._residual, state)
 
     @override
     def close(self) -> None:
@@ -142,16 +110,10 @@ class CompressedSum(DifferenceSum):
 
     def _send_sum(self) -> MessageTransfer:
         """The first messages are there: send the sum of this worker's shard."""
-        own = self._residual.flat[self._shards[self._channel.rank]]
-        for rank in self._others:
-            self._codec.add_decoded_(self._of_workers[rank], own)
-        self._codec.encode_rest_(own, self._of_sum)
-        return self._channel.all_gather(self._own, self._outgoing)
+        self._messages.add_up_(self._residual.flat)
+        return self._channel.all_gather(self._messages.own, self._messages.outgoing)
 
     def _move_center(self) -> None:
         """The second messages are there: they are the center's move."""
-        for message, part in zip(self._of_shards, self._shards, strict=True):
-            total = self._move[: part.stop - part.start]  # not the wire: a device may still be reading that
-            self._codec.decode(message, total)
-            self.center.move_(part, total, 1.0)
+        self._messages.move_(self.center)
         self.center.end_exchange()

@@ -140,6 +140,11 @@ class DifferenceSum(ABC):
         """
         return False
 
+    @property
+    def must_enter_again(self) -> bool:
+        """Whether the exchange that :meth:`enter` has begun has failed, and the others may be ahead."""
+        return False
+
     def take_restored(self) -> Restored | None:
         """Let the center be the others', where this worker was behind; None if it was not."""
         return None

@@ -8,12 +8,15 @@ from typing import Any, final
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_easgd.averagers.sync.addition import ExactAddition, MakeAddition
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum, Restored
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.transport.channel import ExchangeError
 from lightning_easgd.transport.membership import Membership
 
 __all__ = ["MembershipSum"]
+
+_ATTEMPTS = 10  # to come to the others
 
 
 @final
@@ -28,7 +31,7 @@ class MembershipSum(DifferenceSum):
     A worker that was away gets the stores of the center, and their version, from another one: 4 bytes a parameter
     for the plain rule. Where workers have come together anew, all of them have the same center.
 
-    The memory beside the center is the wire and a copy of it.
+    The memory beside the center is the wire, and what the addition needs.
 
     Args:
         center: As for :class:`DifferenceSum`.
@@ -38,6 +41,7 @@ class MembershipSum(DifferenceSum):
         timeout: Seconds for which a worker that comes waits for the others.
         restart_after_missed: How many moves of the center a worker may miss before it starts again there; None for any
             number.
+        make_addition: Makes what adds up the differences of those that are there.
         strategy: Name of the strategy, for errors.
     """
 
@@ -50,19 +54,19 @@ class MembershipSum(DifferenceSum):
         patience: float,
         timeout: float,
         restart_after_missed: int | None = None,
+        make_addition: MakeAddition = ExactAddition,
         strategy: str = "EASGDStrategy",
     ) -> None:
         super().__init__(center, center.values.like())
-        self._kept = center.values.like()
         self._members = members
+        self._addition = make_addition(center, self.wire, members)
         self._tau = tau
         self._patience, self._timeout = patience, timeout
         self._restart_after_missed = restart_after_missed
         self._strategy = strategy
-        self._clock = self._due_at = 0
+        self._clock = self._due_at = self._entered = 0
         self._left = 0.0  # of the patience for the request that has been made
         self._transfer: Future[None] | None = None
-        self._shares: Sequence[float] = ()
         self._received: dict[str, Any] | None = None
         members.add_state("center", self._state, self._receive)
         members.open()
@@ -77,12 +81,12 @@ class MembershipSum(DifferenceSum):
     @property
     @override
     def given(self) -> list[list[Tensor]]:
-        return self._kept.groups
+        return self._addition.given
 
     @property
     @override
     def nbytes(self) -> int:
-        return round(2 * (self._members.size - 1) / self._members.size * self.wire.flat.nbytes)
+        return self._addition.nbytes
 
     @property
     @override
@@ -126,6 +130,13 @@ class MembershipSum(DifferenceSum):
     @override
     def enter(self, clock: int) -> bool:
         self._clock = clock
+        self._entered += 1
+        if self._entered > _ATTEMPTS:
+            raise ExchangeError(
+                f"{self._strategy}(fault_tolerance=...): the other workers are there, but {_ATTEMPTS} exchanges with"
+                f" them have come to nothing ({self._members.problem}); give FaultTolerance a longer"
+                " process_group_timeout."
+            )
         self._members.request()
         if not self._members.has_come(self._timeout):
             raise ExchangeError(
@@ -133,12 +144,19 @@ class MembershipSum(DifferenceSum):
                 " with the others; look whether one of them stands still, and whether torchft_lighthouse waits for"
                 " more workers (--min_replicas)."
             )
+        if self._received is not None:
+            self._addition.forget()  # of a checkpoint: the others have gone on without it
         return True
+
+    @property
+    @override
+    def must_enter_again(self) -> bool:
+        return self._members.has_failed
 
     # What one who is behind gets
 
     def _state(self) -> dict[str, Any]:
-        return {**self.center.state_dict(), "clock": self._clock}
+        return {**self.center.state_dict(), "clock": self._clock, "wire_dtype": self._addition.wire_dtype}
 
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state  # by another thread
@@ -154,6 +172,11 @@ class MembershipSum(DifferenceSum):
                 f"{self._strategy}: the other workers average vectors of {theirs} elements and this one of {ours};"
                 " give all workers the same model, optimizer and rule of the center."
             )
+        if state["wire_dtype"] != self._addition.wire_dtype:
+            raise ExchangeError(
+                f"{self._strategy}(wire_dtype={self._addition.wire_dtype!r}): the other workers have"
+                f" wire_dtype={state['wire_dtype']!r}; give all workers the same."
+            )
         missed = self._members.behind
         self.center.load_state_dict(state)
         return Restored(state["clock"], self._restart_after_missed is not None and missed >= self._restart_after_missed)
@@ -162,10 +185,9 @@ class MembershipSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
-        self._kept.flat.copy_(self.wire.flat)
-        self._shares = shares
+        self._addition.start(shares)
         self.is_lost = False
-        self._transfer = self._members.sum([self.wire.flat])
+        self._transfer = self._members.exchange(self._addition.add_up)
 
     @override
     def advance(self) -> None:
@@ -185,12 +207,16 @@ class MembershipSum(DifferenceSum):
                 stacklevel=2,
             )
             return
-        starts = 0
-        for segment, share in zip(self.wire.segments, self._shares, strict=True):
-            part = slice(starts, starts + segment.numel())
-            self.center.move_(part, segment, share)
-            starts = part.stop
+        self._addition.move()
         self.center.end_exchange()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self._addition.state_dict()
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._addition.load_state_dict(state)
 
     @override
     def close(self) -> None:

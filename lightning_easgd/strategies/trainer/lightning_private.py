@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 __all__ = [
     "begins_epoch",
     "clocks_of",
@@ -125,11 +127,18 @@ def clocks_of(trainer: Any) -> dict[str, Any]:
         "steps": trainer.global_step,
         "epoch": trainer.current_epoch,
         "rates": [
-            [{name: group[name] for name in ("lr", "initial_lr") if name in group} for group in optimizer.param_groups]
+            [
+                {name: _kept(group[name]) for name in ("lr", "initial_lr") if name in group}
+                for group in optimizer.param_groups
+            ]
             for optimizer in trainer.optimizers
         ],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
     }
+
+
+def _kept(rate: Any) -> Any:
+    return rate.clone() if isinstance(rate, Tensor) else rate
 
 
 def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:

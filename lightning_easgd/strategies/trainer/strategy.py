@@ -256,7 +256,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._meetings = Meetings(self._ranks.trainer, self)
         self._checkpoints.resume()
         if self.elastic is not None:
-            self.elastic.enter(self._session.averaging, self._trainer)
+            self.elastic.enter(self._session, self._trainer)
 
     def on_train_epoch_start(self) -> None:
         """Look again where ranks must meet, where their data is new."""
@@ -290,6 +290,8 @@ class TrainerStrategy(WorkerProcess, _Base):
     def before_step(self, optimizer: Optimizer) -> None:
         """Begin an exchange if this optimizer's clock says so; called before every step, however it is made."""
         if self._is_averaging and self._session is not None:
+            if self.elastic is not None:
+                self.elastic.note_clocks()
             self._session.before_step(optimizer, remedy="make it in training, or use evaluate='worker'")
 
     def after_step(self, optimizer: Optimizer, had_closure: bool) -> None:

@@ -1,0 +1,74 @@
+"""What a worker that comes to others gets of what nobody averages: buffers, teachers, frozen weights."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.averagers import ExchangeError
+from lightning_easgd.strategies.outside_values import OutsideValues, listed
+from lightning_easgd.tensors.buffers import can_be_written
+from lightning_easgd.tensors.checksums import checksum
+
+__all__ = ["hand_over", "take_over"]
+
+
+def hand_over(outside: OutsideValues, most: int) -> dict[str, Any]:
+    """What to send: values, and checksums in place of the values of too many parameters, such as a pretrained model's.
+
+    Args:
+        outside: This worker's.
+        most: The most bytes of parameters.
+    """
+    tensors, buffers = outside.tensors(), outside.buffers()
+    parameters = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    checksums = {}
+    if sum(parameter.nbytes for parameter in parameters.values()) > most:
+        checksums = {name: checksum(parameter) for name, parameter in parameters.items()}
+    values = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items() if name not in checksums}
+    return {"values": values, "checksums": checksums}
+
+
+@torch.no_grad()
+def take_over(outside: OutsideValues, handed: Mapping[str, Any], strategy: str) -> Mapping[str, Tensor]:
+    """Let this worker's values be those of another one; what is not alike on both stays as it is, with a warning.
+
+    Args:
+        outside: This worker's; is written to.
+        handed: From :func:`hand_over`.
+        strategy: Name of the strategy, for errors.
+
+    Returns:
+        The new values, by name.
+
+    Raises:
+        ExchangeError: If parameters of which there are only checksums differ.
+    """
+    tensors, values = outside.tensors(), handed["values"]
+    sums = {name: checksum(tensors[name]) for name in handed["checksums"].keys() & tensors.keys()}
+    other = sorted(name for name, value in handed["checksums"].items() if sums.get(name) != value)
+    if other:
+        raise ExchangeError(
+            f"{strategy}(fault_tolerance=...): {listed(other)}, of the parameters that are not trained, are not the"
+            " other workers', and too large to be sent; load the same ones in every worker."
+        )
+    alike = {
+        name: values[name]
+        for name, tensor in tensors.items()
+        if name in values
+        and (values[name].shape, values[name].dtype) == (tensor.shape, tensor.dtype)
+        and can_be_written(tensor)
+    }
+    for name, value in alike.items():
+        tensors[name].copy_(value)
+    unlike = sorted((tensors.keys() | values.keys()) - alike.keys() - handed["checksums"].keys())
+    if unlike:
+        warnings.warn(
+            f"{strategy}(fault_tolerance=...): {listed(unlike)} differ from the other workers' in shape or dtype, or"
+            " are not there on both; this worker keeps its own.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return alike
