@@ -229,7 +229,7 @@ def write_tables(options: argparse.Namespace) -> None:
         )  # fmt: skip
     tried = [row for row in ends if row["method"] == "try"]
     print_table(results)
-    write_results(options.output, {"results": results, "family": tried}, vars(options))
+    write_results(options.output, {"results": results, "family": tried}, {**vars(options), "data": None})
     draw(options.output)
 
 
