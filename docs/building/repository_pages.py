@@ -21,6 +21,7 @@ PAGES = {
     "results/benchmarks.md": "examples/benchmarks/README.md",
     "results/cifar10.md": "examples/results/cifar10_tau_small/README.md",
     "results/gpu.md": "examples/results/gpu/README.md",
+    "results/rules.md": "examples/results/outer_rules/README.md",
     "results/simulation.md": "examples/results/simulation/README.md",
     "results/stability.md": "examples/results/stability/README.md",
 }
