@@ -59,7 +59,7 @@ WRONG = [
     ("easgd-train scheduler=cosine scheduler.T_max=0", "easgd-train(scheduler.T_max=0)", "correct this value"),
     ("easgd-train scheduler=cosine trainer.max_epochs=-1", "easgd-train(scheduler.T_max=-1)", "set trainer.max_epochs"),
     ("easgd-train scheduler=cosine_steps", "easgd-train(scheduler.T_max=-1)", "trainer.max_steps"),
-    ("easgd-train +model.scheduler_interval=day", "Classifier(scheduler_interval='day')", "choose 'epoch'"),
+    ("easgd-train model.scheduler_interval=day", "Classifier(scheduler_interval='day')", "choose 'epoch'"),
     ("easgd-train data.batch_size=0", "DigitsDataModule(batch_size=0)", "give 1 or more"),
     ("easgd-train data.batch_size=abc", "easgd-train(data.batch_size=abc)", "correct this value"),
     ("easgd-train data.num_workers=-1", "DigitsDataModule(num_workers=-1)", "0 loads without any"),
