@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -192,8 +193,9 @@ def test_monitor_cost(tmp_path):
     assert list(table)[:2] == ["easgd", "easgd again"]
     assert len(table) == len(rows(tmp_path / "rounds.csv")) == 7
     assert float(table["easgd"]["ratio"]) == float(table["easgd"]["cpu_ratio"]) == 1
-    # A reading of several gradients after every fourth step is in the counted steps.
-    assert float(table["CurvatureMonitor"]["cpu_ratio"]) > max(1, float(table["TimeSplit"]["cpu_ratio"]))
+    # A reading of several gradients after every fourth step is in the counted steps; any other may be disturbed.
+    others = [float(row["cpu_ratio"]) for name, row in table.items() if name != "CurvatureMonitor"]
+    assert float(table["CurvatureMonitor"]["cpu_ratio"]) > 1.2 * statistics.median(others)
     readings = {row["reading"]: row for row in rows(tmp_path / "readings.csv")}
     assert len(readings) == 5
     assert int(float(readings["CurvatureMonitor, first"]["products"])) > 1
