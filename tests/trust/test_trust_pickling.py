@@ -11,6 +11,7 @@ from ranks import run_ranks
 from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 
 STRATEGIES = {
@@ -58,7 +59,7 @@ def test_copies_after_a_failed_fit(name: str) -> None:
     def train() -> None:
         trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2)
         module = Fails()
-        with pytest.raises(KeyError):
+        with pytest.raises((KeyError, ExchangeError)):  # the own one, or what comes of the other rank's
             trainer.fit(module)
         for thing in (trainer, trainer.strategy, module):
             copies(thing)
