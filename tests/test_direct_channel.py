@@ -22,7 +22,8 @@ from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import Failure
 from lightning_easgd.transport.direct_channel import DirectChannel, DirectMessageChannel
-from lightning_easgd.transport.mesh import LANES, Mesh, connections, open_mesh
+from lightning_easgd.transport.mesh import LANES, Mesh
+from lightning_easgd.transport.mesh_opening import connections, open_mesh
 from lightning_easgd.transport.network import OwnAddress
 
 pytestmark = pytest.mark.timeout(60)

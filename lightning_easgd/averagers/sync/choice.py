@@ -26,7 +26,7 @@ from lightning_easgd.transport.channel import (
     ProcessGroupMessageChannel,
 )
 from lightning_easgd.transport.direct_channel import DirectChannel, DirectMessageChannel
-from lightning_easgd.transport.mesh import open_mesh
+from lightning_easgd.transport.mesh_opening import open_mesh
 from lightning_easgd.transport.shared_channel import SharedChannel, shared_channel
 from lightning_easgd.transport.shared_vectors import shared_vectors
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -204,17 +204,20 @@ def make_channel(
         worker = WorkerRanks(across, inside, is_sharded, judges_together)
     workers = worker.across
 
+    backend = choice.backend if choice.backend != "direct" else "gloo"  # of what is not direct
+    is_direct = choice.backend == "direct" and workers.size > 1
+    connect = partial(open_mesh, workers.rank, workers.size, store, failure)
+
     def reduced() -> Channel:
-        if choice.backend == "direct" and workers.size > 1:
-            return DirectChannel(open_mesh(workers.rank, workers.size, store, failure), strategy)
+        if is_direct:
+            return DirectChannel(connect(), strategy)
         return ProcessGroupChannel(backend, timeout, strategy, who_is_missing, columns)
 
     def messages() -> MessageChannel:
-        if choice.backend == "direct" and workers.size > 1:
-            return DirectMessageChannel(open_mesh(workers.rank, workers.size, store, failure))
+        if is_direct:
+            return DirectMessageChannel(connect())
         return ProcessGroupMessageChannel(backend, timeout, strategy, who_is_missing, columns)
 
-    backend = "gloo" if choice.backend == "direct" else choice.backend
     if choice.sum == "compressed":
         assert setting.wire_dtype is not None
         make_sum = compressed_sums(messages, partial(make_codec, setting.wire_dtype))
