@@ -265,13 +265,22 @@ def summing(interrupt):
     return None
 
 
+def die_before_a_child():
+    """A data loader's worker may live for a while after its rank."""
+    if os.fork() == 0:
+        time.sleep(5)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("interrupt", "text", "limit"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "worker 1 has ended its connection", 1.0),
+        (die_before_a_child, "worker 1 has ended its connection", 1.0),
         (lambda: time.sleep(6), "have not come", 3.0),
     ],
-    ids=["killed", "hanging"],
+    ids=["killed", "killed before its child", "hanging"],
 )
 def test_a_lost_worker_ends_a_sum(interrupt, text, limit):
     error, waited = end_ranks(summing, 2, interrupt, timeout=60)[0].value
