@@ -21,13 +21,13 @@ from lightning_easgd.transport.mesh import Mesh
 pytestmark = pytest.mark.timeout(120)
 
 
-def fit_on_nodes(module, strategy, per_node=1, **trainer):
+def fit_on_nodes(module, strategy, per_node=1, checkpoint=None, **trainer):
     """Fit in a process that :func:`ranks.run_ranks` made, as one that torchrun has started on one of several nodes."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ |= {"GROUP_RANK": str(rank // per_node), "LOCAL_RANK": str(rank % per_node)}
     os.environ["LOCAL_WORLD_SIZE"] = str(per_node)
     trainer = quiet_trainer(strategy=strategy, devices=per_node, num_nodes=size // per_node, **trainer)
-    trainer.fit(module)
+    trainer.fit(module, ckpt_path=checkpoint)
     return module
 
 
@@ -122,22 +122,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
     def run():
         def fit(epochs, checkpoint=None):
             torch.manual_seed(0)
-            strategy = EASGDStrategy(tau=2, momentum=0.9, wire_dtype="int8")
             module = Regression(batches=7)
             module.configure_optimizers = lambda: torch.optim.SGD(
                 module.parameters(), lr=0.1, momentum=0.9, nesterov=True
             )
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            os.environ |= {"GROUP_RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            trainer = quiet_trainer(
-                strategy=strategy, devices=1, num_nodes=size, max_epochs=epochs, limit_val_batches=0
-            )
-            trainer.fit(module, ckpt_path=checkpoint)
-            return module, trainer
+            strategy = EASGDStrategy(tau=2, momentum=0.9, wire_dtype="int8")
+            return fit_on_nodes(module, strategy, checkpoint=checkpoint, max_epochs=epochs, limit_val_batches=0)
 
-        whole, _ = fit(2)
-        fit(1)[1].save_checkpoint(tmp_path / "half.ckpt")
-        resumed, _ = fit(2, tmp_path / "half.ckpt")
+        whole = fit(2)
+        fit(1).trainer.save_checkpoint(tmp_path / "half.ckpt")
+        resumed = fit(2, tmp_path / "half.ckpt")
         pairs = zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
         return all((a == b).all() for a, b in pairs)
 
