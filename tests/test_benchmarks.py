@@ -50,7 +50,7 @@ def rows(path):
 
 def test_step_cost(tmp_path):
     size = ["--parameters", "20000", "--batch-size", "8", "--rounds", "1", "--steps", "4", "--tau", "2"]
-    chosen = ["--methods", "easgd", "post_local_sgd", "ddp", "easgd int8"]
+    chosen = ["--methods", "easgd", "post_local_sgd", "ddp", "easgd int8", "raw_socket"]
     command = [python(), FOLDER / "run.py", "step_cost", *size, *chosen, "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
     assert done.returncode == 0, done.stderr
@@ -60,6 +60,7 @@ def test_step_cost(tmp_path):
     gradients = 4 * sum(parameter.numel() for parameter in mlp(20000, 8).parameters())
     assert float(table["ddp"]["bytes_per_step"]) == pytest.approx(gradients, rel=0.05)
     assert float(table["post_local_sgd tau=2"]["bytes_per_step"]) == pytest.approx(gradients / 2, rel=0.05)
+    assert float(table["raw_socket tau=2"]["bytes_per_step"]) == pytest.approx(gradients / 2, rel=0.05)
     assert float(table["local"]["bytes_per_step"]) < 0.01 * gradients
     assert float(table["easgd tau=2"]["ratio"]) > 0
     assert ("skipped: easgd int8: " in said) == ("easgd int8 tau=2" not in table)

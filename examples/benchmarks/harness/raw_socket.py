@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 __all__ = ["RawSocket"]
 
+_TIMEOUT = 120.0  # seconds without a byte
+
 
 class RawSocket(Callback):
     """Every ``tau`` steps each rank sends to its neighbour in a ring what an all-reduce of the parameters sends.
@@ -29,9 +31,11 @@ class RawSocket(Callback):
             addresses: list[Any] = [None] * size
             dist.all_gather_object(addresses, server.getsockname()[:2])
             self._next = socket.create_connection(addresses[(rank + 1) % size])
+            server.settimeout(_TIMEOUT)
             self._previous, _ = server.accept()
         for each in (self._next, self._previous):
             each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            each.settimeout(_TIMEOUT)
         half = sum(parameter.nbytes for parameter in module.parameters()) * (size - 1) // size
         self._outgoing, self._incoming = bytearray(half), bytearray(half)
         self._sender, self._exchanger = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
@@ -58,5 +62,8 @@ class RawSocket(Callback):
             sent = self._sender.submit(self._next.sendall, self._outgoing)
             missing = memoryview(self._incoming)
             while missing:
-                missing = missing[self._previous.recv_into(missing) :]
+                count = self._previous.recv_into(missing)
+                if count == 0:
+                    raise ConnectionError("RawSocket: another rank has ended its connection")
+                missing = missing[count:]
             sent.result()

@@ -1,5 +1,6 @@
 """Methods take turns in the same ranks, round after round; what each turn costs."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,9 @@ from harness.ranks import Place, Send
 from lightning_easgd import EASGDStrategy
 
 __all__ = ["Turn", "Turns", "quiet_trainer", "take_turns"]
+
+_QUIET = 0.2  # seconds, longer than the round trips that are measured
+_LOOKS = 300
 
 
 @dataclass(frozen=True)
@@ -145,10 +149,21 @@ class _ByteCounter(Callback):
         strategy = trainer.strategy
         if isinstance(strategy, EASGDStrategy) and strategy.mode == "sync":
             _ = strategy.center  # waits for the exchange under way
+        self._wait_for_quiet()
         dist.barrier()
         count = bytes_sent()
         dist.barrier()
         return count
+
+    def _wait_for_quiet(self) -> None:
+        """Return when nothing has been sent for a while: what a thread exchanges may be under way, too."""
+        before = bytes_sent()
+        for _ in range(_LOOKS):
+            time.sleep(_QUIET)
+            now = bytes_sent()
+            if now == before or math.isnan(now):
+                return
+            before = now
 
 
 class _Stopwatch(Callback):
