@@ -1,8 +1,10 @@
 """A lighthouse and workers that come and go, each a process of its own."""
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,6 +52,10 @@ class Job:
             process.kill()  # a stopped one, too
         for process in self.processes:
             process.wait(20)
+        for path in self.folder.glob("*.jsonl"):  # what torchrun has started outlives it
+            for line in self.lines(path.stem):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(line.get("pid", 2**30), signal.SIGKILL)
 
     def light(self):
         self.lighthouse = subprocess.Popen(
@@ -99,6 +105,14 @@ class Job:
             time.sleep(0.02)
         raise AssertionError(f"worker {number} has not come there: {self.lines(number)[-3:]}\n{self.said(number)}")
 
+    def started_again(self, number, seconds=60):
+        """When a worker has come to the others for the second time."""
+        deadline = time.monotonic() + seconds
+        while len(starts := [line["time"] for line in self.lines(number) if "pid" in line]) < 2:
+            assert time.monotonic() < deadline, self.said(number)
+            time.sleep(0.02)
+        return starts[1]
+
     def signal(self, number, what):
         pid = [line["pid"] for line in self.lines(number) if "pid" in line][-1]
         os.kill(pid, what)
@@ -113,6 +127,28 @@ class Job:
         common = [list(centers.values()) for centers in seen.values() if len(centers) > 1]
         assert len(common) >= 5
         assert all(len(set(centers)) == 1 for centers in common)
+
+    def check_moves(self, *numbers, tau, beta, tolerance):
+        """One element of the center has made the paper's move wherever all of them took part in time."""
+        checked = 0
+        lines = [self.steps(number) for number in numbers]
+        first = [{}, {}]
+        for of_worker, found in zip(lines, first, strict=True):
+            for line in of_worker:
+                found.setdefault(line["version"], line)
+        for version in first[0].keys() & first[1].keys():
+            after = [found[version] for found in first]
+            begun = [line["clock"] - (tau - 1) for line in after]  # it is completed one step before the next one
+            if any(clock % tau or line["living"] != [0, 1] for clock, line in zip(begun, after, strict=True)):
+                continue
+            before = [[e for e in each if e["clock"] == clock] for each, clock in zip(lines, begun, strict=True)]
+            if any(len(found) != 1 or found[0]["version"] != version - 1 for found in before):
+                continue  # a worker that was started again has two steps of one clock
+            old = before[0][0]["center_weight"]
+            moved = old + beta / 2 * sum(found[0]["weight"] - old for found in before)
+            assert abs(after[0]["center_weight"] - moved) <= tolerance
+            checked += abs(moved - old) > 10 * tolerance
+        assert checked >= 5
 
     def stood_still(self, number, since, until):
         """The longest time between two of its steps, beyond what a slow machine takes."""

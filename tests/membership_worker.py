@@ -1,7 +1,8 @@
 """One worker of those that come and go, as a user starts it: python membership_worker.py FOLDER NUMBER [KEY=JSON ...]
 
 It writes a line of JSON for each of its steps into FOLDER/NUMBER.jsonl, one when it has come to the others and one at
-its end. Keys: ``tolerance`` (of ``FaultTolerance``) and those of ``SETTINGS``.
+its end; a further rank r of it into FOLDER/NUMBER.r.jsonl. Keys: ``tolerance`` (of ``FaultTolerance``) and those of
+``SETTINGS``.
 """
 
 import hashlib
@@ -15,15 +16,19 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from torch.distributed.fsdp import fully_shard
 from toys import quiet_trainer
 
-from lightning_easgd import EASGDStrategy, FaultTolerance
+from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
+from lightning_easgd.tensors.shards import local
 from lightning_easgd.transport.membership import Membership
 
 SETTINGS = {
     "steps": 10**6,
     "pace": 0.01,  # seconds of a step
     "tau": 5,
+    "ranks": 1,  # of a worker
+    "is_sharded": False,
     "wire_dtype": None,
     "dies_in": None,  # an operation of its exchanges, in its own of this number
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
@@ -41,12 +46,17 @@ class Paced(L.LightningModule):
         self.norm, self.net = torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 2)
         self.made = 0
 
+    def configure_model(self):
+        if self.settings["is_sharded"]:
+            for part in (self.norm, self.net):
+                fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch, index):
         time.sleep(self.settings["pace"])
         self.made += 1
         if self.made == self.settings["raises_at"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             raise RuntimeError("as the test has it")
-        generator = torch.Generator().manual_seed(self.global_step * 97 + self.number)
+        generator = torch.Generator().manual_seed(self.global_step * 97 + self.number + 31 * self.global_rank)
         x = torch.randn(8, 50, generator=generator)
         return (self.net(self.norm(x)) - x[:, :2]).square().mean()
 
@@ -59,7 +69,8 @@ class Paced(L.LightningModule):
         return torch.utils.data.DataLoader(torch.zeros(40), batch_size=1)
 
     def write(self, **row):
-        with (self.folder / f"{self.number}.jsonl").open("a") as file:
+        rank = f".{self.global_rank}" if self.global_rank else ""
+        with (self.folder / f"{self.number}{rank}.jsonl").open("a") as file:
             file.write(json.dumps({"time": time.time(), **row}) + "\n")
 
     def on_train_start(self):
@@ -69,6 +80,11 @@ class Paced(L.LightningModule):
         (averager,) = self.trainer.strategy._averagers
         members = self.trainer.strategy.elastic.membership
         center = averager.center
+        (of_weight,) = (
+            value
+            for parameter, value in zip(averager.parameters, averager.center_values(), strict=True)
+            if parameter is self.net.weight
+        )
         self.write(
             step=self.global_step,
             clock=averager.clock,
@@ -76,7 +92,8 @@ class Paced(L.LightningModule):
             lr=self.optimizers().param_groups[0]["lr"],
             version=center.version,
             center=hashlib.blake2b(center.flat.numpy().tobytes(), digest_size=8).hexdigest(),
-            weight=self.net.weight[0, 0].item(),
+            weight=local(self.net.weight)[0, 0].item(),
+            center_weight=local(of_weight)[0, 0].item(),
             living=members.living,
             tracked=int(self.norm.num_batches_tracked),
             missed=members.missed,
@@ -95,7 +112,7 @@ def die_in(operation, number):
         if next(made) == number:
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGKILL)
-        operate(self, *buffers)
+        return operate(self, *buffers)
 
     setattr(Membership, operation, dies)
 
@@ -108,7 +125,11 @@ if __name__ == "__main__":
         die_in(*settings["dies_in"])
     module = Paced(settings, Path(folder), int(number))
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
-    strategy = EASGDStrategy(tau=settings["tau"], wire_dtype=settings["wire_dtype"], fault_tolerance=tolerance)
-    trainer = quiet_trainer(strategy=strategy, devices=1, max_epochs=-1, max_steps=settings["steps"])
+    arguments = {"tau": settings["tau"], "wire_dtype": settings["wire_dtype"], "fault_tolerance": tolerance}
+    if settings["is_sharded"]:
+        strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
+    else:
+        strategy = EASGDStrategy(devices_per_worker=settings["ranks"], **arguments)
+    trainer = quiet_trainer(strategy=strategy, devices=settings["ranks"], max_epochs=-1, max_steps=settings["steps"])
     trainer.fit(module, ckpt_path=settings["resumes"])
     module.write(event="ends", step=trainer.global_step)

@@ -74,6 +74,7 @@ def test_private_hooks_that_the_strategies_share_with_lightning():
         "_ddp_comm_state",
         "_ddp_comm_wrapper",
         "_ddp_kwargs",
+        "_get_process_group_backend",
         "_launcher",
         "_layer_sync",
         "_model_averager",  # of post-local SGD

@@ -1,7 +1,6 @@
 """Workers that come, die and return: what is refused, the sum over those that are there, and real processes."""
 
 import subprocess
-from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,7 +86,6 @@ class TestStrategy:
         ("arguments", "said"),
         [
             ({"mode": "async"}, r"mode='async', fault_tolerance=\.\.\.\): a served center"),
-            ({"devices_per_worker": 2}, r"devices_per_worker=2, fault_tolerance=\.\.\.\): .* one device so far"),
         ],
     )
     def test_what_does_not_go_with_it_is_refused(self, arguments, said):
@@ -99,12 +97,30 @@ class TestStrategy:
             EASGDStrategy(fault_tolerance="yes")
         with pytest.raises(ValueError, match="Fabric's workers are a fixed number"):
             FabricStrategy(fault_tolerance=True)
-        with pytest.raises(TypeError, match="fault_tolerance"):
-            EASGDModelParallelStrategy(fault_tolerance=True)
 
-    def test_one_launch_is_one_worker(self):
-        with pytest.raises(ValueError, match="this one has 2; use devices=1"):
-            quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=2)
+    @pytest.mark.parametrize(
+        ("strategy", "said"),
+        [
+            (partial(EASGDStrategy), "2 of 1 device; .*devices_per_worker=2"),
+            (partial(EASGDModelParallelStrategy, 1), "2 of 1 device; .*data_parallel_size"),
+        ],
+    )
+    def test_one_launch_is_one_worker(self, strategy, said):
+        with pytest.raises(ValueError, match=rf"a launch is one worker, and this one has {said}"):
+            quiet_trainer(strategy=strategy(fault_tolerance=HERE), devices=2)
+
+    @pytest.mark.parametrize(
+        ("group_size", "training", "arguments"),
+        [
+            (4, True, {"num_replicas": 8, "rank": 5}),
+            (4, False, {"num_replicas": 2, "rank": 1}),
+            (None, True, {"num_replicas": 2, "rank": 1, "seed": 2}),
+        ],
+    )
+    def test_ranks_of_a_worker_share_its_data(self, monkeypatch, group_size, training, arguments):
+        monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+        worker = ElasticWorker("EASGDStrategy", FaultTolerance("http://localhost:1", 2, group_size))
+        assert worker.sampler_arguments({"num_replicas": 2, "rank": 1}, training=training) == arguments
 
     def test_rates_and_schedules_are_handed_over_as_of_one_step(self):
         handed = []
@@ -167,8 +183,13 @@ class Others:
         self.states = {}
         self.waited = []
 
-    def add_state(self, key, state, load):
+    def add_state(self, key, state, load, **_):
         self.states[key] = state, load
+
+    def give(self, stores, version, clock):
+        """What another worker is at."""
+        self.states["center"][1]({"stores": stores, "version": version, "wire_dtype": None})
+        self.states["clock"][1](clock)
 
     def open(self):
         pass
@@ -186,9 +207,6 @@ class Others:
     def exchange(self, add_up):
         self.is_requested = False
         add_up()
-        done = Future()
-        done.set_result(None)
-        return done
 
     def all_reduce(self, buffer):
         buffer.add_(self.gives)
@@ -283,8 +301,7 @@ class TestSum:
         others = Others(size=1)
         self.averaging(others, restart_after_missed=after)
         self.step(4)
-        _, load = others.states["center"]
-        load({"stores": [torch.tensor([10.0])], "version": 7, "clock": 90, "wire_dtype": None})
+        others.give([torch.tensor([10.0])], version=7, clock=90)
         others.behind = 2
         self.x.data.fill_(4.0)
         before = self.averager.clock
@@ -296,8 +313,7 @@ class TestSum:
     def test_who_comes_starts_at_the_center_and_its_clock(self):
         others = Others(gives=2.0)
         self.averaging(others)
-        _, load = others.states["center"]
-        load({"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None})
+        others.give([torch.tensor([3.0])], version=4, clock=21)
         self.whole.enter()
         assert self.values == (3.5, 3.5)  # it has given nothing, and the others 2 at β/p = ¼
         assert self.averager.clock == 21
@@ -311,8 +327,7 @@ class TestSum:
             come()
             others.counts = len(others.waited) == 2
             if others.counts:
-                state = {"stores": [torch.tensor([3.0])], "version": 4, "clock": 21, "wire_dtype": None}
-                others.states["center"][1](state)
+                others.give([torch.tensor([3.0])], version=4, clock=21)
 
         others.request = request
         with pytest.warns(RuntimeWarning, match="come to nothing"):
@@ -344,7 +359,7 @@ class TestSum:
     def test_others_of_another_size_are_refused(self):
         others = Others()
         self.averaging(others)
-        others.states["center"][1]({"stores": [torch.zeros(2)], "version": 4, "clock": 21, "wire_dtype": None})
+        others.give([torch.zeros(2)], version=4, clock=21)
         with pytest.raises(ExchangeError, match=r"vectors of \[\(2,\)\] elements and this one of \[\(1,\)\]"):
             self.whole.enter()
 

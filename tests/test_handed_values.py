@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_easgd.averagers import ExchangeError
-from lightning_easgd.strategies.handed_values import hand_over, take_over
+from lightning_easgd.strategies.handed_values import HandedValues, take_over
 from lightning_easgd.strategies.outside_values import OutsideValues
 
 
@@ -29,7 +29,7 @@ def outside_of(net, *, with_buffers=True):
 
 def test_it_has_what_the_other_has():
     living, coming = Net(7.0), Net(1.0)
-    handed = hand_over(outside_of(living), most=12)
+    handed = HandedValues(outside_of(living), most=12).packed()
     living.norm.running_mean.zero_()  # it goes on
     values = take_over(outside_of(coming), handed, "EASGDStrategy")
     assert coming.teacher.weight.tolist() == [[7.0] * 3]
@@ -41,14 +41,14 @@ def test_it_has_what_the_other_has():
 
 def test_buffers_that_are_each_workers_own_stay():
     coming = Net(1.0)
-    handed = hand_over(outside_of(Net(7.0), with_buffers=False), most=12)
+    handed = HandedValues(outside_of(Net(7.0), with_buffers=False), most=12).packed()
     take_over(outside_of(coming, with_buffers=False), handed, "EASGDStrategy")
     assert coming.teacher.weight.tolist() == [[7.0] * 3]
     assert coming.norm.running_mean.tolist() == [1.0] * 2
 
 
 def test_a_large_frozen_model_is_compared_and_not_sent():
-    handed = hand_over(outside_of(Net(7.0)), most=11)
+    handed = HandedValues(outside_of(Net(7.0)), most=11).packed()
     assert "teacher.weight" not in handed["values"]
     same, other = Net(7.0), Net(1.0)
     same.norm.running_mean.zero_()
@@ -60,7 +60,7 @@ def test_a_large_frozen_model_is_compared_and_not_sent():
 
 def test_what_is_not_alike_stays_and_is_told():
     coming = Net(1.0, width=4)
-    handed = hand_over(outside_of(Net(7.0)), most=12)
+    handed = HandedValues(outside_of(Net(7.0)), most=12).packed()
     outside = outside_of(coming)
     with pytest.warns(RuntimeWarning, match=r"bank, teacher\.weight differ from the other workers'"):
         take_over(outside, handed, "EASGDStrategy")

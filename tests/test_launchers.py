@@ -84,6 +84,17 @@ def test_torchrun(reference, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["easgd", "easgd_async"])
+def test_torchrun_starts_ranks_again(name, reference, tmp_path):
+    """Its store is there still, with all that the ranks of before have written."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    launch([python(), *torchrun, str(SCRIPT), name, str(tmp_path)], FAILS_FIRST="1")
+    first, second = states(tmp_path)
+    assert same(first, second)
+    assert same(first, reference) == (name == "easgd")
+
+
+@pytest.mark.parametrize("name", ["easgd", "easgd_async"])
 def test_slurm(name, reference, tmp_path):
     """Two tasks as srun starts them, each with its place in SLURM's variables."""
     shared = {

@@ -10,6 +10,11 @@ pytestmark = pytest.mark.timeout(170)
 pytest.importorskip("torchft")
 
 
+def torchrun(ranks, restarts=1):
+    where = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1")
+    return "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *where
+
+
 @pytest.fixture
 def job(tmp_path):
     with Job(tmp_path) as job:
@@ -108,18 +113,52 @@ def test_a_lighthouse_that_is_away(job):
 def test_torchrun_starts_a_worker_again(job):
     job.start(0, wire_dtype="bfloat16")
     job.until(0, are(0))  # the other one would have raised before this one has come
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--max-restarts=1", "--rdzv-backend=c10d")
-    launcher = (*launcher, "--rdzv-endpoint=localhost:0", "--monitor-interval=0.1")
-    job.start(1, *launcher, wire_dtype="bfloat16", raises_at=25)
+    job.start(1, *torchrun(1), wire_dtype="bfloat16", raises_at=25)
     first = job.until(1, are(0, 1))
-    deadline = time.monotonic() + 60
-    while len(starts := [line["time"] for line in job.lines(1) if "pid" in line]) < 2:
-        assert time.monotonic() < deadline, job.said(1)
-        time.sleep(0.02)
-    again = job.until(1, are(0, 1), since=starts[1])
+    second = job.started_again(1)
+    again = job.until(1, are(0, 1), since=second)
     assert again["clock"] > first["clock"]
-    job.until(0, lambda line: line["version"] > again["version"], since=starts[1])
+    job.until(0, lambda line: line["version"] > again["version"], since=second)
     job.check_centers(0, 1)
+
+
+@pytest.mark.parametrize(("is_sharded", "wire_dtype"), [(False, None), (True, None), (False, "int8")])
+def test_workers_of_two_ranks(job, is_sharded, wire_dtype):
+    settings = {"ranks": 2, "is_sharded": is_sharded, "wire_dtype": wire_dtype}
+    workers = [job.start(number, *torchrun(2), **settings) for number in (0, 1)]
+    for rank in ("0", "0.1", "1", "1.1"):
+        job.until(rank, are(0, 1))
+    job.until("1.1", lambda line: line["version"] > 12)
+
+    job.signal("1.1", signal.SIGKILL)
+    again = job.started_again(1)
+    back = {rank: job.until(rank, are(0, 1), since=again) for rank in ("0", "0.1", "1", "1.1")}
+    assert back["1"]["clock"] == back["1.1"]["clock"] > 60
+    assert back["1"]["lr"] == back["1.1"]["lr"] == pytest.approx(0.05 * 0.99 ** (back["1"]["step"] // 10))
+    for rank in back:
+        job.until(rank, lambda line: line["version"] > back["1"]["version"] + 6, since=again)
+
+    job.signal("0.1", signal.SIGTERM)  # both ranks of this worker stop, at one step
+    assert workers[0].wait(30) == 0
+    job.until(1, are(1), since=time.time())
+    last = [job.steps(rank)[-1]["clock"] for rank in ("0", "0.1")]
+    assert last[0] == last[1]
+
+    job.check_centers("0", "1")
+    job.check_centers("0.1", "1.1")
+    if not is_sharded:
+        job.check_centers("0", "0.1")
+    if wire_dtype is None:
+        for ranks in (("0", "1"), ("0.1", "1.1")):
+            job.check_moves(*ranks, tau=5, beta=0.9, tolerance=1e-6)
+
+
+def test_a_worker_of_another_size_is_refused(job):
+    job.start(0)
+    job.until(0, are(0))
+    two = job.start(1, *torchrun(2, restarts=0), ranks=2)
+    assert two.wait(60) != 0
+    assert "the worker with replica_id=0 has 1 ranks, and this one 2" in job.said(1)
 
 
 def test_the_first_saves_and_all_go_on(job):
@@ -138,3 +177,28 @@ def test_the_first_saves_and_all_go_on(job):
         job.until(number, lambda line: line["version"] > moved + 6, since=end)
     job.check_centers(0, 1, 2, since=end)
     assert "saved by workers that come and go, of which this is number 0" in job.said(1)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_workers_of_two_ranks_save_and_go_on(job, is_sharded):
+    settings = {"ranks": 2, "is_sharded": is_sharded, "pace": 0.02}
+    workers = [job.start(number, *torchrun(2), saves_at=140, steps=160, **settings) for number in (0, 1)]
+    assert [worker.wait(100) for worker in workers] == [0, 0]
+    first = {number: line["living"][0] for number in (0, 1) for line in job.steps(number) if line["step"] == 140}
+    assert first[0] == 0
+    assert {path.name for path in job.folder.glob("*.ckpt")} == {f"of_{number}.ckpt" for number in set(first.values())}
+    saved = job.folder / "of_0.ckpt"
+    assert saved.is_dir() == is_sharded
+    end = time.time()
+    for number in (0, 1):
+        job.start(number, *torchrun(2), resumes=str(saved), **settings)
+    for rank in ("0", "0.1", "1", "1.1"):
+        assert job.until(rank, are(0, 1), since=end)["clock"] > 140
+    moved = job.steps(0)[-1]["version"]
+    for rank in ("0", "0.1", "1", "1.1"):
+        job.until(rank, lambda line: line["version"] > moved + 6, since=end)
+    job.check_centers("0", "1", since=end)
+    job.check_centers("0.1", "1.1", since=end)
+    assert "starts at the center" not in job.said(0)
+    devices = "2 x 1" if is_sharded else "2"
+    assert f"saved by workers of {devices} devices that come and go, of which this is number 0" in job.said(1)

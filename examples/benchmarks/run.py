@@ -27,6 +27,7 @@ BENCHMARKS = {
     "stacked": "the paper's figure in steps: all workers of all methods stacked on one device (needs CIFAR-10, a GPU)",
     "outer_rules": "test error of rules of the center after equal steps, rates tuned for each (needs CIFAR-10)",
     "worker_groups": "what elastic averaging adds to a step where a worker is several ranks (DDP or FSDP2 inside)",
+    "membership_cost": "what a step costs where workers may come and go, and nobody does",
     "membership": "workers killed, frozen, started again and added at random, beside a job left in peace",
     "overview": "draw the figure of step_cost and slow_link together",
     "figure": "draw the figure of a results directory again, from its tables",

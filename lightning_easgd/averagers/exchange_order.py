@@ -237,6 +237,12 @@ class ExchangeLine:
         if header.astray is not None and header.exchange is not None:
             self.on_astray.hear(header.astray, clock)
 
+    def hear_stop(self) -> None:
+        """Hear whether a worker asks all to stop, where all are and no exchange is announced."""
+        if self.control.size > 1:
+            self.accept(self._header(), clock=0)
+            self.agree()
+
     def agree(self) -> bool:
         """Whether to stop here; called only at points that all workers come to after the same header."""
         self.stop_agreed = self._stop_heard

@@ -45,7 +45,7 @@ from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance, as_fault_tolerance
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
-from lightning_easgd.transport.channel import Channel, LoneChannel
+from lightning_easgd.transport.channel import Channel
 
 __all__ = ["EASGDMethod", "PullTo"]
 
@@ -129,9 +129,9 @@ class EASGDMethod(CenterMethod):
             and the elastic averaging is between the workers: p above is their number. Each rank exchanges its share of
             the parameters for its worker. Its ranks read :attr:`center` together.
         fault_tolerance: Workers that come, die and return: True, or a :class:`~lightning_easgd.FaultTolerance`. Each
-            worker is then a launch of its own, of one device, and torchft's lighthouse brings those that live together;
-            p is their number at each exchange. Validation, checkpoints, epochs and the end are each worker's own, and
-            so are buffers. It needs mode="sync" and a Trainer.
+            worker is then a launch of its own, of ``devices_per_worker`` ranks, and torchft's lighthouse brings those
+            that live together; p is their number at each exchange. Validation, checkpoints, epochs and the end are each
+            worker's own, and so are buffers. It needs mode="sync" and a Trainer.
         process_group_backend: As for ``DDPStrategy``. With mode="sync" and None, workers on one host announce
             exchanges through memory that they share, and on its CPUs they exchange there, too; CPUs of several nodes
             do both over direct connections. A name, such as "gloo", lets them do both through process groups.
@@ -214,7 +214,7 @@ class EASGDMethod(CenterMethod):
         check_center_device(name, center_device, mode)
         settings = as_fault_tolerance(name, fault_tolerance)
         if settings is not None:
-            check_elastic(name, mode, devices_per_worker, self.may_come_and_go)
+            check_elastic(name, mode, self.may_come_and_go)
             self.elastic = ElasticWorker(name, settings)
         check_momentum(name, momentum)
         check_center_rule(name, center_rule)
@@ -309,7 +309,7 @@ class EASGDMethod(CenterMethod):
             return self._served_averaging(exchange, averager, self.wire_dtype)
         assert self._timeout is not None
         if self.elastic is not None:
-            return self._elastic_averaging(self.elastic, optimizers, self._timeout.total_seconds())
+            return self._elastic_averaging(self.elastic, optimizers, self._timeout)
         assert self.process_group_backend is not None
         setting = Setting(
             self.root_device,
@@ -331,27 +331,41 @@ class EASGDMethod(CenterMethod):
             layout=self.layout,
             rank=self.global_rank,
             is_sharded=self.is_sharded,
-            judges_together=self.is_sharded and self.on_nonfinite == "reset",
+            judges_together=self._judges_together,
         )
         return self._synchronous_averaging(control, make_sum, worker, self.center_device)
 
-    def _elastic_averaging(self, elastic: ElasticWorker, optimizers: Sequence[Optimizer], timeout: float) -> Averaging:
+    def _elastic_averaging(
+        self, elastic: ElasticWorker, optimizers: Sequence[Optimizer], timeout: timedelta
+    ) -> Averaging:
         if len(optimizers) != 1:
             raise ValueError(
                 f"{type(self).__name__}(fault_tolerance=...): workers that come and go train with one optimizer so far,"
                 f" and this module has {len(optimizers)}."
             )
-        make_sum = elastic.make_sum(self.tau, timeout, self.wire_dtype)
+        control, make_sum, worker = elastic.connect(
+            self.tau,
+            timeout,
+            self.wire_dtype,
+            is_sharded=self.is_sharded,
+            judges_together=self._judges_together,
+            host=self.cluster_environment.main_address,
+            who_is_missing=self._who_is_missing,
+        )
         # Other workers may be anywhere, and what goes through gloo is on the host.
         center_device = None if self.root_device.type == "cpu" else "cpu"
-        return self._synchronous_averaging(LoneChannel(), make_sum, None, center_device)
+        return self._synchronous_averaging(control, make_sum, worker, center_device)
+
+    @property
+    def _judges_together(self) -> bool:
+        return self.is_sharded and self.on_nonfinite == "reset"
 
     @property
     def _position(self) -> Callable[[Optimizer], Position]:
         return ParameterPosition if self.momentum is None else LookAheadPosition
 
     def _synchronous_averaging(
-        self, control: Channel, make_sum: MakeSum, worker: WorkerRanks | None, center_device: str | None
+        self, control: Channel, make_sum: MakeSum, worker: WorkerRanks, center_device: str | None
     ) -> Averaging:
         return SynchronousAveraging(
             control,

@@ -103,22 +103,17 @@ def check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
         )
 
 
-def check_elastic(strategy: str, mode: str, devices_per_worker: object, may: bool) -> None:
+def check_elastic(strategy: str, mode: str, may: bool) -> None:
     """Refuse what workers that come and go cannot have."""
     if not may:
         raise ValueError(
             f"{strategy}(fault_tolerance=...): Fabric's workers are a fixed number; leave it out, or use a Trainer."
         )
-    refusals = {
-        "mode='async'": (mode == "async", "a served center goes with the ranks that hold it; use mode='sync'"),
-        f"devices_per_worker={devices_per_worker!r}": (
-            devices_per_worker != 1,
-            "a worker that comes and goes is of one device so far; leave it out",
-        ),
-    }
-    for given, (is_refused, why) in refusals.items():
-        if is_refused:
-            raise ValueError(f"{strategy}({given}, fault_tolerance=...): {why}.")
+    if mode == "async":
+        raise ValueError(
+            f"{strategy}(mode='async', fault_tolerance=...): a served center goes with the ranks that hold it; use"
+            " mode='sync'."
+        )
 
 
 def check_wire_dtype(strategy: str, wire_dtype: object) -> None:

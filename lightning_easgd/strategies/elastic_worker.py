@@ -1,18 +1,26 @@
 """A worker among others that come, die and return, as a strategy of a Trainer sees it."""
 
 import os
+from collections.abc import Callable, Mapping
+from datetime import timedelta
 from functools import partial
 from typing import Any, final
 
+import torch.distributed as dist
+
 from lightning_easgd.averagers.sync.addition import ExactAddition
-from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.choice import MakeSum, sliced_sums
 from lightning_easgd.averagers.sync.compressed_addition import CompressedAddition
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
+from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
+from lightning_easgd.strategies.handed_values import HandedValues
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
+from lightning_easgd.transport.channel import Channel, LoneChannel, ProcessGroupChannel
 from lightning_easgd.transport.membership import Membership
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["ElasticWorker"]
 
@@ -36,22 +44,25 @@ class ElasticWorker:
         # Of another worker, which this one is to go on at.
         self._clocks: dict[str, Any] | None = None
         self._values: dict[str, Any] | None = None
+        self._to_hand_over: HandedValues | None = None
 
-    def resolve(self, ranks: int) -> None:
+    def resolve(self, layout: WorkerLayout) -> None:
         """Find out what the environment says; before anything starts.
 
         Args:
-            ranks: Of this launch.
+            layout: Of the ranks of this launch.
 
         Raises:
             ModuleNotFoundError: If torchft is not installed.
-            ValueError: If something is missing, or there is more than one rank.
+            ValueError: If something is missing, or there is more than one worker.
         """
         self._settings = self._settings.resolved()
-        if ranks != 1:
+        if layout.workers != 1:
             raise ValueError(
-                f"{self._strategy}(fault_tolerance=...): a worker is a launch of one device so far, and this one has"
-                f" {ranks}; use devices=1 and num_nodes=1, and start each worker by itself."
+                f"{self._strategy}(fault_tolerance=...): a launch is one worker, and this one has {layout.workers} of"
+                f" {layout.per_worker} device{'s' if layout.per_worker > 1 else ''}; start each worker by itself, or"
+                f" make all {layout.ranks} ranks one worker (devices_per_worker={layout.ranks}; data_parallel_size of"
+                " EASGDModelParallelStrategy)."
             )
 
     @property
@@ -70,22 +81,44 @@ class ElasticWorker:
         """Whether it writes checkpoints, as the living worker of the smallest number does."""
         return self._members is None or self.replica_id == min(self._members.living)
 
-    def sampler_arguments(self, *, training: bool) -> dict[str, int]:
-        """How data are shared out: each worker trains on its own share, or order, and validates on all."""
-        size = self._settings.group_size
-        if training and size is not None:
-            return {"num_replicas": size, "rank": self.replica_id}
-        if not training:
-            return {"num_replicas": 1, "rank": 0}
-        return {"num_replicas": 1, "rank": 0, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica_id}
+    def sampler_arguments(self, inside: Mapping[str, int], *, training: bool) -> dict[str, int]:
+        """How data are shared out: each worker trains on its own share, or order, and validates on all.
 
-    def make_sum(self, tau: int, timeout: float, wire_dtype: WireDtype | None) -> MakeSum:
-        """Find the lighthouse, and make what makes the sum.
+        Args:
+            inside: How they are shared out between the ranks of this worker.
+            training: Whether they are trained on.
+        """
+        size, ranks = self._settings.group_size, inside["num_replicas"]
+        if training and size is not None:
+            return {"num_replicas": size * ranks, "rank": self.replica_id * ranks + inside["rank"]}
+        if not training:
+            return {**inside}
+        return {**inside, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica_id}
+
+    def connect(
+        self,
+        tau: int,
+        timeout: timedelta,
+        wire_dtype: WireDtype | None,
+        *,
+        is_sharded: bool,
+        judges_together: bool,
+        host: str,
+        who_is_missing: Callable[[], str],
+    ) -> tuple[Channel, MakeSum, WorkerRanks]:
+        """Find the lighthouse, and open the channels of this worker's ranks; all of them call it at the same point.
 
         Args:
             tau: τ.
-            timeout: Seconds for which a worker that comes waits for the others.
+            timeout: How long a worker that comes waits for the others, and a rank for another one of this worker.
             wire_dtype: What differences are rounded to on their way; None for nothing.
+            is_sharded: As for :class:`WorkerRanks`.
+            judges_together: As for :class:`WorkerRanks`.
+            host: Of this worker's first rank.
+            who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
+
+        Returns:
+            What ``SynchronousAveraging`` takes: the channel of the announcements, what makes the sum, the ranks.
 
         Raises:
             ExchangeError: If there is no lighthouse, or a worker of this number is alive.
@@ -94,6 +127,11 @@ class ElasticWorker:
         assert settings.lighthouse is not None
         assert isinstance(settings.quorum_timeout, float)
         assert isinstance(settings.process_group_timeout, float)
+        is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+
+        def channel() -> Channel:
+            return LoneChannel() if is_alone else ProcessGroupChannel("gloo", timeout, self._strategy, who_is_missing)
+
         self._members = members = Membership(
             settings.lighthouse,
             self.replica_id,
@@ -101,30 +139,40 @@ class ElasticWorker:
             min_replica_size=settings.min_replica_size,
             timeout=settings.process_group_timeout,
             strategy=self._strategy,
+            inside=channel(),
+            host="localhost" if is_alone else host,
         )
         members.check()
-        members.add_state("clocks", lambda: self._now, self._receive_clocks)
-        members.add_state("values", self._hand_over, self._receive_values)
-        return partial(
+        members.add_state("clocks", lambda: self._now, self._receive_clocks, is_common=True)
+        members.add_state("values", self._hand_over, self._receive_values, prepare=self._note_values)
+        make_sum: MakeSum = partial(
             MembershipSum,
             members=members,
             tau=tau,
             patience=settings.quorum_timeout,
-            timeout=timeout,
+            timeout=timeout.total_seconds(),
             restart_after_missed=settings.restart_after_missed,
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )
+        if not (is_alone or is_sharded):
+            make_sum = sliced_sums(channel, make_sum)
+        return channel(), make_sum, WorkerRanks(LoneChannel(), channel(), is_sharded, judges_together)
 
     def _receive_clocks(self, clocks: dict[str, Any]) -> None:
-        self._clocks = clocks  # by another thread
+        self._clocks = clocks
 
     def _receive_values(self, values: dict[str, Any]) -> None:
-        self._values = values  # by another thread
+        self._values = values
+
+    def _note_values(self) -> None:
+        """Find the tensors, which another thread must not: it would touch a sharded module in the middle of a step."""
+        assert self._session is not None
+        self._to_hand_over = self._session.handed_values()
 
     def _hand_over(self) -> dict[str, Any]:
-        assert self._session is not None
-        return self._session.hand_over()
+        assert self._to_hand_over is not None
+        return self._to_hand_over.packed()
 
     def enter(self, session: CenterSession, trainer: Any) -> None:
         """Before the first step: come to the others, and go on with their steps, epochs, schedules and buffers."""

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -11,24 +11,33 @@ from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.strategies.outside_values import OutsideValues, listed
 from lightning_easgd.tensors.buffers import can_be_written
 from lightning_easgd.tensors.checksums import checksum
+from lightning_easgd.tensors.shards import local
 
-__all__ = ["hand_over", "take_over"]
+__all__ = ["HandedValues", "take_over"]
 
 
-def hand_over(outside: OutsideValues, most: int) -> dict[str, Any]:
+@final
+class HandedValues:
     """What to send: values, and checksums in place of the values of too many parameters, such as a pretrained model's.
 
     Args:
         outside: This worker's.
         most: The most bytes of parameters.
     """
-    tensors, buffers = outside.tensors(), outside.buffers()
-    parameters = {name: tensor for name, tensor in tensors.items() if name not in buffers}
-    checksums = {}
-    if sum(parameter.nbytes for parameter in parameters.values()) > most:
-        checksums = {name: checksum(parameter) for name, parameter in parameters.items()}
-    values = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items() if name not in checksums}
-    return {"values": values, "checksums": checksums}
+
+    def __init__(self, outside: OutsideValues, most: int) -> None:
+        self._tensors = {name: local(tensor) for name, tensor in outside.tensors().items()}
+        self._parameters = self._tensors.keys() - outside.buffers().keys()
+        self._most = most
+
+    def packed(self) -> dict[str, Any]:
+        """The values of now; called by any thread."""
+        parameters = {name: self._tensors[name] for name in self._parameters}
+        checksums = {}
+        if sum(parameter.nbytes for parameter in parameters.values()) > self._most:
+            checksums = {name: checksum(parameter) for name, parameter in parameters.items()}
+        values = {n: tensor.to("cpu", copy=True) for n, tensor in self._tensors.items() if n not in checksums}
+        return {"values": values, "checksums": checksums}
 
 
 @torch.no_grad()
@@ -37,7 +46,7 @@ def take_over(outside: OutsideValues, handed: Mapping[str, Any], strategy: str) 
 
     Args:
         outside: This worker's; is written to.
-        handed: From :func:`hand_over`.
+        handed: Of :meth:`HandedValues.packed`.
         strategy: Name of the strategy, for errors.
 
     Returns:
@@ -46,7 +55,7 @@ def take_over(outside: OutsideValues, handed: Mapping[str, Any], strategy: str) 
     Raises:
         ExchangeError: If parameters of which there are only checksums differ.
     """
-    tensors, values = outside.tensors(), handed["values"]
+    tensors, values = {name: local(tensor) for name, tensor in outside.tensors().items()}, handed["values"]
     sums = {name: checksum(tensors[name]) for name in handed["checksums"].keys() & tensors.keys()}
     other = sorted(name for name, value in handed["checksums"].items() if sums.get(name) != value)
     if other:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging, Meeting
 from lightning_easgd.averagers.common_values import CommonValues
-from lightning_easgd.strategies.handed_values import hand_over, take_over
+from lightning_easgd.strategies.handed_values import HandedValues, take_over
 from lightning_easgd.strategies.outside_values import OutsideValues
 from lightning_easgd.strategies.shown_weights import ShownWeights
 from lightning_easgd.strategies.steps import Steps, averagers_of
@@ -116,10 +116,10 @@ class CenterSession:
 
     # What a worker that comes to others gets from them
 
-    def hand_over(self) -> dict[str, Any]:
-        """What of the module no averager holds, for another worker; called by another thread."""
+    def handed_values(self) -> HandedValues:
+        """What of the module no averager holds, for another worker."""
         assert self.outside is not None
-        return hand_over(self.outside, sum(p.nbytes for averager in self.averagers for p in averager.parameters))
+        return HandedValues(self.outside, sum(p.nbytes for averager in self.averagers for p in averager.parameters))
 
     def take_over(self, handed: Mapping[str, Any]) -> None:
         """Take what another worker has handed over; before the first step."""

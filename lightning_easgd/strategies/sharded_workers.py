@@ -65,6 +65,7 @@ DOCUMENTATION = """Elastic Averaging SGD whose workers are sharded over several 
         wire_dtype: As for ``EASGDStrategy``.
         on_nonfinite: As for ``EASGDStrategy``.
         center_device: As for ``EASGDStrategy``.
+        fault_tolerance: As for ``EASGDStrategy``, with a Trainer; all ranks of a launch are one worker then.
         evaluate: As for ``EASGDStrategy``.
         recalibrate_batchnorm: As for ``EASGDStrategy``.
         worker_state: As for ``EASGDStrategy``: each rank's part, by default in files beside the checkpoint.
@@ -207,8 +208,8 @@ class _ShardedRanks(WorkerProcess):
         return self._mesh
 
     @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """How data are shared out: each data-parallel rank of each worker draws its own."""
+    def _ranks_shares(self) -> dict[str, Any]:
+        """Each data-parallel rank of each worker draws its own."""
         return sampler_arguments(self.mesh, self.layout, self.global_rank)
 
     def _check_interactive(self) -> None:

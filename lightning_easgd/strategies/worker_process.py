@@ -30,6 +30,7 @@ from lightning_easgd.strategies.trees.class_trees import check_tree, describe, t
 from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.roll_call import RollCall
+from lightning_easgd.transport.torchrun_attempt import set_up_group
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["DEFAULT_TIMEOUT", "DevicesPerWorker", "StartMethod", "WorkerProcess"]
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         """What the ``DDPStrategy`` of each tree has."""
 
         parallel_devices: list[torch.device] | None
+        cluster_environment: Any
         num_nodes: int
         root_device: torch.device
         _timeout: timedelta | None
@@ -65,7 +67,10 @@ if TYPE_CHECKING:
         @property
         def launcher(self) -> Any: ...
         def _configure_launcher(self) -> None: ...
+        def _get_process_group_backend(self) -> str: ...
         def setup_environment(self) -> None: ...
+        @property
+        def distributed_sampler_kwargs(self) -> dict[str, Any]: ...
         @property
         def process_group_backend(self) -> str | None: ...
 else:
@@ -193,6 +198,7 @@ class WorkerProcess(_Base):
 
         And what tells who is missing if a collective operation fails.
         """
+        set_up_group(self._get_process_group_backend(), self._timeout or DEFAULT_TIMEOUT, self.root_device)
         self._set_up_groups()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
@@ -269,6 +275,16 @@ class WorkerProcess(_Base):
     def is_sharded(self) -> bool:
         """Whether each rank of a worker has its own part of the parameters."""
         return False
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How data are shared out."""
+        return self._ranks_shares
+
+    @property
+    def _ranks_shares(self) -> dict[str, Any]:
+        """The same, over the ranks of this launch."""
+        return super().distributed_sampler_kwargs
 
     @property
     def workers(self) -> int:
@@ -360,9 +376,9 @@ class WorkerProcess(_Base):
                     " too); elsewhere the order of the copies beside the gradient has not been shown to hold. Use"
                     " Trainer(accelerator='cpu')."
                 )
-        _ = self.layout  # before any process starts
+        layout = self.layout  # before any process starts
         if self.elastic is not None:
-            self.elastic.resolve(self.num_nodes * self.num_processes)
+            self.elastic.resolve(layout)
         super()._configure_launcher()
         self._check_interactive()
         launcher = self._make_launcher()

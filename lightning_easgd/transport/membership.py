@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import pickle
 import re
 import time
 import urllib.request
@@ -10,14 +11,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, final
+from functools import partial
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, TCPStore
+from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, TCPStore
 from torch.distributed import ReduceOp
 
-from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 
 __all__ = ["Membership"]
 
@@ -28,13 +30,44 @@ _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _SHARES = 1024  # numbers of workers that are told apart where nobody says how many there are
 
 
+class _State:
+    """A part of the state."""
+
+    def __init__(
+        self,
+        key: str,
+        give: Callable[[], Any],
+        load: Callable[[Any], None],
+        prepare: Callable[[], None] | None,
+        is_common: bool,
+    ) -> None:
+        self.key, self.give, self.load, self.prepare, self.is_common = key, give, load, prepare, is_common
+        self.received: tuple[Any] | None = None  # for the request that has been made
+
+    def keep(self, value: Any) -> None:
+        """Keep what another worker has given; called by another thread."""
+        self.received = (value,)
+
+
+class _Heard(NamedTuple):
+    """A worker that the lighthouse has heard of."""
+
+    replica_id: int
+    ranks: int
+    name: str  # of this launch of it
+    age: float  # seconds since its last sign of life
+
+
 @final
 class Membership:
-    """This worker among those that live; torchft's ``Manager``, of a worker of one rank.
+    """This worker among those that live; torchft's ``Manager``, one on each of the worker's ranks.
 
     In this order, again and again: :meth:`request`, which returns at once; :meth:`has_come`; :meth:`exchange`;
     :meth:`commit`. A request is answered when all that live have made theirs, or the lighthouse goes on without those
     that have not. A worker that is behind the others then gets their state: what :meth:`add_state` has registered.
+
+    All ranks of a worker call the same methods at the same point, and each is told the same. Each exchanges with the
+    ranks of its coordinate in the other workers, and gets the state from one of them.
 
     Args:
         lighthouse: Its address.
@@ -43,6 +76,8 @@ class Membership:
         min_replica_size: How many workers an exchange must have to count.
         timeout: Seconds that a transfer may take.
         strategy: The strategy's name, for errors.
+        inside: The channel of this worker's ranks, for this object alone; None for one rank.
+        host: The host of its first rank.
 
     Attributes:
         replica_id: As given.
@@ -60,27 +95,37 @@ class Membership:
         min_replica_size: int,
         timeout: float,
         strategy: str,
+        inside: Channel | None = None,
+        host: str = "localhost",
     ) -> None:
+        self._inside = inside or LoneChannel()
+        self._host = host
         self._address = lighthouse
         self.replica_id = replica_id
         self._min_replica_size = min_replica_size
         self._timeout = timedelta(seconds=timeout)
         self._strategy = strategy
         self._presence = torch.zeros(numbers or _SHARES, dtype=torch.int32)
-        self._states: dict[str, tuple[Callable[[Any], None], Callable[[], Any]]] = {}
+        self._states: list[_State] = []
         self._manager: Any = None
         self._request: Future[None] | None = None
-        self._step_before = 0
+        self._under_way: Future[bool] | None = None
+        self._counts = True  # the last exchange
+        self._is_settled = False  # whether all ranks have heard what has become of the request
+        self._before: dict[str, int] = {}  # of the Manager, when the request was made
         self.living: tuple[int, ...] = (replica_id,)
         self.missed = self.failed = 0
         _import_quietly()
 
     def check(self) -> None:
-        """Raise if there is nobody to find the others with, or another worker of this number is alive.
+        """Raise if there is nobody to find the others with, or a worker is alive that this one cannot be beside.
 
         Raises:
             ExchangeError: If it is so.
         """
+        self._of_first(self._check)
+
+    def _check(self) -> int:
         from torchft.coordination import LighthouseClient  # noqa: PLC0415 - an extra
 
         try:
@@ -90,18 +135,36 @@ class Membership:
                 f"{self._strategy}: there is no lighthouse at {self._address}; start torchft_lighthouse there, or"
                 f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
             ) from None
-        self._refuse_second("")
+        self._refuse_others("")
+        return 0
 
     def open(self) -> None:
         """Come to the others: from now on they hear of this worker.
 
         Raises:
-            ExchangeError: If another worker of this number has come.
+            ExchangeError: If another worker of this number has come, or one of another size.
         """
+        port = self._of_first(self._make_store)
+        if self._inside.rank == 0:
+            self._of_first(partial(self._make_manager, port))
+        else:
+            self._of_first(int)
+            self._make_manager(port)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="easgd_membership")
+        try:
+            self._of_first(self._look_round)
+        except ExchangeError:
+            self.close()
+            raise
+
+    def _make_store(self) -> int:
+        # One's own for each attempt: torchrun starts ranks again with the store of before, and keys that are stale.
+        self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
+        return int(self._store.port)
+
+    def _make_manager(self, port: int) -> int:
         from torchft import Manager, ProcessGroupGloo  # noqa: PLC0415 - an extra
 
-        # One's own for each attempt: torchrun starts ranks again with the store of before, and keys that are stale.
-        self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self._group = ProcessGroupGloo(timeout=self._timeout)
         self._manager = Manager(
             pg=self._group,
@@ -111,62 +174,124 @@ class Membership:
             use_async_quorum=False,  # it is asynchronous here; so one who returns takes part at once
             timeout=self._timeout,
             connect_timeout=_CONNECTING,
-            rank=0,
-            world_size=1,
-            store_addr="localhost",
-            store_port=self._store.port,
+            rank=self._inside.rank,
+            world_size=self._inside.size,
+            store_addr=self._host,
+            store_port=port,
             lighthouse_addr=self._address,
-            replica_id=f"{self.replica_id:06d}",  # the order of the texts is then that of the numbers
+            replica_id=_named(self.replica_id, self._inside.size),
+            init_sync=False,
             quorum_retries=_RETRIES,
         )
-        for key, (load, state) in self._states.items():
-            self._manager.register_state_dict_fn(key, load, state)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="easgd_membership")
-        try:
-            self._refuse_second(self._store.get("replica_id").decode().partition(":")[2])
-        except ExchangeError:
-            self.close()
-            raise
+        for state in self._states:
+            self._manager.register_state_dict_fn(state.key, state.keep, state.give)
+        return 0
 
-    def _refuse_second(self, own: str) -> None:
-        """Raise if another worker of this number is alive: one that has come before this one.
+    def _look_round(self) -> int:
+        self._refuse_others(self._store.get("replica_id").decode().partition(":")[2])
+        return 0
+
+    def _refuse_others(self, own: str) -> None:
+        """Raise if another worker of this number is alive, one that has come before this one; or one of another size.
 
         Args:
             own: What the lighthouse tells this process by; empty if it does not know it.
         """
         deadline = time.monotonic() + 4 * _ALIVE
-        while others := [name for name, age in self._heard() if age < _ALIVE and not (own and name >= own)]:
+        while others := [each for each in self._heard() if each.age < _ALIVE and self._is_refused(each, own)]:
             if time.monotonic() > deadline:
-                raise ExchangeError(
-                    f"{self._strategy}: a worker with replica_id={self.replica_id} is alive already ({others[0]});"
-                    " give each worker a number of its own, by FaultTolerance(replica_id=...) or REPLICA_GROUP_ID."
-                )
+                raise ExchangeError(f"{self._strategy}: {self._why_refused(others[0])}")
             time.sleep(_ALIVE / 5)
 
-    def _heard(self) -> list[tuple[str, float]]:
-        """Of each worker of this number what the lighthouse tells it by, and the seconds since its last heartbeat."""
+    def _is_refused(self, other: "_Heard", own: str) -> bool:
+        is_earlier = not (own and other.name >= own)
+        return other.ranks != self._inside.size or (other.replica_id == self.replica_id and is_earlier)
+
+    def _why_refused(self, other: "_Heard") -> str:
+        if other.ranks != self._inside.size:
+            return (
+                f"the worker with replica_id={other.replica_id} has {other.ranks} ranks, and this one"
+                f" {self._inside.size}; give all workers the same number of devices."
+            )
+        return (
+            f"a worker with replica_id={self.replica_id} is alive already ({other.name}); give each worker a number of"
+            " its own, by FaultTolerance(replica_id=...) or REPLICA_GROUP_ID."
+        )
+
+    def _heard(self) -> list["_Heard"]:
+        """The workers that the lighthouse has heard of."""
         page = ""
         with suppress(OSError), urllib.request.urlopen(f"{self._address}/status", timeout=2) as answer:
             page = answer.read().decode()
-        found = re.findall(rf"\b{self.replica_id:06d}:([0-9a-f-]+): seen ([0-9.]+)s ago", page)
-        return [(name, float(age)) for name, age in found]
+        found = re.findall(r"\b(?:(\d+)x)?(\d{6,}):([0-9a-f-]+): seen ([0-9.]+)s ago", page)
+        return [_Heard(int(number), int(ranks or 1), name, float(age)) for ranks, number, name, age in found]
 
-    def add_state(self, key: str, state: Callable[[], Any], load: Callable[[Any], None]) -> None:
+    def add_state(
+        self,
+        key: str,
+        state: Callable[[], Any],
+        load: Callable[[Any], None],
+        *,
+        prepare: Callable[[], None] | None = None,
+        is_common: bool = False,
+    ) -> None:
         """Register a part of the state that one who is behind gets from another; before :meth:`open`.
 
         Args:
             key: Its name, the same on all.
             state: Gives it; called by another thread between a request and the commit.
-            load: Takes it, likewise.
+            load: Takes it, in :meth:`has_come`, once all ranks of this worker have got theirs.
+            prepare: Called before, where :meth:`request` is.
+            is_common: Whether all ranks of this worker take what the first one has got: they may have got it from
+                different workers.
         """
-        self._states[key] = load, state
+        self._states.append(_State(key, state, load, prepare, is_common))
+
+    # The ranks of this worker
+
+    def _all(self, holds: bool) -> bool:
+        """Whether something holds on all ranks of this worker."""
+        holding = torch.tensor([int(holds)])
+        self._inside.sum(holding).wait()
+        return int(holding) == self._inside.size
+
+    def _of_first(self, act: Callable[[], int]) -> int:
+        """What an action of this worker's first rank gives; if it fails, all of them do."""
+        given, problem = 0, None
+        if self._inside.rank == 0:
+            try:
+                given = act()
+            except Exception as error:
+                problem = error
+        said = torch.tensor([given, int(problem is not None)])
+        self._inside.share(said, 0).wait()
+        if problem is not None:
+            raise problem
+        if said[1]:
+            raise ExchangeError(f"{self._strategy}: the first rank of this worker has failed; look for its error.")
+        return int(said[0])
+
+    def _from_first(self, value: Any) -> Any:
+        """The first rank's value."""
+        message = _packed(value)
+        length = torch.tensor([len(message)])
+        self._inside.share(length, 0).wait()
+        if self._inside.rank != 0:
+            message = torch.empty(int(length), dtype=torch.uint8)
+        self._inside.share(message, 0).wait()
+        return value if self._inside.rank == 0 else _unpacked(message)
 
     # An exchange
 
     def request(self) -> None:
         """Say that this worker is about to exchange."""
         assert self._request is None
-        self._step_before = self._manager.current_step()
+        for state in self._states:
+            state.received = None
+            if state.prepare is not None:
+                state.prepare()
+        self._before = self._manager.state_dict()
+        self._is_settled = False
         self._request = self._thread.submit(self._manager.start_quorum, timeout=_FOR_EVER)
 
     @property
@@ -177,7 +302,7 @@ class Membership:
     def has_come(self, seconds: float) -> bool:
         """Whether the request has been answered, now or within so many seconds."""
         assert self._request is not None
-        if not wait([self._request], timeout=seconds).done:
+        if not self._all(bool(wait([self._request], timeout=seconds).done)):
             return False
         try:
             self._request.result()
@@ -185,12 +310,55 @@ class Membership:
             raise ExchangeError(
                 f"{self._strategy}: torchft could not find the other workers. Cause: {error}"
             ) from error
+        if not self._is_settled:
+            self._settle()
         return True
+
+    def _settle(self) -> None:
+        """Take the state that has come, if all ranks have got theirs, else none: they are at one move of the center."""
+        self._is_settled = True
+        if self._manager.current_step() == 0 and self.size > 1:
+            self._begin_together()
+        if not self._have_succeeded():
+            self._manager.load_state_dict(self._before)
+            return
+        if self._all(all(state.received is None for state in self._states)):
+            return
+        for state in self._states:
+            assert state.received is not None
+            (given,) = state.received
+            state.load(self._from_first(given) if state.is_common else given)
+
+    def _begin_together(self) -> None:
+        """Before the first exchange of all: give the others the first worker's state.
+
+        Left to torchft it would be another worker's for each coordinate.
+        """
+        is_first = self.rank == 0
+        message = _packed({state.key: state.give() for state in self._states} if is_first else None)
+        length = torch.tensor([len(message)])
+        self._broadcast(length)
+        if not is_first:
+            message = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(message)
+        if not is_first and self._manager.errored() is None:
+            given = _unpacked(message)
+            for state in self._states:
+                state.keep(given[state.key])
+
+    def _have_succeeded(self) -> bool:
+        """Whether no rank of this worker has had an error; if one has, all of them have one."""
+        has_succeeded = self._manager.errored() is None
+        if self._all(has_succeeded):
+            return True
+        if has_succeeded:
+            self._manager.report_error(ExchangeError("it has failed on another rank of this worker"))
+        return False
 
     @property
     def behind(self) -> int:
         """How many moves of the center this worker had missed when its last request was answered."""
-        return int(self._manager.current_step()) - self._step_before
+        return int(self._manager.current_step()) - self._before["step"]
 
     @property
     def size(self) -> int:
@@ -202,7 +370,7 @@ class Membership:
         """This worker's place among those p, 0 ≤ rank < p."""
         return int(self._manager.participating_rank() or 0)
 
-    def exchange(self, add_up: Callable[[], None]) -> Future[None]:
+    def exchange(self, add_up: Callable[[], None]) -> None:
         """Start to exchange, and return at once; :meth:`commit` says whether it counts.
 
         Args:
@@ -212,14 +380,18 @@ class Membership:
         self._request = None
         self._presence.zero_()
         self._presence[self.replica_id % len(self._presence)] = 1
-        return self._thread.submit(self._exchange, add_up)
+        self._under_way = self._thread.submit(self._exchange, add_up)
 
-    def _exchange(self, add_up: Callable[[], None]) -> None:
+    def _exchange(self, add_up: Callable[[], None]) -> bool:
         self.all_reduce(self._presence)
         add_up()
+        # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
+        return bool(self._manager.should_commit(timeout=4 * self._timeout))
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Replace a buffer by its sum over the workers, bitwise the same on all."""
+        if not buffer.numel():
+            return
         self._manager.allreduce(buffer, reduce_op=ReduceOp.SUM).wait()  # keeps its error for the commit
 
     def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> None:
@@ -230,6 +402,10 @@ class Membership:
         """Send ``message`` to all, and receive that of worker r as row r of ``messages``."""
         self._operate(lambda: self._group.allgather([list(messages)], [message], AllgatherOptions()))
 
+    def _broadcast(self, buffer: Tensor) -> None:
+        """Replace a buffer by the first worker's."""
+        self._operate(lambda: self._group.broadcast([buffer], BroadcastOptions()))
+
     def _operate(self, begin: Callable[[], Any]) -> None:
         if self._manager.errored() is not None:
             return
@@ -239,33 +415,61 @@ class Membership:
             self._manager.report_error(error)
 
     def commit(self) -> bool:
-        """Whether the exchange counts. Called when it has ended; a state that was given away is not needed any more."""
-        counts = bool(self._manager.should_commit())
-        if counts:
+        """Wait for the exchange that has been started, and hear whether it counts.
+
+        A state that was given away is not needed any more.
+        """
+        assert self._under_way is not None
+        try:
+            self._counts = self._under_way.result()
+        except (RuntimeError, TimeoutError) as error:
+            raise ExchangeError(
+                f"{self._strategy}: the ranks of this worker have not come together after an exchange. Cause: {error}"
+            ) from error
+        self._under_way = None
+        if self._counts:
             self.living = tuple(self._presence.nonzero().flatten().tolist())
         else:
             self.failed += 1
-        return counts
+        return self._counts
 
     @property
     def has_failed(self) -> bool:
-        """Whether an operation of the last exchange has failed, or what this worker was behind by has not come."""
-        return self._manager.errored() is not None
+        """Whether the last exchange does not count though there were enough workers for it."""
+        return not self._counts and self.size >= self._min_replica_size
 
     @property
     def problem(self) -> str:
         """Why the last exchange does not count."""
         error = self._manager.errored()
-        return "too few workers" if error is None else str(error.original_exception).partition("\n")[0]
+        if error is None:
+            return "it has failed on another rank of this worker" if self.has_failed else "too few workers"
+        return str(error.original_exception).partition("\n")[0]
 
     def close(self) -> None:
         """Leave the others; nothing is waited for."""
+        self._inside.close()
         manager, self._manager, self._request = self._manager, None, None
         if manager is not None:
             manager.shutdown(wait=False)
             # Its connections end with it alone: a request that nobody answers would hold up the end of this process.
             manager._manager = None
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _packed(value: Any) -> Tensor:
+    """A value as bytes, shape (bytes,), uint8."""
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpacked(message: Tensor) -> Any:
+    """What :func:`_packed` has been given."""
+    return pickle.loads(message.numpy().data)
+
+
+def _named(replica_id: int, ranks: int) -> str:
+    """A worker's name for the lighthouse, which puts those of one size in the order of their numbers."""
+    return f"{replica_id:06d}" if ranks == 1 else f"{ranks}x{replica_id:06d}"
 
 
 def _import_quietly() -> None:

@@ -133,7 +133,11 @@ class SynchronousAverager(Averager):
             self._exchange_if_due()
 
     def _exchange_if_due(self) -> None:
-        if self.clock == self._begun_at or not self._sum.is_due(self.clock, self._tau):
+        if self.clock == self._begun_at:
+            return
+        if not self._sum.is_due(self.clock, self._tau):
+            if self.clock % self._tau == 0:  # the other workers have not come; the ranks of this one may have to stop
+                self._line.hear_stop()
             return
         self._catch_up()
         self.complete()

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, final
 
 from torch import Tensor
@@ -66,9 +65,11 @@ class MembershipSum(DifferenceSum):
         self._strategy = strategy
         self._clock = self._due_at = self._entered = 0
         self._left = 0.0  # of the patience for the request that has been made
-        self._transfer: Future[None] | None = None
+        self._is_under_way = False
         self._received: dict[str, Any] | None = None
+        self._received_clock = 0
         members.add_state("center", self._state, self._receive)
+        members.add_state("clock", lambda: self._clock, self._receive_clock, is_common=True)
         members.open()
 
     @override
@@ -99,7 +100,7 @@ class MembershipSum(DifferenceSum):
     def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
         self._clock = clock
         is_next = (clock + 1) % self._tau == 0
-        if self._transfer is not None and (is_next or self._transfer.done()):
+        if self._is_under_way and is_next:  # not as soon as it has ended, which other ranks see elsewhere
             complete()
         if is_next and not self._members.is_requested:
             self._ask()
@@ -156,10 +157,18 @@ class MembershipSum(DifferenceSum):
     # What one who is behind gets
 
     def _state(self) -> dict[str, Any]:
-        return {**self.center.state_dict(), "clock": self._clock, "wire_dtype": self._addition.wire_dtype}
+        state = self.center.state_dict()
+        # A view would take all of its memory along.
+        stores = [
+            store.clone() if store.untyped_storage().nbytes() > store.nbytes else store for store in state["stores"]
+        ]
+        return {**state, "stores": stores, "wire_dtype": self._addition.wire_dtype}
 
     def _receive(self, state: dict[str, Any]) -> None:
-        self._received = state  # by another thread
+        self._received = state
+
+    def _receive_clock(self, clock: int) -> None:
+        self._received_clock = clock
 
     @override
     def take_restored(self) -> Restored | None:
@@ -179,7 +188,9 @@ class MembershipSum(DifferenceSum):
             )
         missed = self._members.behind
         self.center.load_state_dict(state)
-        return Restored(state["clock"], self._restart_after_missed is not None and missed >= self._restart_after_missed)
+        return Restored(
+            self._received_clock, self._restart_after_missed is not None and missed >= self._restart_after_missed
+        )
 
     # An exchange
 
@@ -187,7 +198,8 @@ class MembershipSum(DifferenceSum):
     def start(self, shares: Sequence[float]) -> None:
         self._addition.start(shares)
         self.is_lost = False
-        self._transfer = self._members.exchange(self._addition.add_up)
+        self._is_under_way = True
+        self._members.exchange(self._addition.add_up)
 
     @override
     def advance(self) -> None:
@@ -195,9 +207,7 @@ class MembershipSum(DifferenceSum):
 
     @override
     def finish(self) -> None:
-        assert self._transfer is not None
-        self._transfer.result()
-        self._transfer = None
+        self._is_under_way = False
         self.is_lost = not self._members.commit()
         if self.is_lost:
             warnings.warn(

@@ -6,7 +6,7 @@ from typing import Any, final
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
+from lightning_easgd.averagers.sync.difference_sum import DifferenceSum, Restored
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import Channel
@@ -77,6 +77,13 @@ class SlicedSum(DifferenceSum):
         if not self._under_way:
             return
         self._sum.finish()
+        self._under_way = False
+        self.is_lost = self._sum.is_lost
+        if not self.is_lost:
+            self._join_slices()
+
+    def _join_slices(self) -> None:
+        """Let the center be what its slices have become on the worker's ranks."""
         transfers = [
             self._inside.share(store.flat[part], rank)
             for store in self.center.stores
@@ -85,8 +92,42 @@ class SlicedSum(DifferenceSum):
         ]
         for transfer in transfers:
             transfer.wait()
-        self.center.end_exchange()
-        self._under_way = False
+        self.center.version = self._slice.version
+
+    # Where workers come and go
+
+    @property
+    @override
+    def workers(self) -> int | None:
+        return self._sum.workers
+
+    @override
+    def is_due(self, clock: int, tau: int) -> bool:
+        return self._sum.is_due(clock, tau)
+
+    @override
+    def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
+        self._sum.look_ahead(clock, complete)
+
+    @override
+    def is_expected(self) -> bool:
+        return self._sum.is_expected()
+
+    @override
+    def enter(self, clock: int) -> bool:
+        return self._sum.enter(clock)
+
+    @property
+    @override
+    def must_enter_again(self) -> bool:
+        return self._sum.must_enter_again
+
+    @override
+    def take_restored(self) -> Restored | None:
+        restored = self._sum.take_restored()
+        if restored is not None:
+            self._join_slices()
+        return restored
 
     @override
     def state_dict(self) -> dict[str, Any]:

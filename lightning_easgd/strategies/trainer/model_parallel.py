@@ -13,6 +13,7 @@ from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
 from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
+from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 from lightning_easgd.strategies.sharded_workers import (
     DOCUMENTATION,
     Size,
@@ -63,6 +64,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             wire_dtype: WireDtype | None = None,
             on_nonfinite: OnNonFinite = "fail",
             center_device: Literal["cpu"] | None = None,
+            fault_tolerance: bool | FaultTolerance | None = None,
             evaluate: Literal["center", "worker"] = "center",
             recalibrate_batchnorm: int = 0,
             worker_state: WorkerState = "sidecar",
@@ -86,6 +88,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
                 wire_dtype=wire_dtype,
                 on_nonfinite=on_nonfinite,
                 center_device=center_device,
+                fault_tolerance=fault_tolerance,
                 evaluate=evaluate,
                 recalibrate_batchnorm=recalibrate_batchnorm,
                 worker_state=worker_state,

@@ -234,9 +234,10 @@ class TrainerStrategy(WorkerProcess, _Base):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """How data are shared out: over the ranks, or over the workers that come and go."""
+        inside = self._ranks_shares
         if self.elastic is None or self.lightning_module is None:
-            return super().distributed_sampler_kwargs
-        return self.elastic.sampler_arguments(training=self.lightning_module.trainer.training)
+            return inside
+        return self.elastic.sampler_arguments(inside, training=self.lightning_module.trainer.training)
 
     # Training
 
@@ -489,7 +490,7 @@ class TrainerStrategy(WorkerProcess, _Base):
             self._wait_for_all(Meeting.TEARDOWN)
 
     def _on_sigterm(self) -> None:
-        if self._session is not None and self.elastic is None:
+        if self._session is not None and (self.elastic is None or self.world_size > 1):
             self._session.averaging.request_stop()
         else:
             request_stop(self._trainer)

@@ -322,9 +322,9 @@ def _forget_other_shapes(optimizers: Iterable[Optimizer], module: nn.Module, sav
 
 
 def _described(ranks: int, shape: Sequence[int], replica_id: int | None) -> str:
-    if replica_id is not None:
-        return f"workers that come and go, of which this is number {replica_id}"
     devices = "" if list(shape) == [1] else f" of {' x '.join(map(str, shape))} devices"
+    if replica_id is not None:
+        return f"workers{devices} that come and go, of which this is number {replica_id}"
     return f"{ranks // math.prod(shape)} workers{devices}"
 
 
