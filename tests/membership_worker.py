@@ -16,6 +16,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch.distributed.fsdp import fully_shard
 from toys import quiet_trainer
 
@@ -34,6 +35,7 @@ SETTINGS = {
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
+    "finds_rate": False,  # which takes a fit of its own
 }
 
 
@@ -45,6 +47,7 @@ class Paced(L.LightningModule):
         self.settings, self.folder, self.number = settings, folder, number
         self.norm, self.net = torch.nn.BatchNorm1d(50), torch.nn.Linear(50, 2)
         self.made = 0
+        self.lr = 0.05
 
     def configure_model(self):
         if self.settings["is_sharded"]:
@@ -61,7 +64,7 @@ class Paced(L.LightningModule):
         return (self.net(self.norm(x)) - x[:, :2]).square().mean()
 
     def configure_optimizers(self):
-        sgd = torch.optim.SGD(self.parameters(), lr=0.05)
+        sgd = torch.optim.SGD(self.parameters(), lr=self.lr)
         schedule = torch.optim.lr_scheduler.StepLR(sgd, 10, gamma=0.99)
         return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -130,6 +133,15 @@ if __name__ == "__main__":
         strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
     else:
         strategy = EASGDStrategy(devices_per_worker=settings["ranks"], **arguments)
-    trainer = quiet_trainer(strategy=strategy, devices=settings["ranks"], max_epochs=-1, max_steps=settings["steps"])
+    callbacks = [LearningRateFinder(num_training_steps=10, early_stop_threshold=None)] if settings["finds_rate"] else []
+    trainer = quiet_trainer(
+        strategy=strategy,
+        devices=settings["ranks"],
+        max_epochs=-1,
+        max_steps=settings["steps"],
+        callbacks=callbacks,
+        enable_checkpointing=settings["finds_rate"],
+        default_root_dir=folder,
+    )
     trainer.fit(module, ckpt_path=settings["resumes"])
     module.write(event="ends", step=trainer.global_step)

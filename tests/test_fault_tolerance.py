@@ -15,11 +15,14 @@ from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
+from lightning_easgd.averagers.sync.choice import sliced_sums
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
+from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
+from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
 
 HERE_ON_DISK = Path(__file__).parent
@@ -179,6 +182,7 @@ class Others:
         self.has_others = self.counts = True
         self.is_requested = False
         self.missed = self.failed = self.behind = 0
+        self.has_ended = False
         self.problem = "lost"
         self.states = {}
         self.waited = []
@@ -222,12 +226,12 @@ class Others:
 class TestSum:
     """x from 8 in steps of -1, center from 8 at first; τ = 2, β = ½."""
 
-    def averaging(self, others, make_pull=PullToOld, **settings):
+    def averaging(self, others, make_pull=PullToOld, tau=2, **settings):
         self.x = torch.nn.Parameter(torch.tensor([8.0]))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
-        make_sum = partial(MembershipSum, members=others, tau=2, patience=3.0, timeout=1.0, **settings)
+        make_sum = partial(MembershipSum, members=others, tau=tau, patience=3.0, timeout=1.0, **settings)
         self.whole = SynchronousAveraging(
-            LoneChannel(), make_sum, tau=2, rates=MovingRates(beta=0.5), make_pull=make_pull
+            LoneChannel(), make_sum, tau=tau, rates=MovingRates(beta=0.5), make_pull=make_pull
         )
         self.whole.start([self.optimizer])
         (self.averager,) = self.whole.averagers.values()
@@ -273,6 +277,25 @@ class TestSum:
         with pytest.warns(RuntimeWarning, match=r"has come to nothing \(lost\)"):
             values = self.values_after(4)
         assert values == (4.0, 8.0)
+
+    def test_what_has_ended_is_completed(self):
+        others = Others(gives=-6.0)
+        self.averaging(others, tau=5)
+        self.step(7)
+        assert self.averager.center.version == 0
+        others.has_ended = True
+        self.step()
+        assert self.averager.center.version == 1
+
+    def test_a_slice_has_the_version_of_the_whole(self):
+        others = Others()
+        center = ReplicatedCenter(FlatTensors([[torch.zeros(3)]], torch.float32))
+        make_sum = partial(MembershipSum, members=others, tau=2, patience=3.0, timeout=1.0)
+        whole = sliced_sums(LoneChannel, make_sum)(center)
+        center.version = 57  # as a checkpoint has it
+        whole.enter(0)
+        give, _ = others.states["center"]
+        assert give()["version"] == 57
 
     def test_who_is_not_there_is_waited_for_once(self):
         others = Others()

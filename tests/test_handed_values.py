@@ -47,6 +47,14 @@ def test_buffers_that_are_each_workers_own_stay():
     assert coming.norm.running_mean.tolist() == [1.0] * 2
 
 
+def test_what_is_sharded_is_compared_and_not_sent(monkeypatch):
+    """The ranks of a worker may get their parts from different workers."""
+    monkeypatch.setattr("lightning_easgd.strategies.handed_values.is_shard", lambda tensor: tensor.dim() == 2)
+    handed = HandedValues(outside_of(Net(7.0)), most=10**6).packed()
+    assert handed["checksums"].keys() == {"teacher.weight"}
+    assert "bank" in handed["values"]
+
+
 def test_a_large_frozen_model_is_compared_and_not_sent():
     handed = HandedValues(outside_of(Net(7.0)), most=11).packed()
     assert "teacher.weight" not in handed["values"]

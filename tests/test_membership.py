@@ -161,6 +161,12 @@ def test_a_worker_of_another_size_is_refused(job):
     assert "the worker with replica_id=0 has 1 ranks, and this one 2" in job.said(1)
 
 
+def test_a_worker_may_look_for_its_learning_rate(job):
+    """In a fit inside of its fit, from which it comes back to the others."""
+    assert job.start(0, finds_rate=True, steps=30).wait(60) == 0
+    assert [line["step"] for line in job.lines(0) if line.get("event") == "ends"] == [30]
+
+
 def test_the_first_saves_and_all_go_on(job):
     workers = [job.start(number, wire_dtype="int8", saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
     assert [worker.wait(100) for worker in workers] == [0, 0]

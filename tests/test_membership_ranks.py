@@ -92,17 +92,17 @@ class Manager:
         return int(good) == self.ranks.size
 
 
-def member(manager, channel, *, group=None, states=("own", "common")):
+def member(manager, channel, *, group=None, states=("own", "common"), least=1):
     """A membership over this manager; what it has been given is in ``given``."""
     members = Membership(
-        "http://none", manager.worker, numbers=2, min_replica_size=1, timeout=1.0, strategy="S", inside=channel
+        "http://none", manager.worker, numbers=2, min_replica_size=least, timeout=1.0, strategy="S", inside=channel
     )
     members.given = {}
     for key in states:
         keep = lambda value, key=key: members.given.__setitem__(key, value)  # noqa: E731
         give = lambda key=key: f"{key} of worker {manager.worker}, rank {channel.rank}"  # noqa: E731
         members.add_state(key, give, keep, is_common=key == "common")
-    for state in members._states:
+    for state in members._states.values():
         manager.register_state_dict_fn(state.key, state.keep, state.give)
     members._manager, members._group = manager, group
     members._thread = ThreadPoolExecutor(1)
@@ -182,6 +182,19 @@ def test_what_one_rank_has_lost_all_have():
         return members.commit(), members.has_failed, members.failed
 
     assert on_threads(exchange, RANKS) == [(False, True, 1)] * RANKS
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_with_too_few_workers_it_matters_whether_the_others_state_has_come(fails):
+    channel = Hub(1).channel(0)
+    manager = Manager(1, step=3, gives=(7, {"own": "new", "common": "new"}), fails=fails, ranks=channel)
+    manager.should_commit = lambda timeout: False
+    members = member(manager, channel, least=3)
+    members.request()
+    assert members.has_come(5)
+    members.exchange(lambda: None)
+    assert not members.commit()
+    assert members.has_failed == fails
 
 
 def test_who_is_answered_late_makes_all_wait():

@@ -121,7 +121,9 @@ class ElasticMonitor(Callback):
     def _path(self, trainer: L.Trainer) -> Path:
         assert self.directory is not None
         number = getattr(trainer.strategy, "replica_id", None)
-        rank = trainer.global_rank if number is None else number
+        rank: object = trainer.global_rank
+        if number is not None:  # launches of their own, which have a rank 0 each
+            rank = number if trainer.world_size == 1 else f"{number}.{rank}"
         return Path(self.directory) / ELASTIC_DIRECTORY / f"rank_{rank}.csv"
 
     def _write(self, trainer: L.Trainer) -> None:

@@ -132,6 +132,7 @@ class ElasticWorker:
         def channel() -> Channel:
             return LoneChannel() if is_alone else ProcessGroupChannel("gloo", timeout, self._strategy, who_is_missing)
 
+        inside = channel()
         self._members = members = Membership(
             settings.lighthouse,
             self.replica_id,
@@ -139,12 +140,14 @@ class ElasticWorker:
             min_replica_size=settings.min_replica_size,
             timeout=settings.process_group_timeout,
             strategy=self._strategy,
-            inside=channel(),
+            inside=inside,
             host="localhost" if is_alone else host,
         )
         members.check()
         members.add_state("clocks", lambda: self._now, self._receive_clocks, is_common=True)
-        members.add_state("values", self._hand_over, self._receive_values, prepare=self._note_values)
+        members.add_state(
+            "values", self._hand_over, self._receive_values, prepare=self._note_values, is_common=not is_sharded
+        )
         make_sum: MakeSum = partial(
             MembershipSum,
             members=members,
@@ -157,7 +160,7 @@ class ElasticWorker:
         )
         if not (is_alone or is_sharded):
             make_sum = sliced_sums(channel, make_sum)
-        return channel(), make_sum, WorkerRanks(LoneChannel(), channel(), is_sharded, judges_together)
+        return channel(), make_sum, WorkerRanks(LoneChannel(), inside, is_sharded, judges_together)
 
     def _receive_clocks(self, clocks: dict[str, Any]) -> None:
         self._clocks = clocks

@@ -11,7 +11,7 @@ from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.strategies.outside_values import OutsideValues, listed
 from lightning_easgd.tensors.buffers import can_be_written
 from lightning_easgd.tensors.checksums import checksum
-from lightning_easgd.tensors.shards import local
+from lightning_easgd.tensors.shards import is_shard, local
 
 __all__ = ["HandedValues", "take_over"]
 
@@ -20,22 +20,23 @@ __all__ = ["HandedValues", "take_over"]
 class HandedValues:
     """What to send: values, and checksums in place of the values of too many parameters, such as a pretrained model's.
 
+    And of sharded ones, of which the ranks of a worker may get their parts from different workers.
+
     Args:
         outside: This worker's.
         most: The most bytes of parameters.
     """
 
     def __init__(self, outside: OutsideValues, most: int) -> None:
-        self._tensors = {name: local(tensor) for name, tensor in outside.tensors().items()}
-        self._parameters = self._tensors.keys() - outside.buffers().keys()
-        self._most = most
+        tensors = outside.tensors()
+        parameters = tensors.keys() - outside.buffers().keys()
+        is_too_much = sum(local(tensors[name]).nbytes for name in parameters) > most
+        self._tensors = {name: local(tensor) for name, tensor in tensors.items()}
+        self._compared = [name for name in tensors if name in parameters and (is_too_much or is_shard(tensors[name]))]
 
     def packed(self) -> dict[str, Any]:
         """The values of now; called by any thread."""
-        parameters = {name: self._tensors[name] for name in self._parameters}
-        checksums = {}
-        if sum(parameter.nbytes for parameter in parameters.values()) > self._most:
-            checksums = {name: checksum(parameter) for name, parameter in parameters.items()}
+        checksums = {name: checksum(self._tensors[name]) for name in self._compared}
         values = {n: tensor.to("cpu", copy=True) for n, tensor in self._tensors.items() if n not in checksums}
         return {"values": values, "checksums": checksums}
 
@@ -61,7 +62,7 @@ def take_over(outside: OutsideValues, handed: Mapping[str, Any], strategy: str) 
     if other:
         raise ExchangeError(
             f"{strategy}(fault_tolerance=...): {listed(other)}, of the parameters that are not trained, are not the"
-            " other workers', and too large to be sent; load the same ones in every worker."
+            " other workers', and sharded or too large to be sent; load the same ones in every worker."
         )
     alike = {
         name: values[name]

@@ -8,7 +8,7 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -20,12 +20,14 @@ from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, Broadc
 from torch.distributed import ReduceOp
 
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
+from lightning_easgd.transport.daemon import Daemon
 
 __all__ = ["Membership"]
 
 _CONNECTING = timedelta(seconds=10)  # to the lighthouse, at the start
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
+_COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _SHARES = 1024  # numbers of workers that are told apart where nobody says how many there are
 
@@ -76,7 +78,7 @@ class Membership:
         min_replica_size: How many workers an exchange must have to count.
         timeout: Seconds that a transfer may take.
         strategy: The strategy's name, for errors.
-        inside: The channel of this worker's ranks, for this object alone; None for one rank.
+        inside: The channel of this worker's ranks; None for one rank.
         host: The host of its first rank.
 
     Attributes:
@@ -106,11 +108,12 @@ class Membership:
         self._timeout = timedelta(seconds=timeout)
         self._strategy = strategy
         self._presence = torch.zeros(numbers or _SHARES, dtype=torch.int32)
-        self._states: list[_State] = []
+        self._states: dict[str, _State] = {}
         self._manager: Any = None
         self._request: Future[None] | None = None
         self._under_way: Future[bool] | None = None
         self._counts = True  # the last exchange
+        self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
         self.living: tuple[int, ...] = (replica_id,)
@@ -150,7 +153,7 @@ class Membership:
         else:
             self._of_first(int)
             self._make_manager(port)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="easgd_membership")
+        self._thread = Daemon("easgd_membership")
         try:
             self._of_first(self._look_round)
         except ExchangeError:
@@ -183,7 +186,10 @@ class Membership:
             init_sync=False,
             quorum_retries=_RETRIES,
         )
-        for state in self._states:
+        # A request that nobody answers would hold up the end of this process.
+        self._manager._executor.shutdown()
+        self._manager._executor = Daemon("torchft_quorum")
+        for state in self._states.values():
             self._manager.register_state_dict_fn(state.key, state.keep, state.give)
         return 0
 
@@ -205,7 +211,7 @@ class Membership:
 
     def _is_refused(self, other: "_Heard", own: str) -> bool:
         is_earlier = not (own and other.name >= own)
-        return other.ranks != self._inside.size or (other.replica_id == self.replica_id and is_earlier)
+        return is_earlier and (other.ranks != self._inside.size or other.replica_id == self.replica_id)
 
     def _why_refused(self, other: "_Heard") -> str:
         if other.ranks != self._inside.size:
@@ -235,7 +241,7 @@ class Membership:
         prepare: Callable[[], None] | None = None,
         is_common: bool = False,
     ) -> None:
-        """Register a part of the state that one who is behind gets from another; before :meth:`open`.
+        """Register a part of the state that one who is behind gets from another; before :meth:`open`, and anew.
 
         Args:
             key: Its name, the same on all.
@@ -245,7 +251,7 @@ class Membership:
             is_common: Whether all ranks of this worker take what the first one has got: they may have got it from
                 different workers.
         """
-        self._states.append(_State(key, state, load, prepare, is_common))
+        self._states[key] = _State(key, state, load, prepare, is_common)
 
     # The ranks of this worker
 
@@ -286,7 +292,7 @@ class Membership:
     def request(self) -> None:
         """Say that this worker is about to exchange."""
         assert self._request is None
-        for state in self._states:
+        for state in self._states.values():
             state.received = None
             if state.prepare is not None:
                 state.prepare()
@@ -319,12 +325,13 @@ class Membership:
         self._is_settled = True
         if self._manager.current_step() == 0 and self.size > 1:
             self._begin_together()
-        if not self._have_succeeded():
+        self._has_state = self._have_succeeded()
+        if not self._has_state:
             self._manager.load_state_dict(self._before)
             return
-        if self._all(all(state.received is None for state in self._states)):
+        if self._all(all(state.received is None for state in self._states.values())):
             return
-        for state in self._states:
+        for state in self._states.values():
             assert state.received is not None
             (given,) = state.received
             state.load(self._from_first(given) if state.is_common else given)
@@ -335,7 +342,7 @@ class Membership:
         Left to torchft it would be another worker's for each coordinate.
         """
         is_first = self.rank == 0
-        message = _packed({state.key: state.give() for state in self._states} if is_first else None)
+        message = _packed({state.key: state.give() for state in self._states.values()} if is_first else None)
         length = torch.tensor([len(message)])
         self._broadcast(length)
         if not is_first:
@@ -343,7 +350,7 @@ class Membership:
         self._broadcast(message)
         if not is_first and self._manager.errored() is None:
             given = _unpacked(message)
-            for state in self._states:
+            for state in self._states.values():
                 state.keep(given[state.key])
 
     def _have_succeeded(self) -> bool:
@@ -385,8 +392,20 @@ class Membership:
     def _exchange(self, add_up: Callable[[], None]) -> bool:
         self.all_reduce(self._presence)
         add_up()
-        # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
-        return bool(self._manager.should_commit(timeout=4 * self._timeout))
+        try:
+            # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
+            return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout))
+        except (RuntimeError, TimeoutError) as error:
+            raise ExchangeError(
+                f"{self._strategy}: the ranks of this worker have not come together after an exchange, within"
+                f" {_COMMIT} times FaultTolerance(process_group_timeout={self._timeout.total_seconds():g}). Cause:"
+                f" {error}"
+            ) from error
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the exchange that has been started is known to have ended; never of several ranks."""
+        return self._inside.size == 1 and self._under_way is not None and self._under_way.done()
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Replace a buffer by its sum over the workers, bitwise the same on all."""
@@ -420,12 +439,7 @@ class Membership:
         A state that was given away is not needed any more.
         """
         assert self._under_way is not None
-        try:
-            self._counts = self._under_way.result()
-        except (RuntimeError, TimeoutError) as error:
-            raise ExchangeError(
-                f"{self._strategy}: the ranks of this worker have not come together after an exchange. Cause: {error}"
-            ) from error
+        self._counts = self._under_way.result()
         self._under_way = None
         if self._counts:
             self.living = tuple(self._presence.nonzero().flatten().tolist())
@@ -435,8 +449,11 @@ class Membership:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the last exchange does not count though there were enough workers for it."""
-        return not self._counts and self.size >= self._min_replica_size
+        """Whether the last exchange does not count though there were enough workers for it.
+
+        Or what this worker was behind by has not come.
+        """
+        return not self._counts and (not self._has_state or self.size >= self._min_replica_size)
 
     @property
     def problem(self) -> str:
@@ -447,14 +464,12 @@ class Membership:
         return str(error.original_exception).partition("\n")[0]
 
     def close(self) -> None:
-        """Leave the others; nothing is waited for."""
-        self._inside.close()
+        """Leave the others, perhaps to :meth:`open` again; nothing is waited for."""
         manager, self._manager, self._request = self._manager, None, None
         if manager is not None:
             manager.shutdown(wait=False)
-            # Its connections end with it alone: a request that nobody answers would hold up the end of this process.
-            manager._manager = None
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            manager._manager = None  # its connections end with it alone
+            self._thread.shutdown()
 
 
 def _packed(value: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """torchft's LocalSGD and DiLoCo around the steps of a Trainer with ``LocalStrategy``."""
 
+import json
 import os
 import sys
 from abc import abstractmethod
@@ -53,8 +54,14 @@ class _TorchFT(Callback):
         dist.broadcast_object_list(lighthouse, src=0)
         optimizer = trainer.optimizers[0]
         self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        group = ProcessGroupGloo(timeout=_TIMEOUT)
+        # So does its store, and what it calls itself.
+        group._rendezvous_store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        handle = json.loads(group.get_reconfigure_handle())
+        handle["store"] = f"{self._address}:{group._rendezvous_store.port}"
+        group.get_reconfigure_handle = lambda: json.dumps(handle)
         self._manager = Manager(
-            pg=ProcessGroupGloo(timeout=_TIMEOUT),
+            pg=group,
             load_state_dict=module.load_state_dict,
             state_dict=module.state_dict,
             min_replica_size=trainer.world_size,

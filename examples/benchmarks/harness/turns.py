@@ -125,9 +125,12 @@ def _fit(method: Method, turns: Turns, steps: int, place: Place, watching: Callb
 
 
 def _bytes_per_step(method: Method, turns: Turns, place: Place) -> float:
-    """Bytes that this rank sends per step, counted over one period in a short fit of its own."""
+    """Bytes that this rank sends per step, counted over its second period in a short fit of its own.
+
+    In the first one connections are opened, and a rounded exchange with a served center goes as it is.
+    """
     count = method.tau or 2
-    counter = _ByteCounter(first=1 if method.tau else 3, count=count)
+    counter = _ByteCounter(first=1 + method.tau if method.tau else 3, count=count)
     _fit(method, turns, counter.first + count, place, counter)
     return counter.sent / count
 

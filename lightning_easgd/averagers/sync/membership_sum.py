@@ -100,7 +100,7 @@ class MembershipSum(DifferenceSum):
     def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
         self._clock = clock
         is_next = (clock + 1) % self._tau == 0
-        if self._is_under_way and is_next:  # not as soon as it has ended, which other ranks see elsewhere
+        if self._is_under_way and (is_next or self._members.has_ended):
             complete()
         if is_next and not self._members.is_requested:
             self._ask()

@@ -63,7 +63,7 @@ class SlicedSum(DifferenceSum):
     @override
     def start(self, shares: Sequence[float]) -> None:
         self.norms()
-        self._slice.version = self.center.version  # it may have been loaded
+        self._note_version()
         self._sum.wire.flat.copy_(self.wire.flat[self._cuts[self._inside.rank]])
         self._sum.start(shares)
         self._under_way = True
@@ -94,6 +94,11 @@ class SlicedSum(DifferenceSum):
             transfer.wait()
         self.center.version = self._slice.version
 
+    def _note_version(self) -> None:
+        """Let the slice have the version of the whole, which may have been loaded."""
+        if not self._under_way:
+            self._slice.version = self.center.version
+
     # Where workers come and go
 
     @property
@@ -107,6 +112,7 @@ class SlicedSum(DifferenceSum):
 
     @override
     def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
+        self._note_version()
         self._sum.look_ahead(clock, complete)
 
     @override
@@ -115,6 +121,7 @@ class SlicedSum(DifferenceSum):
 
     @override
     def enter(self, clock: int) -> bool:
+        self._note_version()
         return self._sum.enter(clock)
 
     @property
