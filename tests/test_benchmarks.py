@@ -420,7 +420,7 @@ def test_ratios_are_to_the_local_training_of_the_same_round():
 def test_counted_steps_are_whole_periods():
     for method in methods([name for name in NAMES if why_missing(name) is None], [4]):
         skip, count = method.window(10, warm_up=3)
-        assert (skip, count) == ((5, 12) if method.tau else (3, 10))
+        assert (skip, count) == ((9, 12) if method.tau else (3, 10))
 
 
 @needs_linux

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import time
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -114,6 +115,12 @@ def test_monitor_writes_every_exchange(tmp_path):
 def test_monitor_records_every_nth_exchange(tmp_path):
     fit(Elastic(), ElasticMonitor(every_n_exchanges=3, directory=tmp_path))
     assert [int(row["exchanges"]) for row in rows(tmp_path / "elastic" / "rank_0.csv")] == [3, 6]
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(1, "rank_3.csv"), (2, "rank_3.0.csv")])
+def test_each_rank_of_a_worker_that_comes_and_goes_has_a_file(ranks, name, tmp_path):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(replica_id=3), world_size=ranks, global_rank=0)
+    assert ElasticMonitor(directory=tmp_path)._path(trainer).name == name
 
 
 def test_monitor_starts_again_with_a_second_fit(tmp_path):

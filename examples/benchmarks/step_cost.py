@@ -6,8 +6,8 @@ The methods take turns in the same processes, round after round, and each is com
 own round: load from outside hits all of them. Printed is the median over the rounds of the ratio to local, with the
 smallest and the largest, for wall-clock and the median for processor time (all threads of the rank); the bytes that a
 rank sends over TCP per step, counted by the kernel in a fit of their own; and the most memory of a rank beyond what it
-had before it built the model. The first period of each turn is not counted. The control is in the table: "local again"
-is local training a second time, and shows what the noise of the machine alone does.
+had before it built the model. The first two periods of each turn are not counted. The control is in the table: "local
+again" is local training a second time, and shows what the noise of the machine alone does.
 
 Peers: Lightning's DDP, also with torch's fp16 hook; torch's post-local SGD; one blocking all-reduce of a flat buffer
 ("flat_local_sgd"); LocalSGD of accelerate, LocalSGD and DiLoCo of torchft (pip install 'lightning_easgd[bench]').

@@ -28,8 +28,8 @@ class ElasticMonitor(Callback):
     were not there in time, and how many came to nothing.
 
     Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
-    `elastic/rank_<i>.csv` there, and the totals of all ranks go to `communication.csv` at the end of
-    training.
+    `elastic/rank_<i>.csv` there (where workers come and go `rank_<worker>.csv`, of several ranks
+    `rank_<worker>.<rank>.csv`), and the totals of all ranks go to `communication.csv` at the end of training.
 
     A record reads the distance from the device, which makes the host wait for all work in the device's queue. The
     counts are running totals: a record now and then loses none of them.

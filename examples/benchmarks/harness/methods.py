@@ -67,8 +67,9 @@ class Method:
         """
         if self.tau is None:
             return warm_up, steps
-        # An exchange is begun in step tau (from 0): the first counted step is the first of a period.
-        return self.tau + 1, -(-steps // self.tau) * self.tau
+        # An exchange is begun in step tau (from 0), over connections whose windows have yet to grow; the first counted
+        # step is the first after the next one.
+        return 2 * self.tau + 1, -(-steps // self.tau) * self.tau
 
 
 _WITHOUT_PERIOD: dict[str, Callable[[], Method]] = {
