@@ -12,6 +12,7 @@ from lightning_easgd.method.rates import MovingRates
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ONE_HOST = {"is_one_host": True}
+WITHIN = {"is_worker_on_host": True}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,10 @@ ONE_HOST = {"is_one_host": True}
         (Setting(GPU, "nccl", 10, 1, center_device="cpu", **ONE_HOST), Choice("all-reduced", "gloo", 1, True)),
         (Setting(GPU, "nccl", 10, 1, wire_dtype="bfloat16"), Choice("compressed", "nccl", 10, False)),
         (Setting(GPU, "gloo", 10, 1, has_chosen_backend=True), Choice("all-reduced", "gloo", 10, False)),
+        (Setting(CPU, "gloo", 10, 1, **WITHIN), Choice("all-reduced", "direct", 10, False, joins_in_memory=True)),
+        (Setting(CPU, "gloo", 10, 1, has_chosen_backend=True, **WITHIN), Choice("all-reduced", "gloo", 10, False)),
+        (Setting(GPU, "nccl", 10, 1, **WITHIN), Choice("all-reduced", "nccl", 10, False)),
+        (Setting(GPU, "nccl", 10, 1, center_device="cpu", **WITHIN), Choice("all-reduced", "gloo", 1, False, True)),
     ],
 )
 def test_what_is_chosen(setting, choice):

@@ -15,7 +15,7 @@ from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
-from lightning_easgd.averagers.sync.choice import sliced_sums
+from lightning_easgd.averagers.sync.choice import channel_joins, sliced_sums
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
@@ -291,7 +291,7 @@ class TestSum:
         others = Others()
         center = ReplicatedCenter(FlatTensors([[torch.zeros(3)]], torch.float32))
         make_sum = partial(MembershipSum, members=others, tau=2, patience=3.0, timeout=1.0)
-        whole = sliced_sums(LoneChannel, make_sum)(center)
+        whole = sliced_sums(channel_joins(LoneChannel), make_sum)(center)
         center.version = 57  # as a checkpoint has it
         whole.enter(0)
         give, _ = others.states["center"]

@@ -317,6 +317,7 @@ class EASGDMethod(CenterMethod):
             self.tau if self.pull_to == "old" else max(1, self.delay),
             len(optimizers),
             is_one_host=self.num_nodes == 1,
+            is_worker_on_host=self.num_processes % self.layout.per_worker == 0,
             has_chosen_backend=self._has_chosen_backend,
             wire_dtype=self.wire_dtype,
             center_device=self.center_device,

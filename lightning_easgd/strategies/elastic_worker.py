@@ -9,7 +9,7 @@ from typing import Any, final
 import torch.distributed as dist
 
 from lightning_easgd.averagers.sync.addition import ExactAddition
-from lightning_easgd.averagers.sync.choice import MakeSum, sliced_sums
+from lightning_easgd.averagers.sync.choice import MakeSum, channel_joins, sliced_sums
 from lightning_easgd.averagers.sync.compressed_addition import CompressedAddition
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.worker_ranks import WorkerRanks
@@ -159,7 +159,7 @@ class ElasticWorker:
             strategy=self._strategy,
         )
         if not (is_alone or is_sharded):
-            make_sum = sliced_sums(channel, make_sum)
+            make_sum = sliced_sums(channel_joins(channel), make_sum)
         return channel(), make_sum, WorkerRanks(LoneChannel(), inside, is_sharded, judges_together)
 
     def _receive_clocks(self, clocks: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from lightning_easgd.averagers.sync.compressed_sum import CompressedSum
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.shared_sum import SharedSum
+from lightning_easgd.averagers.sync.slice_join import ChannelJoin, MemoryJoin, SliceJoin
 from lightning_easgd.averagers.sync.sliced_sum import SlicedSum
 from lightning_easgd.averagers.worker_ranks import WorkerRanks
 from lightning_easgd.method.compression import Codec, WireDtype, make_codec
@@ -33,15 +34,21 @@ from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
     "Choice",
+    "MakeJoin",
     "MakeSum",
     "Setting",
     "all_reduced_sums",
+    "channel_joins",
     "choose",
     "compressed_sums",
     "make_channel",
+    "memory_joins",
     "shared_sums",
     "sliced_sums",
 ]
+
+MakeJoin = Callable[[ReplicatedCenter], SliceJoin]
+"""From the center to what joins its slices; all ranks of a worker call it at the same point."""
 
 MakeSum = Callable[[ReplicatedCenter], DifferenceSum]
 """From the center to what sums up the differences from it; all workers call it at the same point."""
@@ -84,14 +91,41 @@ def shared_sums(store: Store, control: Channel, timeout: timedelta, otherwise: M
     return make
 
 
-def sliced_sums(make_channel: Callable[[], Channel], make_sum: MakeSum) -> MakeSum:
+def sliced_sums(make_join: MakeJoin, make_sum: MakeSum) -> MakeSum:
     """Sums of which each rank of a worker makes a slice, for workers whose ranks all hold all of the center.
 
     Args:
-        make_channel: Makes a channel of this worker's ranks; all ranks call it at the same point.
+        make_join: Makes what joins the slices; all ranks call it at the same point.
         make_sum: Makes the sum of a slice.
     """
-    return lambda center: SlicedSum(center, make_sum, make_channel())
+    return lambda center: SlicedSum(center, make_sum, make_join(center))
+
+
+def channel_joins(make_channel: Callable[[], Channel]) -> MakeJoin:
+    """Joins of slices through a channel of the worker's ranks.
+
+    Args:
+        make_channel: Makes a channel; all ranks call it at the same point.
+    """
+    return lambda _: ChannelJoin(make_channel())
+
+
+def memory_joins(store: Store, inside: Channel, timeout: timedelta, otherwise: MakeJoin) -> MakeJoin:
+    """Joins of slices in memory that the worker's ranks share; if one of them cannot, otherwise, with a warning.
+
+    Args:
+        store: The ranks' store, or the part of it that this worker has for itself.
+        inside: The worker's ranks; it reduces CPU tensors.
+        timeout: How long to wait for another rank.
+        otherwise: Makes the other kind.
+    """
+
+    def make(center: ReplicatedCenter) -> SliceJoin:
+        room = MemoryJoin.room(center, inside.size)
+        vectors = shared_vectors(room, center.flat.dtype, store, inside, timeout)
+        return otherwise(center) if vectors is None else MemoryJoin(inside.rank, inside.size, vectors)
+
+    return make
 
 
 @dataclass(frozen=True)
@@ -104,6 +138,7 @@ class Setting:
         tau: τ.
         optimizers: How many optimizers the fit has.
         is_one_host: Whether all workers are on one host.
+        is_worker_on_host: Whether the ranks of each worker are on one host.
         has_chosen_backend: Whether the user has named the backend, which keeps workers from sharing memory.
         wire_dtype: What differences are rounded to on their way; None for nothing.
         center_device: "cpu" for a center in host memory; None for one where the parameters are.
@@ -114,6 +149,7 @@ class Setting:
     tau: int
     optimizers: int
     is_one_host: bool = False
+    is_worker_on_host: bool = False
     has_chosen_backend: bool = False
     wire_dtype: WireDtype | None = None
     center_device: str | None = None
@@ -128,12 +164,15 @@ class Choice:
         backend: The backend of what goes through process groups; "direct" for connections of our own.
         spread: Over how many steps the buckets of an all-reduce are spread.
         announces_in_memory: Whether exchanges are announced in shared memory, where that is possible.
+        joins_in_memory: Whether the ranks of a worker give each other their slices of the center in shared memory,
+            where that is possible.
     """
 
     sum: Literal["shared", "all-reduced", "compressed"]
     backend: str
     spread: int
     announces_in_memory: bool
+    joins_in_memory: bool = False
 
 
 def choose(setting: Setting) -> Choice:
@@ -148,7 +187,8 @@ def choose(setting: Setting) -> Choice:
     if setting.wire_dtype is not None:
         kind = "compressed"
     backend = "direct" if on_cpu and not setting.has_chosen_backend else "gloo" if on_host else setting.backend
-    return Choice(kind, backend, spread, in_memory)
+    joins_in_memory = setting.is_worker_on_host and not setting.has_chosen_backend and (on_cpu or on_host)
+    return Choice(kind, backend, spread, in_memory, joins_in_memory)
 
 
 def make_channel(
@@ -195,6 +235,7 @@ def make_channel(
     alone = layout.per_worker == 1
     columns = None if alone else layout.across
     worker = WorkerRanks.one(control)
+    whole = store
     if not alone:
         store = PrefixStore(f"easgd/coordinate/{layout.coordinate_of(rank)}", store)
         across, inside = (
@@ -227,5 +268,9 @@ def make_channel(
             make_sum = shared_sums(store, workers, timeout, otherwise=make_sum)
     if not (alone or is_sharded):
         within = partial(ProcessGroupChannel, backend, timeout, strategy, who_is_missing, ranks=layout.inside)
-        make_sum = sliced_sums(within, make_sum)
+        make_join = channel_joins(within)
+        if choice.joins_in_memory:
+            own = PrefixStore(f"easgd/worker/{layout.worker_of(rank)}", whole)
+            make_join = memory_joins(own, worker.inside, timeout, otherwise=make_join)
+        make_sum = sliced_sums(make_join, make_sum)
     return control, make_sum, worker

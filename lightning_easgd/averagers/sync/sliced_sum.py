@@ -8,8 +8,8 @@ from typing_extensions import override
 
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum, Restored
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
+from lightning_easgd.averagers.sync.slice_join import SliceJoin, cut
 from lightning_easgd.tensors.flat_tensors import FlatTensors
-from lightning_easgd.transport.channel import Channel
 
 __all__ = ["SlicedSum"]
 
@@ -30,25 +30,25 @@ class SlicedSum(DifferenceSum):
     Args:
         center: As for :class:`DifferenceSum`.
         make_sum: Makes the sum of a slice.
-        inside: The channel of the worker's ranks, of tensors where the center is, for this sum alone.
+        join: Gives the worker's ranks each other's slices; the object takes it over.
     """
 
     def __init__(
-        self, center: ReplicatedCenter, make_sum: Callable[[ReplicatedCenter], DifferenceSum], inside: Channel
+        self, center: ReplicatedCenter, make_sum: Callable[[ReplicatedCenter], DifferenceSum], join: SliceJoin
     ) -> None:
         super().__init__(center, center.values.like())
-        self._inside = inside
-        self._cuts = _cut(center.flat.numel(), inside.size)
-        self._slice = _sliced(center, self._cuts[inside.rank])
+        self._join = join
+        self._part = cut(center.flat.numel(), join.size)[join.rank]
+        self._slice = _sliced(center, self._part)
         self._sum = make_sum(self._slice)
         self._under_way = False
 
     @override
     def renewed(self, center: ReplicatedCenter, origins: Sequence[int | None]) -> "SlicedSum":
-        cuts = _cut(center.flat.numel(), self._inside.size)
-        part = _sliced(center, cuts[self._inside.rank])
+        join = self._join.renewed(center)
+        part = _sliced(center, cut(center.flat.numel(), join.size)[join.rank])
         own = self._sum.renewed(part, [None] * len(part.values.views))
-        return SlicedSum(center, lambda _: own, self._inside)
+        return SlicedSum(center, lambda _: own, join)
 
     @property
     @override
@@ -64,7 +64,7 @@ class SlicedSum(DifferenceSum):
     def start(self, shares: Sequence[float]) -> None:
         self.norms()
         self._note_version()
-        self._sum.wire.flat.copy_(self.wire.flat[self._cuts[self._inside.rank]])
+        self._sum.wire.flat.copy_(self.wire.flat[self._part])
         self._sum.start(shares)
         self._under_way = True
 
@@ -84,14 +84,7 @@ class SlicedSum(DifferenceSum):
 
     def _join_slices(self) -> None:
         """Let the center be what its slices have become on the worker's ranks."""
-        transfers = [
-            self._inside.share(store.flat[part], rank)
-            for store in self.center.stores
-            for rank, part in enumerate(self._cuts)
-            if part.start < part.stop
-        ]
-        for transfer in transfers:
-            transfer.wait()
+        self._join.join(self.center)
         self.center.version = self._slice.version
 
     def _note_version(self) -> None:
@@ -147,12 +140,7 @@ class SlicedSum(DifferenceSum):
     @override
     def close(self) -> None:
         self._sum.close()
-        self._inside.close()
-
-
-def _cut(numel: int, parts: int) -> list[slice]:
-    size = -(-numel // parts)
-    return [slice(min(part * size, numel), min((part + 1) * size, numel)) for part in range(parts)]
+        self._join.close()
 
 
 def _sliced(center: ReplicatedCenter, part: slice) -> ReplicatedCenter:
