@@ -3,7 +3,8 @@
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,21 @@ def main() -> None:
 
 @hydra.main(config_path=SEARCH_PATH, config_name="compare", version_base="1.3")
 def _hydra_main(config: DictConfig) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the run under way, too
+    with _ending_at_sigterm():
+        _compare(config)
+
+
+@contextmanager
+def _ending_at_sigterm() -> Iterator[None]:
+    """Context in which SIGTERM ends the run under way, too."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _compare(config: DictConfig) -> None:
     _give_jobs_directories_of_their_own(config)
     with usage_errors(COMMAND):
         if not isinstance(config.fast_dev_run, bool):
