@@ -48,7 +48,8 @@ class Link:
     @property
     def name(self) -> str:
         """For tables and titles."""
-        return f"{self.mbit:g} Mbit/s" + (f", {self.delay_ms:g} ms" if self.delay_ms else "")
+        rate = f"{self.mbit / 1000:g} Gbit/s" if self.mbit >= 1000 else f"{self.mbit:g} Mbit/s"
+        return rate + (f", {self.delay_ms:g} ms" if self.delay_ms else "")
 
 
 @contextlib.contextmanager
