@@ -8,6 +8,7 @@ from channels import Hub, on_threads, rendezvous_of
 from torch.distributed import HashStore
 
 from lightning_easgd.averagers import ExchangeError
+from lightning_easgd.averagers.sync.choice import memory_joins
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.averagers.sync.slice_join import ChannelJoin, MemoryJoin, cut
 from lightning_easgd.method.rules import outer_rule
@@ -95,3 +96,33 @@ def test_a_rank_that_does_not_come_is_named():
         return "told"
 
     assert on_threads(work, RANKS) == ["told", "told", "away"]
+
+
+@pytest.mark.parametrize("unable", [None, 3])
+def test_all_workers_join_in_one_way(unable, monkeypatch):
+    """The other way takes process groups, which all ranks make together."""
+    everyone, insides, closed = Hub(4), [Hub(2), Hub(2)], []
+
+    class Vectors:
+        def close(self):
+            closed.append(self)
+
+    def vectors_of(room, dtype, store, inside, timeout):
+        return None if store == "of worker 1" and unable is not None else Vectors()
+
+    monkeypatch.setattr("lightning_easgd.averagers.sync.choice.shared_vectors", vectors_of)
+
+    def work(number):
+        worker, rank = divmod(number, 2)
+        make_join = memory_joins(
+            f"of worker {worker}",
+            insides[worker].channel(rank),
+            everyone.channel(number),
+            timedelta(seconds=20),
+            otherwise=lambda center: "otherwise",
+        )
+        return make_join(make_center(4))
+
+    joins = on_threads(work, 4)
+    assert [join == "otherwise" for join in joins] == [unable is not None] * 4
+    assert len(closed) == (0 if unable is None else 2)

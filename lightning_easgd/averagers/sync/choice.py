@@ -22,6 +22,7 @@ from lightning_easgd.method.compression import Codec, WireDtype, make_codec
 from lightning_easgd.transport.channel import (
     Channel,
     Failure,
+    LoneChannel,
     MessageChannel,
     ProcessGroupChannel,
     ProcessGroupMessageChannel,
@@ -110,20 +111,27 @@ def channel_joins(make_channel: Callable[[], Channel]) -> MakeJoin:
     return lambda _: ChannelJoin(make_channel())
 
 
-def memory_joins(store: Store, inside: Channel, timeout: timedelta, otherwise: MakeJoin) -> MakeJoin:
-    """Joins of slices in memory that the worker's ranks share; if one of them cannot, otherwise, with a warning.
+def memory_joins(store: Store, inside: Channel, everyone: Channel, timeout: timedelta, otherwise: MakeJoin) -> MakeJoin:
+    """Joins of slices in memory that each worker's ranks share; if one rank of all cannot, otherwise, with a warning.
 
     Args:
-        store: The ranks' store, or the part of it that this worker has for itself.
+        store: The part of the ranks' store that this worker has for itself.
         inside: The worker's ranks; it reduces CPU tensors.
+        everyone: The ranks of all workers, likewise.
         timeout: How long to wait for another rank.
-        otherwise: Makes the other kind.
+        otherwise: Makes the other kind; all ranks call it together.
     """
 
     def make(center: ReplicatedCenter) -> SliceJoin:
         room = MemoryJoin.room(center, inside.size)
         vectors = shared_vectors(room, center.flat.dtype, store, inside, timeout)
-        return otherwise(center) if vectors is None else MemoryJoin(inside.rank, inside.size, vectors)
+        without = torch.tensor([int(vectors is None)])
+        everyone.sum(without).wait()
+        if vectors is not None and int(without) == 0:
+            return MemoryJoin(inside.rank, inside.size, vectors)
+        if vectors is not None:
+            vectors.close()
+        return otherwise(center)
 
     return make
 
@@ -250,6 +258,8 @@ def make_channel(
     connect = partial(open_mesh, workers.rank, workers.size, store, failure)
 
     def reduced() -> Channel:
+        if workers.size == 1 and choice.sum == "shared":
+            return LoneChannel()  # in place of what a rank that cannot share memory would be alone in making
         if is_direct:
             return DirectChannel(connect(), strategy)
         return ProcessGroupChannel(backend, timeout, strategy, who_is_missing, columns)
@@ -271,6 +281,6 @@ def make_channel(
         make_join = channel_joins(within)
         if choice.joins_in_memory:
             own = PrefixStore(f"easgd/worker/{layout.worker_of(rank)}", whole)
-            make_join = memory_joins(own, worker.inside, timeout, otherwise=make_join)
+            make_join = memory_joins(own, worker.inside, control, timeout, otherwise=make_join)
         make_sum = sliced_sums(make_join, make_sum)
     return control, make_sum, worker
