@@ -35,6 +35,7 @@ SETTINGS = {
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
+    "strays_at": None,  # this step, from the center of the others
     "finds_rate": False,  # which takes a fit of its own
 }
 
@@ -102,6 +103,9 @@ class Paced(L.LightningModule):
             missed=members.missed,
             failed=members.failed,
         )
+        if self.global_step == self.settings["strays_at"]:
+            averager.settle()
+            center.flat.add_(1.0)
         if self.global_step == self.settings["saves_at"]:
             self.trainer.save_checkpoint(self.folder / f"of_{self.number}.ckpt")
 

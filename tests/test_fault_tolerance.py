@@ -208,7 +208,7 @@ class Others:
         self.waited.append(seconds)
         return self.has_others
 
-    def exchange(self, add_up):
+    def exchange(self, add_up, common):
         self.is_requested = False
         add_up()
 

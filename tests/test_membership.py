@@ -161,6 +161,23 @@ def test_a_worker_of_another_size_is_refused(job):
     assert "the worker with replica_id=0 has 1 ranks, and this one 2" in job.said(1)
 
 
+def test_workers_whose_centers_differ_come_together_again(job):
+    """As after each has gone on alone, one after the other."""
+    job.start(0)
+    job.until(0, are(0))
+    job.start(1)
+    first = job.until(1, are(0, 1))
+    job.start(2, strays_at=first["step"] + 250)
+    job.until(2, are(0, 1, 2))
+    strayed = job.until(2, lambda line: line["step"] > first["step"] + 250)
+    lost = [job.until(number, lambda line: line["failed"] > 0, since=strayed["time"] - 1) for number in (0, 1, 2)]
+    since = max(line["time"] for line in lost) + 0.5
+    for number in (0, 1, 2):
+        again = job.until(number, are(0, 1, 2), since=since)
+        job.until(number, lambda line, again=again: line["version"] > again["version"] + 8, since=since)
+    job.check_centers(0, 1, 2, since=since)
+
+
 def test_a_worker_may_look_for_its_learning_rate(job):
     """In a fit inside of its fit, from which it comes back to the others."""
     assert job.start(0, finds_rate=True, steps=30).wait(60) == 0

@@ -76,7 +76,11 @@ class Manager:
     def report_error(self, error):
         self.error = SimpleNamespace(original_exception=error)
 
+    others = 1  # 1 more than the checksum of the other worker
+
     def allreduce(self, buffer, reduce_op):
+        if buffer.dtype == torch.int32:
+            buffer[1 - self.worker] = self.others
         assert buffer.numel()  # gloo has no sum of nothing
         return SimpleNamespace(wait=lambda: None)
 
@@ -153,7 +157,7 @@ def test_what_one_rank_has_not_got_none_has(bad):
         members.request()
         assert members.has_come(5)
         assert members.behind == 0
-        members.exchange(lambda: None)
+        members.exchange(lambda: None, int)
         assert not members.commit()
         assert members.has_failed
         assert manager.step == 3
@@ -178,7 +182,7 @@ def test_what_one_rank_has_lost_all_have():
             if rank == 1:
                 manager.report_error(RuntimeError("connection closed"))
 
-        members.exchange(add_up)
+        members.exchange(add_up, int)
         return members.commit(), members.has_failed, members.failed
 
     assert on_threads(exchange, RANKS) == [(False, True, 1)] * RANKS
@@ -192,7 +196,7 @@ def test_with_too_few_workers_it_matters_whether_the_others_state_has_come(fails
     members = member(manager, channel, least=3)
     members.request()
     assert members.has_come(5)
-    members.exchange(lambda: None)
+    members.exchange(lambda: None, int)
     assert not members.commit()
     assert members.has_failed == fails
 
@@ -236,3 +240,22 @@ def test_nothing_to_add_up_is_no_operation():
     members = member(Manager(0, step=3), Hub(1).channel(0))
     members.all_reduce(torch.empty(0))
     members.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("worker", range(WORKERS))
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1), ()])
+def test_of_workers_with_different_centers_all_but_the_first_begin_anew(worker, which):
+    """They have each gone on alone, one after the other; of several ranks perhaps one has a slice that differs."""
+    inside, commits = Hub(RANKS), Hub(RANKS)
+
+    def exchange(rank):
+        manager = Manager(worker, step=3, ranks=commits.channel(rank))
+        manager.others = 8 if rank in which else 1
+        members = member(manager, inside.channel(rank))
+        members.request()
+        assert members.has_come(5)
+        members.exchange(lambda: None, int)
+        return members.commit(), manager.step
+
+    counts = not which
+    assert on_threads(exchange, RANKS) == [(counts, 3 if counts or worker == 0 else 0)] * RANKS

@@ -28,6 +28,7 @@ _CONNECTING = timedelta(seconds=10)  # to the lighthouse, at the start
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
+_MOST = 2**31 - 2
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _SHARES = 1024  # numbers of workers that are told apart where nobody says how many there are
 
@@ -113,6 +114,7 @@ class Membership:
         self._request: Future[None] | None = None
         self._under_way: Future[bool] | None = None
         self._counts = True  # the last exchange
+        self._differs = False  # the center from the others', at the last exchange
         self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
@@ -377,20 +379,29 @@ class Membership:
         """This worker's place among those p, 0 ≤ rank < p."""
         return int(self._manager.participating_rank() or 0)
 
-    def exchange(self, add_up: Callable[[], None]) -> None:
+    def exchange(self, add_up: Callable[[], None], common: Callable[[], int]) -> None:
         """Start to exchange, and return at once; :meth:`commit` says whether it counts.
+
+        Workers that have each gone on alone, one after the other, are at one step of different centers, which torchft
+        does not see. Where what they have in common differs the exchange does not count, and all but the first are as
+        if they had never exchanged: with the next request they get its state.
 
         Args:
             add_up: Calls the operations, the same ones on all workers, in another thread. Those after one that has
                 failed do nothing.
+            common: Gives a checksum of what all workers must have in common, in the same thread, before the first.
         """
         self._request = None
-        self._presence.zero_()
-        self._presence[self.replica_id % len(self._presence)] = 1
-        self._under_way = self._thread.submit(self._exchange, add_up)
+        self._under_way = self._thread.submit(self._exchange, add_up, common)
 
-    def _exchange(self, add_up: Callable[[], None]) -> bool:
+    def _exchange(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
+        self._presence.zero_()
+        self._presence[self.replica_id % len(self._presence)] = 1 + common() % _MOST
         self.all_reduce(self._presence)
+        said = self._presence[self._presence != 0]
+        self._differs = len(said) == self.size and bool((said != said[0]).any())
+        if self._differs:
+            self._manager.report_error(ExchangeError("the workers' centers differ; they go on from the first one's"))
         add_up()
         try:
             # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
@@ -445,6 +456,9 @@ class Membership:
             self.living = tuple(self._presence.nonzero().flatten().tolist())
         else:
             self.failed += 1
+            differs = not self._all(not self._differs)  # of several ranks perhaps the slice of one alone
+            if differs and self.rank != 0:
+                self._manager.load_state_dict({**self._manager.state_dict(), "step": 0})
         return self._counts
 
     @property

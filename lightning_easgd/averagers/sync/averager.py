@@ -2,7 +2,6 @@ r"""Synchronous EASGD: the center is replicated on all workers and moved by an a
 
 import math
 import time
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, final
 
@@ -25,7 +24,6 @@ from lightning_easgd.method.elastic import elastic_difference_, elastic_pull_
 from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
-from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, center_dtype
 from lightning_easgd.tensors.shards import copies
 from lightning_easgd.transport.staging import brought_near
@@ -259,7 +257,7 @@ class SynchronousAverager(Averager):
 
     def center_checksum(self) -> int:
         """A checksum of the center, which is the same on all workers when no exchange is under way."""
-        return zlib.crc32(repr([checksum(store.flat) for store in self.center.stores]).encode())
+        return self.center.checksum()
 
     @override
     def settle(self) -> None:

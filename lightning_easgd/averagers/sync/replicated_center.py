@@ -1,5 +1,6 @@
 r"""The center of synchronous averaging: on every worker, and moved on all of them by the same sum."""
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.method.rules import CenterRule, PlainRule
+from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 
 __all__ = ["ReplicatedCenter"]
@@ -60,6 +62,10 @@ class ReplicatedCenter:
     def move_(self, part: slice, difference: Tensor, rate: float) -> None:
         """Move a part of the flat center by a difference, or a sum of differences, at a rate."""
         self.rule.move_([store.flat[part] for store in self.stores], difference, rate, self.version)
+
+    def checksum(self) -> int:
+        """A checksum of all stores, 0 ≤ checksum < 2^32."""
+        return zlib.crc32(repr([checksum(store.flat) for store in self.stores]).encode())
 
     def end_exchange(self) -> None:
         """All parts have been moved by one exchange."""
