@@ -98,13 +98,18 @@ def _warm_up() -> None:
     It imports and caches (also which packages are installed), and leaves the generators as they were.
     """
     lightning_registry.entry_points = functools.cache(lightning_registry.entry_points)
+
+    class Logs(BoringModel):  # the first log looks through the metadata of torch
+        def validation_step(self, batch: torch.Tensor, index: int) -> None:
+            self.log("loss", self.loss(self.layer(batch)), sync_dist=True)
+
     generators = random_state(torch.device("cpu"))
     logging.disable()
     with warnings.catch_warnings(action="ignore"):
         Trainer(
             accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False,
-        ).fit(BoringModel())  # fmt: skip
+        ).fit(Logs())  # fmt: skip
     logging.disable(logging.NOTSET)
     set_random_state(generators, torch.device("cpu"))
     gc.collect()

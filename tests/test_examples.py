@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from application import ROOT, run_process
@@ -93,11 +92,10 @@ def test_sharded_workers_on_two_nodes():
 
 @pytest.mark.timeout(300)
 def test_ray():
-    """Ray starts real interpreters."""
     pytest.importorskip("ray")
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
     settings = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, str(ROOT / "examples" / "ray_train.py")]
+    command = [python(), str(ROOT / "examples" / "ray_train.py")]
     done = subprocess.run(command, env=clean | settings, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = re.search(r"accuracy at the center of 2 workers: (\d+\.\d)%", done.stdout)
