@@ -15,6 +15,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ranks are forked: looking for a GPU must not initialise CUDA here.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# torch asks a name server who each connection is from; one that does not answer would be waited for five seconds.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 import pytest
 
