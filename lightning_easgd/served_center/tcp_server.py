@@ -128,8 +128,9 @@ class ShardServer(ForkAware):
         configure(connection, self._timeout)
         thread = threading.Thread(target=self._serve, args=(connection, client), name="easgd-serve", daemon=True)
         with self._guard:
+            self._connections = {each: server for each, server in self._connections.items() if server.is_alive()}
             self._connections[connection] = thread
-        thread.start()
+            thread.start()
 
     def _serve(self, connection: socket.socket, client: int) -> None:
         try:
@@ -141,8 +142,6 @@ class ShardServer(ForkAware):
             if not self._closed:
                 self._lost.add(client)
         finally:
-            with self._guard:
-                del self._connections[connection]
             connection.close()
 
     def _answer_requests(self, connection: socket.socket) -> None:

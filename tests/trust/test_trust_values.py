@@ -1,5 +1,6 @@
 """Values that no averager holds, and parameters that are not what they were: nothing is mixed up or left behind."""
 
+import itertools
 import os
 import time
 import warnings
@@ -506,8 +507,13 @@ class Complex(Net):
         return self.loss(batch) + (self.z - goal).abs().square().sum() + self.odd.square().sum()
 
 
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp"])
-@pytest.mark.parametrize("kind", [EmptyGroup, EmptyFirst, ZeroSize, OnlyZeroSize, Counting, CountingApart, Complex])
+KINDS = [EmptyGroup, EmptyFirst, ZeroSize, OnlyZeroSize, Counting, CountingApart, Complex]
+# Every kind in both modes and by two of the other strategies, each of which has one kind at least.
+OTHERS = [name for name in STRATEGIES if name not in ("ddp", *MODES)]
+ROUND = [(OTHERS[(2 * number + more) % len(OTHERS)], kind) for number, kind in enumerate(KINDS) for more in (0, 1)]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), [*itertools.product(MODES, KINDS), *ROUND])
 def test_parameters_of_every_kind_train(strategy, kind):
     def train():
         module = kind()
