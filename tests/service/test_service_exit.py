@@ -9,13 +9,17 @@ from preloaded import python
 from torch.distributed import TCPStore
 
 SCRIPT = """
-import os, signal, sys, threading, time
+import atexit, os, signal, sys, threading, time
 import torch
 from torch.distributed import TCPStore
 from lightning_easgd.served_center import open_center
 from lightning_easgd.method.rules import SymmetricExchange
 
 rank, port, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+threads = []
+# When the center has been closed, and they have heard of it: where a thread lets go of a tensor while the interpreter is
+# taken to pieces, torch ends the process.
+atexit.register(lambda: [thread.join(10) for thread in threads])
 center = open_center(
     TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False),
     rank=rank, nodes=[[0], [1]], segments=[(0, 1000)], dtype=torch.float32, exchange=SymmetricExchange(),
@@ -36,7 +40,8 @@ elif ending == "exchanging":  # daemon threads in the middle of exchanges, and n
             center.exchange_all(x, [0.0])
     threading.excepthook = lambda arguments: None
     for _ in range(2):
-        threading.Thread(target=storm, daemon=True).start()
+        threads.append(threading.Thread(target=storm, daemon=True))
+        threads[-1].start()
     time.sleep(0.3)
 """
 
