@@ -17,8 +17,8 @@ from lightning_easgd.method.rules import SymmetricExchange
 
 rank, port, ending = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 threads = []
-# When the center has been closed, and they have heard of it: where a thread lets go of a tensor while the interpreter is
-# taken to pieces, torch ends the process.
+# When the center has been closed, and they have heard of it: where a thread lets go of a tensor while the interpreter
+# is taken to pieces, torch ends the process.
 atexit.register(lambda: [thread.join(10) for thread in threads])
 center = open_center(
     TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False),
