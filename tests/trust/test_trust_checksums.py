@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_easgd.tensors import checksums
-from lightning_easgd.tensors.checksums import checksum
+from lightning_easgd.tensors.checksums import checksum, sum_of_bits
 
 DTYPES = [
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8,
@@ -102,3 +102,17 @@ def test_it_is_the_same_on_every_device() -> None:
 
 
 PINNED = 343025102299395838
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numel", [1, 2, 7, 1000])
+def test_one_other_bit_gives_another_sum_of_bits(dtype: torch.dtype, numel: int) -> None:
+    vector = torch.randn(numel + 1, dtype=dtype)
+    own = sum_of_bits(vector[1:])
+    assert own == sum_of_bits(vector[1:].clone())  # whatever lies before it
+    for place in {0, numel // 2, numel - 1}:
+        for change in (1, -1 << 31):
+            other = vector[1:].clone()
+            other.view(torch.int32 if dtype == torch.float32 else torch.int64)[place] ^= change
+            assert sum_of_bits(other) != own
+    assert sum_of_bits(vector[:0]) == 0

@@ -199,7 +199,7 @@ class MembershipSum(DifferenceSum):
         self._addition.start(shares)
         self.is_lost = False
         self._is_under_way = True
-        self._members.exchange(self._addition.add_up, self.center.checksum)
+        self._members.exchange(self._addition.add_up, self.center.sum_of_bits)
 
     @override
     def advance(self) -> None:
