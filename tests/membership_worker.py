@@ -37,6 +37,7 @@ SETTINGS = {
     "resumes": None,  # from this checkpoint
     "strays_at": None,  # this step, from the center of the others
     "finds_rate": False,  # which takes a fit of its own
+    "fits": 1,  # one after the other, of new modules
 }
 
 
@@ -81,6 +82,8 @@ class Paced(L.LightningModule):
         self.write(event="starts", pid=os.getpid())
 
     def on_train_batch_end(self, *_):
+        if not self.trainer.strategy._averagers:  # in the learning rate finder's sweep
+            return
         (averager,) = self.trainer.strategy._averagers
         members = self.trainer.strategy.elastic.membership
         center = averager.center
@@ -130,22 +133,23 @@ if __name__ == "__main__":
     torch.manual_seed(int(number))
     if settings["dies_in"] is not None:
         die_in(*settings["dies_in"])
-    module = Paced(settings, Path(folder), int(number))
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
     arguments = {"tau": settings["tau"], "wire_dtype": settings["wire_dtype"], "fault_tolerance": tolerance}
-    if settings["is_sharded"]:
-        strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
-    else:
-        strategy = EASGDStrategy(devices_per_worker=settings["ranks"], **arguments)
-    callbacks = [LearningRateFinder(num_training_steps=10, early_stop_threshold=None)] if settings["finds_rate"] else []
-    trainer = quiet_trainer(
-        strategy=strategy,
-        devices=settings["ranks"],
-        max_epochs=-1,
-        max_steps=settings["steps"],
-        callbacks=callbacks,
-        enable_checkpointing=settings["finds_rate"],
-        default_root_dir=folder,
-    )
-    trainer.fit(module, ckpt_path=settings["resumes"])
-    module.write(event="ends", step=trainer.global_step)
+    for _ in range(settings["fits"]):
+        if settings["is_sharded"]:
+            strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
+        else:
+            strategy = EASGDStrategy(devices_per_worker=settings["ranks"], **arguments)
+        finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
+        trainer = quiet_trainer(
+            strategy=strategy,
+            devices=settings["ranks"],
+            max_epochs=-1,
+            max_steps=settings["steps"],
+            callbacks=[finder] if settings["finds_rate"] else [],
+            enable_checkpointing=settings["finds_rate"],
+            default_root_dir=folder,
+        )
+        module = Paced(settings, Path(folder), int(number))
+        trainer.fit(module, ckpt_path=settings["resumes"])
+        module.write(event="ends", step=trainer.global_step)

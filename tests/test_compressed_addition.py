@@ -131,7 +131,7 @@ def exchange_through_torchft(wire_dtype, numel):
     barrier, counts = threading.Barrier(2, timeout=20), []
 
     def work(rank):
-        members = Membership(address, rank, numbers=2, min_replica_size=2, timeout=20.0, strategy="EASGDStrategy")
+        members = Membership(address, rank, min_replica_size=2, timeout=20.0, strategy="EASGDStrategy", fit=1)
         center = ReplicatedCenter(FlatTensors([[torch.zeros(numel)]], torch.float32))
         make = partial(CompressedAddition, wire_dtype=wire_dtype)
         total = MembershipSum(center, members, tau=1, patience=20.0, timeout=20.0, make_addition=make)
@@ -183,5 +183,5 @@ def test_all_workers_round_alike():
     living, coming = Worker("int8"), Others()
     late = MembershipSum(center_of(dtype=torch.float64), coming, tau=2, patience=1.0, timeout=1.0)
     coming.states["center"][1](living.members.states["center"][0]())
-    with pytest.raises(ExchangeError, match=r"^EASGDStrategy\(wire_dtype=None\): the other .* wire_dtype='int8'; give"):
+    with pytest.raises(ExchangeError, match=r"^EASGDStrategy\(wire_dtype=None\): the .*\(wire_dtype='int8'\); give"):
         late.take_restored()

@@ -117,7 +117,7 @@ class TestStrategy:
         [
             (4, True, {"num_replicas": 8, "rank": 5}),
             (4, False, {"num_replicas": 2, "rank": 1}),
-            (None, True, {"num_replicas": 2, "rank": 1, "seed": 2}),
+            (None, True, {"num_replicas": 2, "rank": 1, "seed": 2_000_006}),
         ],
     )
     def test_ranks_of_a_worker_share_its_data(self, monkeypatch, group_size, training, arguments):
@@ -138,9 +138,12 @@ class TestStrategy:
         schedule = Seen(sgd, 2, gamma=0.5)
         handed.clear()
         configs = [SimpleNamespace(scheduler=schedule)]
+        none = SimpleNamespace(ready=0)
+        batches = SimpleNamespace(current=none, total=none)
         worker._trainer = SimpleNamespace(
-            global_step=0, current_epoch=0, optimizers=[sgd], lr_scheduler_configs=configs
-        )
+            global_step=0, current_epoch=0, accumulate_grad_batches=1, optimizers=[sgd], lr_scheduler_configs=configs,
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+        )  # fmt: skip
         for _ in range(6):
             worker.note_clocks()
             sgd.step()
@@ -192,7 +195,7 @@ class Others:
 
     def give(self, stores, version, clock):
         """What another worker is at."""
-        self.states["center"][1]({"stores": stores, "version": version, "wire_dtype": None})
+        self.states["center"][1]({"stores": stores, "version": version, "in_common": {}})
         self.states["clock"][1](clock)
 
     def open(self):
@@ -378,6 +381,15 @@ class TestSum:
         with pytest.warns(RuntimeWarning, match="come to nothing"):
             self.whole.enter()
         assert len(others.waited) == 1
+
+    def test_who_was_ahead_of_the_others_is_told(self):
+        others = Others()
+        self.averaging(others)
+        others.give([torch.zeros(1)], version=4, clock=21)
+        self.averager.clock = 60
+        with pytest.warns(RuntimeWarning, match="this worker was at step 60, and goes on at the others', 21"):
+            self.whole.enter()
+        assert self.averager.clock == 21
 
     def test_others_of_another_size_are_refused(self):
         others = Others()

@@ -71,7 +71,7 @@ def test_killed_started_again_late_and_frozen(job):
 def test_killed_inside_of_an_exchange(job, wire_dtype, operation):
     job.start(0, wire_dtype=wire_dtype)
     job.until(0, are(0))  # the other one would be at its tenth exchange before this one has come
-    one = job.start(1, wire_dtype=wire_dtype, dies_in=[operation, 10])
+    one = job.start(1, wire_dtype=wire_dtype, dies_in=[operation, 10 if wire_dtype is None else 20])
     assert one.wait(60) == -signal.SIGKILL
     last = job.steps(1)[-1]
     before = [line["failed"] for line in job.steps(0) if line["time"] <= last["time"]][-1]
@@ -161,6 +161,43 @@ def test_a_worker_of_another_size_is_refused(job):
     assert "the worker with replica_id=0 has 1 ranks, and this one 2" in job.said(1)
 
 
+def test_the_epoch_of_one_who_comes_ends_with_the_others(job):
+    """Else schedules that know how many steps there are would be overrun."""
+    job.start(0)
+    job.until(0, lambda line: line["step"] > 55)
+    job.start(1)
+    came = job.until(1, are(0, 1))
+    job.until(1, lambda line: line["epoch"] > came["epoch"] + 1)
+    for number in (0, 1):
+        assert [line for line in job.steps(number) if line["epoch"] != (line["step"] - 1) // 40] == []
+
+
+def test_workers_of_different_fits_are_not_averaged(job):
+    workers = [job.start(0, fits=2, steps=200), job.start(1, fits=2, steps=200, pace=0.03)]
+    job.until(0, lambda line: line["step"] == 200)
+    second = job.started_again(0)
+    assert second >= next(line["time"] for line in job.lines(1) if line.get("event") == "ends")
+    job.until(0, are(0, 1), since=second)
+    assert job.start(2).wait(60) != 0
+    assert "is in fit 2 of the job, and this one begins fit 1, which is over" in job.said(2)
+    job.start(2, tolerance={"fit": 2})
+    job.until(0, are(0, 1, 2), since=second)
+    assert [worker.wait(60) for worker in workers] == [0, 0]
+
+
+def test_one_who_was_told_something_else_is_refused(job):
+    first = job.start(0)
+    job.until(0, are(0))
+    for settings, said in (
+        ({"tau": 7}, "EASGDStrategy(tau=7): the other workers have EASGDStrategy(tau=5); give all the same."),
+        ({"tolerance": {"group_size": 4}}, "FaultTolerance(group_size=4): the other workers have"),
+    ):
+        assert job.start(1, **settings).wait(60) != 0
+        assert said in job.said(1)
+        job.until(0, are(0), since=time.time())
+    assert first.poll() is None
+
+
 def test_workers_whose_centers_differ_come_together_again(job):
     """As after each has gone on alone, one after the other."""
     job.start(0)
@@ -179,8 +216,12 @@ def test_workers_whose_centers_differ_come_together_again(job):
 
 
 def test_a_worker_may_look_for_its_learning_rate(job):
-    """In a fit inside of its fit, from which it comes back to the others."""
+    """In a fit inside of its fit, which is no part of what the workers do together."""
     assert job.start(0, finds_rate=True, steps=30).wait(60) == 0
+    job.start(1)
+    job.until(1, are(1))
+    job.start(2, finds_rate=True)
+    assert job.until(2, are(1, 2))["clock"] > 0
     assert [line["step"] for line in job.lines(0) if line.get("event") == "ends"] == [30]
 
 

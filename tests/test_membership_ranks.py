@@ -20,6 +20,7 @@ class Group:
     def __init__(self):
         self.barrier = threading.Barrier(WORKERS, timeout=20)
         self.sent = None
+        self.rows = {}
 
     def of(self, worker):
         return _Member(self, worker)
@@ -36,6 +37,32 @@ class _Member:
         self.group.barrier.wait()
         tensor.copy_(self.group.sent)
         self.group.barrier.wait()
+        return self
+
+    def allgather(self, lists, tensors, options):
+        (rows,), (own,) = lists, tensors
+        self.group.rows[self.worker] = own
+        self.group.barrier.wait()
+        for worker, row in enumerate(rows):
+            row.copy_(self.group.rows[worker])
+        self.group.barrier.wait()
+        return self
+
+    def wait(self):
+        pass
+
+
+class Alone:
+    """A group in which the other workers say what a test has them say: number, checksum, how far they were behind."""
+
+    def __init__(self, worker, *others):
+        self.worker, self.others = worker, list(others)
+
+    def allgather(self, lists, tensors, options):
+        (rows,), (own,) = lists, tensors
+        said = [*self.others[: self.worker], own.tolist(), *self.others[self.worker :]]
+        for row, numbers in zip(rows, said, strict=True):
+            row.copy_(torch.tensor(numbers))
         return self
 
     def wait(self):
@@ -76,11 +103,9 @@ class Manager:
     def report_error(self, error):
         self.error = SimpleNamespace(original_exception=error)
 
-    others = 1  # 1 more than the checksum of the other worker
+    others = 0  # the checksum of the other worker
 
     def allreduce(self, buffer, reduce_op):
-        if buffer.dtype == torch.int32:
-            buffer[1 - self.worker] = self.others
         assert buffer.numel()  # gloo has no sum of nothing
         return SimpleNamespace(wait=lambda: None)
 
@@ -99,7 +124,7 @@ class Manager:
 def member(manager, channel, *, group=None, states=("own", "common"), least=1):
     """A membership over this manager; what it has been given is in ``given``."""
     members = Membership(
-        "http://none", manager.worker, numbers=2, min_replica_size=least, timeout=1.0, strategy="S", inside=channel
+        "http://none", manager.worker, min_replica_size=least, timeout=1.0, strategy="S", inside=channel, fit=1
     )
     members.given = {}
     for key in states:
@@ -108,7 +133,8 @@ def member(manager, channel, *, group=None, states=("own", "common"), least=1):
         members.add_state(key, give, keep, is_common=key == "common")
     for state in members._states.values():
         manager.register_state_dict_fn(state.key, state.keep, state.give)
-    members._manager, members._group = manager, group
+    members._manager = manager
+    members._group = group or Alone(manager.worker, [1 - manager.worker, manager.others, 0])
     members._thread = ThreadPoolExecutor(1)
     return members
 
@@ -250,7 +276,7 @@ def test_of_workers_with_different_centers_all_but_the_first_begin_anew(worker, 
 
     def exchange(rank):
         manager = Manager(worker, step=3, ranks=commits.channel(rank))
-        manager.others = 8 if rank in which else 1
+        manager.others = 7 if rank in which else 0
         members = member(manager, inside.channel(rank))
         members.request()
         assert members.has_come(5)
@@ -259,3 +285,69 @@ def test_of_workers_with_different_centers_all_but_the_first_begin_anew(worker, 
 
     counts = not which
     assert on_threads(exchange, RANKS) == [(counts, 3 if counts or worker == 0 else 0)] * RANKS
+
+
+def test_of_those_that_begin_together_the_one_that_is_furthest_gives_its_state():
+    """They may all have been started again, from checkpoints of different steps."""
+    group = Group()
+
+    def begin(worker):
+        members = member(Manager(worker), Hub(1).channel(0), group=group.of(worker))
+        members.progress = lambda: 60 + 540 * worker
+        members.request()
+        assert members.has_come(5)
+        return members.given
+
+    assert on_threads(begin, WORKERS) == [
+        {"own": "own of worker 1, rank 0", "common": "common of worker 1, rank 0"}, {}
+    ]  # fmt: skip
+
+
+def exchanged(manager, *others, replica_id=0, commits=True):
+    """A membership after an exchange with others who say this."""
+    manager.ranks = Hub(1).channel(0)
+    manager.num_participants = lambda: 1 + len(others)
+    if not commits:
+        manager.should_commit = lambda timeout: False
+    members = member(manager, manager.ranks, group=Alone(manager.worker, *others))
+    members.replica_id = replica_id
+    members.request()
+    assert members.has_come(5)
+    members.exchange(lambda: None, int)
+    return members
+
+
+def test_a_number_may_be_as_large_as_a_jobs():
+    members = exchanged(Manager(1, step=3), [0, 0, 0], replica_id=4_023_117)
+    assert members.commit()
+    assert members.living == (0, 4_023_117)
+    alone = exchanged(Manager(0, step=3), replica_id=1024)
+    assert alone.commit()
+    assert alone.living == (1024,)
+
+
+def test_who_lives_is_known_where_there_are_too_few():
+    """The worker that saved may have died, and another one is to save."""
+    members = exchanged(Manager(0, step=3), replica_id=1, commits=False)
+    members.living = (0, 1)
+    assert not members.commit()
+    assert members.living == (1,)
+
+
+@pytest.mark.parametrize(
+    ("behind", "theirs", "ends"),
+    [(4, 0, True), (0, 4, False), (0, 0, False)],
+    ids=["that stood still", "that took its place", "of the same moment"],
+)
+def test_of_two_workers_of_one_number_the_older_one_ends(behind, theirs, ends):
+    class Behind(Manager):
+        def start_quorum(self, timeout):
+            self.step += behind
+
+    members = exchanged(Behind(0, step=3), [0, 0, theirs])
+    if ends:
+        with pytest.raises(ExchangeError, match="another worker with replica_id=0 takes part"):
+            members.commit()
+    else:
+        assert not members.commit()
+        assert members.problem == "two workers have one replica_id"

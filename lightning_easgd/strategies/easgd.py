@@ -348,6 +348,7 @@ class EASGDMethod(CenterMethod):
             self.tau,
             timeout,
             self.wire_dtype,
+            in_common={name: f"{type(self).__name__}({name}={value})" for name, value in self._told_alike.items()},
             is_sharded=self.is_sharded,
             judges_together=self._judges_together,
             host=self.cluster_environment.main_address,
@@ -356,6 +357,14 @@ class EASGDMethod(CenterMethod):
         # Other workers may be anywhere, and what goes through gloo is on the host.
         center_device = None if self.root_device.type == "cpu" else "cpu"
         return self._synchronous_averaging(control, make_sum, worker, center_device)
+
+    @property
+    def _told_alike(self) -> dict[str, Any]:
+        """What moves the center; of a schedule, which need not say what it is, the class."""
+        rates = {name: getattr(self.rates, name) for name in ("alpha", "beta", "rho")}
+        return {"tau": self.tau} | {
+            name: type(rate).__name__ if callable(rate) else rate for name, rate in rates.items()
+        }
 
     @property
     def _judges_together(self) -> bool:

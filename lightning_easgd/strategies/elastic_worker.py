@@ -18,11 +18,14 @@ from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 from lightning_easgd.strategies.handed_values import HandedValues
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
-from lightning_easgd.transport.channel import Channel, LoneChannel, ProcessGroupChannel
+from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel, ProcessGroupChannel
 from lightning_easgd.transport.membership import Membership
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["ElasticWorker"]
+
+_APART = 1_000_003
+"""Between the seeds of two workers: more than a fit has epochs."""
 
 
 @final
@@ -93,7 +96,8 @@ class ElasticWorker:
             return {"num_replicas": size * ranks, "rank": self.replica_id * ranks + inside["rank"]}
         if not training:
             return {**inside}
-        return {**inside, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + self.replica_id}
+        # Samplers add the epoch: the next number's first order would be this one's second.
+        return {**inside, "seed": int(os.getenv("PL_GLOBAL_SEED", "0")) + _APART * self.replica_id}
 
     def connect(
         self,
@@ -101,6 +105,7 @@ class ElasticWorker:
         timeout: timedelta,
         wire_dtype: WireDtype | None,
         *,
+        in_common: Mapping[str, str],
         is_sharded: bool,
         judges_together: bool,
         host: str,
@@ -112,6 +117,7 @@ class ElasticWorker:
             tau: τ.
             timeout: How long a worker that comes waits for the others, and a rank for another one of this worker.
             wire_dtype: What differences are rounded to on their way; None for nothing.
+            in_common: What all workers must be told alike, as a user gives it, by name.
             is_sharded: As for :class:`WorkerRanks`.
             judges_together: As for :class:`WorkerRanks`.
             host: Of this worker's first rank.
@@ -136,10 +142,11 @@ class ElasticWorker:
         self._members = members = Membership(
             settings.lighthouse,
             self.replica_id,
-            numbers=settings.group_size,
             min_replica_size=settings.min_replica_size,
             timeout=settings.process_group_timeout,
             strategy=self._strategy,
+            patience=timeout.total_seconds(),
+            fit=settings.fit,
             inside=inside,
             host="localhost" if is_alone else host,
         )
@@ -155,6 +162,7 @@ class ElasticWorker:
             patience=settings.quorum_timeout,
             timeout=timeout.total_seconds(),
             restart_after_missed=settings.restart_after_missed,
+            in_common={**in_common, "group_size": f"FaultTolerance(group_size={settings.group_size})"},
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )
@@ -184,10 +192,22 @@ class ElasticWorker:
         self.note_clocks()
         session.averaging.enter()
         if self._clocks is not None:
+            self._check_alike(self._clocks)
             go_on_at(trainer, self._clocks)
         if self._values is not None:
             session.take_over(self._values)
         self._values = None
+
+    def _check_alike(self, clocks: dict[str, Any]) -> None:
+        for what, ours, theirs in (
+            ("parameter groups", *([len(groups) for groups in each["rates"]] for each in (self._now, clocks))),
+            ("schedulers", len(self._now["schedulers"]), len(clocks["schedulers"])),
+        ):
+            if ours != theirs:
+                raise ExchangeError(
+                    f"{self._strategy}(fault_tolerance=...): the other workers have {theirs} {what}, and this one"
+                    f" {ours}; let configure_optimizers return the same in all workers."
+                )
 
     def note_clocks(self) -> None:
         """Before each step: keep how far this worker is, for one that comes.

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Literal, final
@@ -35,6 +35,9 @@ class FaultTolerance:
         process_group: What the differences travel through: "gloo". "nccl" is refused, as it has not been tried.
         restart_after_missed: A living worker that has missed so many moves of the center starts again at the center
             when it finds the others; None lets it keep where it is.
+        fit: Which fit of the job this is, from 1 on; None for as many as this process has made. Workers of different
+            fits are not averaged: those of an earlier one are waited for, and one that begins a fit that is over for
+            the others ends with an error.
 
     Raises:
         TypeError: If a value is of the wrong type.
@@ -49,6 +52,7 @@ class FaultTolerance:
     process_group_timeout: float | timedelta = 10.0
     process_group: Literal["gloo", "nccl"] = "gloo"
     restart_after_missed: int | None = None
+    fit: int | None = None
 
     def __post_init__(self) -> None:
         if not (self.lighthouse is None or isinstance(self.lighthouse, str)):
@@ -60,6 +64,7 @@ class FaultTolerance:
             raise TypeError("FaultTolerance(min_replica_size=None): give an int; 1 lets a worker go on alone.")
         _check_int("min_replica_size", self.min_replica_size, 1)
         _check_int("restart_after_missed", self.restart_after_missed, 1)
+        _check_int("fit", self.fit, 1)
         for name in ("quorum_timeout", "process_group_timeout"):
             _check_time(name, getattr(self, name))
         if self.process_group == "nccl":
@@ -102,15 +107,12 @@ class FaultTolerance:
             replica_id = int(text)
             if self.group_size is not None:
                 _check_share(replica_id, self.group_size, f"replica_id=None) with {_ID}={text}", closed=True)
-        return FaultTolerance(
-            lighthouse,
-            replica_id,
-            self.group_size,
-            self.min_replica_size,
-            _seconds(self.quorum_timeout),
-            _seconds(self.process_group_timeout),
-            self.process_group,
-            self.restart_after_missed,
+        return replace(
+            self,
+            lighthouse=lighthouse.rstrip("/"),
+            replica_id=replica_id,
+            quorum_timeout=_seconds(self.quorum_timeout),
+            process_group_timeout=_seconds(self.process_group_timeout),
         )
 
 

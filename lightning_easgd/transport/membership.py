@@ -1,6 +1,7 @@
 """The workers that are alive, as torchft's lighthouse counts them, and the exchanges that those of one count make."""
 
 import importlib
+import itertools
 import logging
 import os
 import pickle
@@ -28,9 +29,8 @@ _CONNECTING = timedelta(seconds=10)  # to the lighthouse, at the start
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
-_MOST = 2**31 - 2
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
-_SHARES = 1024  # numbers of workers that are told apart where nobody says how many there are
+_FITS = itertools.count(1)  # of this process
 
 
 class _State:
@@ -52,11 +52,20 @@ class _State:
         self.received = (value,)
 
 
+class _Present(NamedTuple):
+    """A worker that takes part in an exchange, as it says itself."""
+
+    replica_id: int
+    common: int  # the checksum of what all must have in common
+    behind: int
+
+
 class _Heard(NamedTuple):
     """A worker that the lighthouse has heard of."""
 
     replica_id: int
     ranks: int
+    fit: int
     name: str  # of this launch of it
     age: float  # seconds since its last sign of life
 
@@ -75,16 +84,18 @@ class Membership:
     Args:
         lighthouse: Its address.
         replica_id: This worker's number.
-        numbers: How many numbers there are; None for 1024.
         min_replica_size: How many workers an exchange must have to count.
         timeout: Seconds that a transfer may take.
+        patience: Seconds for which workers that are still in an earlier fit are waited for.
+        fit: Which fit of the job this is, from 1 on; None for as many as this process has begun.
         strategy: The strategy's name, for errors.
         inside: The channel of this worker's ranks; None for one rank.
         host: The host of its first rank.
 
     Attributes:
         replica_id: As given.
-        living: The numbers of the workers of the last exchange that counted; at first this worker's.
+        progress: How far this worker is. Of those that begin together, the one that is furthest gives its state.
+        living: The numbers of the workers of the last exchange that all came to; at first this worker's.
         missed: Requests that were not answered in time.
         failed: Exchanges that did not count.
     """
@@ -94,10 +105,11 @@ class Membership:
         lighthouse: str,
         replica_id: int,
         *,
-        numbers: int | None,
         min_replica_size: int,
         timeout: float,
         strategy: str,
+        patience: float = 0.0,
+        fit: int | None = None,
         inside: Channel | None = None,
         host: str = "localhost",
     ) -> None:
@@ -108,13 +120,16 @@ class Membership:
         self._min_replica_size = min_replica_size
         self._timeout = timedelta(seconds=timeout)
         self._strategy = strategy
-        self._presence = torch.zeros(numbers or _SHARES, dtype=torch.int32)
+        self._patience = patience
+        begun = next(_FITS)
+        self._fit = fit or begun
         self._states: dict[str, _State] = {}
         self._manager: Any = None
         self._request: Future[None] | None = None
         self._under_way: Future[bool] | None = None
         self._counts = True  # the last exchange
-        self._differs = False  # the center from the others', at the last exchange
+        self._present: tuple[_Present, ...] = ()  # at the last exchange, if all have heard of all
+        self.progress: Callable[[], int] = int
         self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
@@ -140,8 +155,21 @@ class Membership:
                 f"{self._strategy}: there is no lighthouse at {self._address}; start torchft_lighthouse there, or"
                 f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
             ) from None
+        self._await_others()
         self._refuse_others("")
         return 0
+
+    def _await_others(self) -> None:
+        """Wait until no worker is in an earlier fit than this one: what belongs to two fits is not averaged."""
+        deadline = time.monotonic() + self._patience
+        while others := [each for each in self._heard() if each.age < _ALIVE and each.fit < self._fit]:
+            if time.monotonic() > deadline:
+                raise ExchangeError(
+                    f"{self._strategy}(timeout={self._patience:.0f} s): this is fit {self._fit} of the job, and the"
+                    f" worker with replica_id={others[0].replica_id} is still in fit {others[0].fit}; wait longer, or"
+                    " give FaultTolerance(fit=...) of all workers the same number."
+                )
+            time.sleep(_ALIVE / 5)
 
     def open(self) -> None:
         """Come to the others: from now on they hear of this worker.
@@ -184,7 +212,7 @@ class Membership:
             store_addr=self._host,
             store_port=port,
             lighthouse_addr=self._address,
-            replica_id=_named(self.replica_id, self._inside.size),
+            replica_id=_named(self.replica_id, self._inside.size, self._fit),
             init_sync=False,
             quorum_retries=_RETRIES,
         )
@@ -213,9 +241,16 @@ class Membership:
 
     def _is_refused(self, other: "_Heard", own: str) -> bool:
         is_earlier = not (own and other.name >= own)
-        return is_earlier and (other.ranks != self._inside.size or other.replica_id == self.replica_id)
+        is_alike = other.ranks == self._inside.size and other.fit <= self._fit
+        return is_earlier and (not is_alike or other.replica_id == self.replica_id)
 
     def _why_refused(self, other: "_Heard") -> str:
+        if other.fit > self._fit:
+            return (
+                f"the worker with replica_id={other.replica_id} is in fit {other.fit} of the job, and this one begins"
+                f" fit {self._fit}, which is over; leave it out, and tell the next one by"
+                f" FaultTolerance(fit={other.fit})."
+            )
         if other.ranks != self._inside.size:
             return (
                 f"the worker with replica_id={other.replica_id} has {other.ranks} ranks, and this one"
@@ -231,8 +266,11 @@ class Membership:
         page = ""
         with suppress(OSError), urllib.request.urlopen(f"{self._address}/status", timeout=2) as answer:
             page = answer.read().decode()
-        found = re.findall(r"\b(?:(\d+)x)?(\d{6,}):([0-9a-f-]+): seen ([0-9.]+)s ago", page)
-        return [_Heard(int(number), int(ranks or 1), name, float(age)) for ranks, number, name, age in found]
+        found = re.findall(r"\b(?:(\d+)x)?(\d{6,})(?:f(\d+))?:([0-9a-f-]+): seen ([0-9.]+)s ago", page)
+        return [
+            _Heard(int(number), int(ranks or 1), int(fit or 1), name, float(age))
+            for ranks, number, fit, name, age in found
+        ]
 
     def add_state(
         self,
@@ -339,18 +377,22 @@ class Membership:
             state.load(self._from_first(given) if state.is_common else given)
 
     def _begin_together(self) -> None:
-        """Before the first exchange of all: give the others the first worker's state.
+        """Before the first exchange of all: give the others the state of the one that is furthest.
 
         Left to torchft it would be another worker's for each coordinate.
         """
-        is_first = self.rank == 0
-        message = _packed({state.key: state.give() for state in self._states.values()} if is_first else None)
+        own = torch.tensor([self.progress()])
+        reached = own.new_zeros(self.size, 1)
+        self.all_gather(own, reached)
+        furthest = reached.flatten().tolist().index(int(reached.max()))
+        gives = self.rank == furthest
+        message = _packed({state.key: state.give() for state in self._states.values()} if gives else None)
         length = torch.tensor([len(message)])
-        self._broadcast(length)
-        if not is_first:
+        self._broadcast(length, furthest)
+        if not gives:
             message = torch.empty(int(length), dtype=torch.uint8)
-        self._broadcast(message)
-        if not is_first and self._manager.errored() is None:
+        self._broadcast(message, furthest)
+        if not gives and self._manager.errored() is None:
             given = _unpacked(message)
             for state in self._states.values():
                 state.keep(given[state.key])
@@ -395,12 +437,10 @@ class Membership:
         self._under_way = self._thread.submit(self._exchange, add_up, common)
 
     def _exchange(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
-        self._presence.zero_()
-        self._presence[self.replica_id % len(self._presence)] = 1 + common() % _MOST
-        self.all_reduce(self._presence)
-        said = self._presence[self._presence != 0]
-        self._differs = len(said) == self.size and bool((said != said[0]).any())
-        if self._differs:
+        self._present = self._all_present(common())
+        if len({each.replica_id for each in self._present}) < len(self._present):
+            self._manager.report_error(ExchangeError("two workers have one replica_id"))
+        elif self._differs:
             self._manager.report_error(ExchangeError("the workers' centers differ; they go on from the first one's"))
         add_up()
         try:
@@ -412,6 +452,24 @@ class Membership:
                 f" {_COMMIT} times FaultTolerance(process_group_timeout={self._timeout.total_seconds():g}). Cause:"
                 f" {error}"
             ) from error
+
+    def _all_present(self, common: int) -> tuple[_Present, ...]:
+        """Those that take part, by rank; none if one of them has not been heard."""
+        own = torch.tensor([self.replica_id, common, self.behind])
+        others = own.new_zeros(self.size, len(own))
+        self.all_gather(own, others)
+        return () if self._manager.errored() is not None else tuple(_Present(*row) for row in others.tolist())
+
+    @property
+    def _differs(self) -> bool:
+        """Whether the others' center is another one."""
+        return len({each.common for each in self._present}) > 1
+
+    @property
+    def _is_replaced(self) -> bool:
+        """Whether this worker's number was given to another one while this one stood still."""
+        twins = [(each.behind, rank) for rank, each in enumerate(self._present) if each.replica_id == self.replica_id]
+        return len(twins) > 1 and max(twins)[1] == self.rank
 
     @property
     def has_ended(self) -> bool:
@@ -432,9 +490,11 @@ class Membership:
         """Send ``message`` to all, and receive that of worker r as row r of ``messages``."""
         self._operate(lambda: self._group.allgather([list(messages)], [message], AllgatherOptions()))
 
-    def _broadcast(self, buffer: Tensor) -> None:
-        """Replace a buffer by the first worker's."""
-        self._operate(lambda: self._group.broadcast([buffer], BroadcastOptions()))
+    def _broadcast(self, buffer: Tensor, rank: int) -> None:
+        """Replace a buffer by that of the worker of this rank."""
+        options = BroadcastOptions()
+        options.rootRank = rank
+        self._operate(lambda: self._group.broadcast([buffer], options))
 
     def _operate(self, begin: Callable[[], Any]) -> None:
         if self._manager.errored() is not None:
@@ -452,9 +512,14 @@ class Membership:
         assert self._under_way is not None
         self._counts = self._under_way.result()
         self._under_way = None
-        if self._counts:
-            self.living = tuple(self._presence.nonzero().flatten().tolist())
-        else:
+        if self._is_replaced:
+            raise ExchangeError(
+                f"{self._strategy}: another worker with replica_id={self.replica_id} takes part, one that was started"
+                " while this one stood still, or that was started at the same moment; this one ends."
+            )
+        if self._present:
+            self.living = tuple(sorted({each.replica_id for each in self._present}))
+        if not self._counts:
             self.failed += 1
             differs = not self._all(not self._differs)  # of several ranks perhaps the slice of one alone
             if differs and self.rank != 0:
@@ -496,9 +561,9 @@ def _unpacked(message: Tensor) -> Any:
     return pickle.loads(message.numpy().data)
 
 
-def _named(replica_id: int, ranks: int) -> str:
-    """A worker's name for the lighthouse, which puts those of one size in the order of their numbers."""
-    return f"{replica_id:06d}" if ranks == 1 else f"{ranks}x{replica_id:06d}"
+def _named(replica_id: int, ranks: int, fit: int) -> str:
+    """A worker's name for the lighthouse, which puts those of one size and fit in the order of their numbers."""
+    return ("" if ranks == 1 else f"{ranks}x") + f"{replica_id:06d}" + ("" if fit == 1 else f"f{fit}")
 
 
 def _import_quietly() -> None:

@@ -1,7 +1,8 @@
 """The sum over the workers that are alive, of which some may be lost in the middle of it, or come later."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, final
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class MembershipSum(DifferenceSum):
         timeout: Seconds for which a worker that comes waits for the others.
         restart_after_missed: How many moves of the center a worker may miss before it starts again there; None for any
             number.
+        in_common: What all workers must be told alike, as a user gives it, by name.
         make_addition: Makes what adds up the differences of those that are there.
         strategy: Name of the strategy, for errors.
     """
@@ -53,6 +55,7 @@ class MembershipSum(DifferenceSum):
         patience: float,
         timeout: float,
         restart_after_missed: int | None = None,
+        in_common: Mapping[str, str] = MappingProxyType({}),
         make_addition: MakeAddition = ExactAddition,
         strategy: str = "EASGDStrategy",
     ) -> None:
@@ -63,6 +66,12 @@ class MembershipSum(DifferenceSum):
         self._patience, self._timeout = patience, timeout
         self._restart_after_missed = restart_after_missed
         self._strategy = strategy
+        self._in_common = {
+            **in_common,
+            "rule": f"{strategy}(center_rule={center.rule})",
+            "wire_dtype": f"{strategy}(wire_dtype={self._addition.wire_dtype!r})",
+            "dtype": f"{strategy}(fault_tolerance=...) with a center of {center.flat.dtype}",
+        }
         self._clock = self._due_at = self._entered = 0
         self._left = 0.0  # of the patience for the request that has been made
         self._is_under_way = False
@@ -70,6 +79,7 @@ class MembershipSum(DifferenceSum):
         self._received_clock = 0
         members.add_state("center", self._state, self._receive)
         members.add_state("clock", lambda: self._clock, self._receive_clock, is_common=True)
+        members.progress = lambda: self._clock
         members.open()
 
     @override
@@ -147,6 +157,14 @@ class MembershipSum(DifferenceSum):
             )
         if self._received is not None:
             self._addition.forget()  # of a checkpoint: the others have gone on without it
+            if self._received_clock < clock:
+                warnings.warn(
+                    f"{self._strategy}(fault_tolerance=...): this worker was at step {clock}, and goes on at the"
+                    f" others', {self._received_clock}; where all are started again, let the one whose checkpoint is"
+                    " the furthest come first, or give all of them one folder.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return True
 
     @property
@@ -162,7 +180,7 @@ class MembershipSum(DifferenceSum):
         stores = [
             store.clone() if store.untyped_storage().nbytes() > store.nbytes else store for store in state["stores"]
         ]
-        return {**state, "stores": stores, "wire_dtype": self._addition.wire_dtype}
+        return {**state, "stores": stores, "in_common": self._in_common}
 
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state
@@ -175,16 +193,14 @@ class MembershipSum(DifferenceSum):
         state, self._received = self._received, None
         if state is None:
             return None
+        for name, given in state["in_common"].items():
+            if given != self._in_common.get(name):
+                raise ExchangeError(f"{self._in_common.get(name)}: the other workers have {given}; give all the same.")
         theirs, ours = ([tuple(store.shape) for store in each["stores"]] for each in (state, self.center.state_dict()))
         if theirs != ours:
             raise ExchangeError(
                 f"{self._strategy}: the other workers average vectors of {theirs} elements and this one of {ours};"
                 " give all workers the same model, optimizer and rule of the center."
-            )
-        if state["wire_dtype"] != self._addition.wire_dtype:
-            raise ExchangeError(
-                f"{self._strategy}(wire_dtype={self._addition.wire_dtype!r}): the other workers have"
-                f" wire_dtype={state['wire_dtype']!r}; give all workers the same."
             )
         missed = self._members.behind
         self.center.load_state_dict(state)

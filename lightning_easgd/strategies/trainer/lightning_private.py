@@ -20,6 +20,7 @@ __all__ = [
     "go_on_at",
     "has_new_loader",
     "interactive_error",
+    "is_search",
     "is_without_steps",
     "reads_common_clock",
     "renew_training_iterator",
@@ -122,10 +123,15 @@ def has_new_loader(trainer: Any) -> bool:
 
 
 def clocks_of(trainer: Any) -> dict[str, Any]:
-    """How far a fit is, in primitives and tensors: its steps and epochs, and the learning rates and their schedules."""
+    """How far a fit is, in primitives and tensors: its steps, batches and epochs, learning rates and schedules."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    done = max(0, batches.current.ready - 1)  # but for the one that is trained on
+    done -= done % trainer.accumulate_grad_batches
     return {
         "steps": trainer.global_step,
         "epoch": trainer.current_epoch,
+        "batch": done,
+        "batches": max(0, batches.total.ready - batches.current.ready) + done,
         "rates": [
             [
                 {name: _kept(group[name]) for name in ("lr", "initial_lr") if name in group}
@@ -142,11 +148,17 @@ def _kept(rate: Any) -> Any:
 
 
 def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
-    """Let a fit that is about to begin its first epoch begin a later one, at the steps and rates of another fit."""
-    epochs = trainer.fit_loop.epoch_progress
-    for progress in (epochs.current, epochs.total):
-        progress.ready = progress.started = progress.processed = progress.completed = clocks["epoch"]
-    loop = trainer.fit_loop.epoch_loop
+    """Let a fit that is about to begin its first epoch begin in another one, where another fit is in it.
+
+    The rest of the epoch has as many batches as there, of the first ones in its order; one at least. What a checkpoint
+    says of how far this fit was counts no more.
+    """
+    fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    _set(fit_loop.epoch_progress, clocks["epoch"], clocks["epoch"])
+    fit_loop.restarting = False
+    for each in (fit_loop, loop, loop.val_loop):
+        each._loaded_from_state_dict = each._resuming_from_checkpoint = False
+        each.reset_restart_stage()
     optimization = loop.automatic_optimization if trainer.lightning_module.automatic_optimization else None
     steps = (
         loop.manual_optimization.optim_step_progress
@@ -154,11 +166,33 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
         else optimization.optim_progress.optimizer.step
     )
     steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
+    _begin_epoch_at(loop, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
     for config, state in zip(trainer.lr_scheduler_configs, clocks["schedulers"], strict=True):
         config.scheduler.load_state_dict(state)
+
+
+def _set(progress: Any, current: int, total: int) -> None:
+    for each, number in ((progress.current, current), (progress.total, total)):
+        each.ready = each.started = each.processed = each.completed = number
+
+
+def _begin_epoch_at(loop: Any, batch: int, of_all: int) -> None:
+    """Let the epoch that comes first begin at this batch, of so many of all epochs; Lightning begins it at 0."""
+
+    def reset() -> None:
+        del loop.reset
+        loop.reset()
+        _set(loop.batch_progress, batch, of_all)
+
+    loop.reset = reset
+
+
+def is_search(trainer: Any) -> bool:
+    """Whether what is trained is the sweep of the learning rate finder, and not the fit itself."""
+    return any(type(callback).__name__ == "_LRCallback" for callback in trainer.callbacks)
 
 
 def begins_epoch(trainer: Any) -> bool:

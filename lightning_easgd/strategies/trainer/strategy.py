@@ -23,7 +23,7 @@ from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.steps import Steps
 from lightning_easgd.strategies.trainer.checkpoints import TrainerCheckpoints
 from lightning_easgd.strategies.trainer.free_ranks import FreeRanks
-from lightning_easgd.strategies.trainer.lightning_private import is_without_steps, request_stop
+from lightning_easgd.strategies.trainer.lightning_private import is_search, is_without_steps, request_stop
 from lightning_easgd.strategies.trainer.meetings import Meetings
 from lightning_easgd.strategies.trainer.refusals import check_callbacks, warn_of_callbacks, warn_without_exchange
 from lightning_easgd.strategies.worker_process import WorkerProcess
@@ -244,8 +244,8 @@ class TrainerStrategy(WorkerProcess, _Base):
     def on_train_start(self) -> None:
         """Let the center begin where the workers are, and the clocks at 0; or all where a checkpoint was saved."""
         super().on_train_start()
-        if self._session is None:
-            return
+        if self._session is None or (self.elastic is not None and is_search(self._trainer)):
+            return  # a sweep through learning rates is no part of what the workers do together
         assert self._checkpoints is not None
         if self._steps is not None:  # of the learning rate finder's fit inside this one
             self._steps.close()
