@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.strategies.common_start import broadcast_states, check_whole
+from lightning_easgd.strategies.data_loaders import check_loader
 from lightning_easgd.strategies.ddp_arguments import (
     REFUSED_INSIDE,
     REFUSED_WITHOUT,
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         def distributed_sampler_kwargs(self) -> dict[str, Any]: ...
         @property
         def process_group_backend(self) -> str | None: ...
+        def process_dataloader(self, dataloader: Any) -> Any: ...
 else:
     _Base = object
 
@@ -285,6 +287,15 @@ class WorkerProcess(_Base):
     def _ranks_shares(self) -> dict[str, Any]:
         """The same, over the ranks of this launch."""
         return super().distributed_sampler_kwargs
+
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Take a data loader of a Trainer's or Fabric's, if the ranks of a worker can draw from it.
+
+        Raises:
+            TypeError: If each rank would draw as much as it likes, and a worker is several.
+        """
+        check_loader(type(self).__name__, dataloader, self.layout.per_worker)
+        return super().process_dataloader(dataloader)
 
     @property
     def workers(self) -> int:
