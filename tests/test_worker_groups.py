@@ -15,6 +15,7 @@ from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from toys import TwoLayers, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
@@ -256,6 +257,26 @@ def test_other_workers_start_at_the_center_and_say_so(tmp_path):
 
     first, *others = run_ranks(train, 4, timeout=110)
     assert all(equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("is_reloaded", [False, True])
+def test_ranks_of_a_worker_with_different_numbers_of_batches_are_an_error_and_no_hang(is_reloaded):
+    """Where the numbers are known. Those of other workers may differ."""
+
+    class Uneven(TwoLayers):
+        def train_dataloader(self):
+            last = not is_reloaded or self.trainer.current_epoch == 1
+            sizes = [8, 8, 5, 6] if last else [8, 8, 5, 5]
+            return DataLoader(self.rows(sizes[self.trainer.global_rank]))
+
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
+        given = {"reload_dataloaders_every_n_epochs": int(is_reloaded), "max_epochs": 2, "limit_val_batches": 0}
+        fitted(Uneven(), strategy, 4, use_distributed_sampler=False, **given)
+
+    for outcome in end_ranks(train, 4, timeout=40):
+        assert "an epoch has 5 batches on rank 2 and 6 on rank 3, and these are ranks of one worker" in outcome.error
+        assert "limit_train_batches=5" in outcome.error
 
 
 class Stop(Callback):

@@ -515,6 +515,15 @@ class TrainerStrategy(WorkerProcess, _Base):
         with self._naming_the_missing("broadcast"):
             return super().broadcast(obj, src)
 
+    def gather(self, obj: Any) -> list[Any]:
+        """What each rank gives, in the order of the ranks; while an error ends the run what this one gives."""
+        if self._is_alone or not dist.is_initialized():
+            return [obj]
+        everyones: list[Any] = [None] * self.world_size
+        with self._naming_the_missing("gathering"):
+            dist.all_gather_object(everyones, obj)
+        return everyones
+
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
         if self._is_alone:
