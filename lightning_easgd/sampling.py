@@ -30,7 +30,8 @@ class DynamicShare(DistributedSampler[Any]):
     and each sample is drawn once. A worker that is slow draws fewer chunks, makes fewer steps, and nobody waits for
     it at the end of the epoch. The first chunk of each worker is set aside for it, so that none goes through an epoch
     without data. How many batches a worker will get is not known before, so the sampler has no length.
-    (The loaders of the EASGD paper hand out chunks of 512 CIFAR or 64 ImageNet images in this way.)
+    (The loaders of the EASGD paper hand out chunks of 512 CIFAR or 64 ImageNet images in this way.) Here a worker is
+    one rank: the strategies refuse it for workers of several, which make their steps together.
 
     It is a ``DistributedSampler``, which Lightning neither replaces nor forgets to give the epoch to. All ranks make
     their samplers in the same order.

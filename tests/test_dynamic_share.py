@@ -5,12 +5,14 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
-from torch.utils.data import DataLoader
-from toys import Regression, fitted
+from torch.utils.data import BatchSampler, DataLoader
+from toys import Regression, TwoLayers, fitted
 
-from lightning_easgd import EASGDStrategy
+from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.lab.data import DynamicShare
 
 pytestmark = pytest.mark.timeout(60)
@@ -120,3 +122,49 @@ def test_under_the_trainer_a_slow_rank_makes_fewer_steps(mode):
     assert fast[2] == slow[2]
     if mode == "async":  # in sync mode the fast rank waits at its exchanges
         assert slow[1] < fast[1] / 2
+
+
+def in_batches(data):
+    return DataLoader(data, batch_sampler=BatchSampler(DynamicShare(data, chunk=4), 1, drop_last=False))
+
+
+def one_by_one(data):
+    return DataLoader(data, sampler=DynamicShare(data, chunk=4))
+
+
+@pytest.mark.parametrize("loader", [one_by_one, in_batches])
+@pytest.mark.parametrize(
+    ("strategy", "arguments"),
+    [
+        (EASGDStrategy, {"devices_per_worker": 2}),
+        (EASGDModelParallelStrategy, {"data_parallel_size": 1, "tensor_parallel_size": 2}),
+    ],
+    ids=["DDP inside", "tensor parallelism inside"],
+)
+def test_workers_of_several_ranks_are_refused_before_they_train_on_different_samples_or_hang(
+    strategy, arguments, loader
+):
+    class Shared(TwoLayers):
+        def configure_model(self):
+            pass
+
+        def train_dataloader(self):
+            return loader(self.rows(36))
+
+    def train():
+        fitted(Shared(), strategy(**arguments), 2, use_distributed_sampler=loader is one_by_one)
+
+    for outcome in end_ranks(train, 2, timeout=30):
+        said = f"TypeError: {strategy.__name__} with DynamicShare: it gives each rank as many samples as that rank asks"
+        assert said in outcome.error
+        assert "here a worker is 2 ranks" in outcome.error
+
+
+def test_fabrics_workers_of_several_ranks_are_refused():
+    def setup():
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(devices_per_worker=2))
+        fabric.launch()
+        fabric.setup_dataloaders(one_by_one(TwoLayers.rows(36)))
+
+    for outcome in end_ranks(setup, 2, timeout=30):
+        assert "EASGDStrategy with DynamicShare" in outcome.error

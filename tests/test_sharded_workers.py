@@ -172,6 +172,38 @@ def test_what_several_ranks_hold_counts_once_in_a_workers_distance():
         assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
 
 
+class HalfInShards(Half):
+    """The same under FSDP2."""
+
+    def configure_model(self):
+        super().configure_model()
+        for part in (self.net.first, self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize(
+    ("cls", "shape", "ranks", "arguments"),
+    [
+        (Half, (1, 2), 4, {"wire_dtype": "bfloat16", "outer_momentum": 0.5, "pull_to": "new", "delay": 1}),
+        (Half, (1, 2), 6, {"process_group_backend": "gloo"}),  # of three numbers the order of a sum counts
+        (HalfInShards, (2, 2), 8, {"wire_dtype": "int8"}),
+    ],
+    ids=["bfloat16, momentum at the center", "gloo", "int8, FSDP2 and TP"],
+)
+def test_ranks_that_hold_the_same_part_never_come_to_differ(cls, shape, ranks, arguments):
+    """Their flat vectors are not laid out alike: of the first layer one has two rows, the other one."""
+
+    def train():
+        end, _ = fit(shape, arguments, cls(**SGD), accumulate_grad_batches=1, gradient_clip_val=None)
+        return end.worker[1:], end.center[1:]
+
+    results = run_ranks(train, ranks, timeout=110)
+    for (worker, center), (other, other_center) in zip(results[::2], results[1::2], strict=True):
+        assert equal(worker, other)
+        assert equal(center, other_center)
+        assert equal(center, results[0][1])
+
+
 def test_sharded_workers_are_pulled_to_the_new_center():
     arguments = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
     workers, _, center = reference(2, 2, **arguments)

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from toys import TwoLayers, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
@@ -258,6 +259,26 @@ def test_other_workers_start_at_the_center_and_say_so(tmp_path):
     assert all(equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("is_reloaded", [False, True])
+def test_ranks_of_a_worker_with_different_numbers_of_batches_are_an_error_and_no_hang(is_reloaded):
+    """Where the numbers are known. Those of other workers may differ."""
+
+    class Uneven(TwoLayers):
+        def train_dataloader(self):
+            last = not is_reloaded or self.trainer.current_epoch == 1
+            sizes = [8, 8, 5, 6] if last else [8, 8, 5, 5]
+            return DataLoader(self.rows(sizes[self.trainer.global_rank]))
+
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
+        given = {"reload_dataloaders_every_n_epochs": int(is_reloaded), "max_epochs": 2, "limit_val_batches": 0}
+        fitted(Uneven(), strategy, 4, use_distributed_sampler=False, **given)
+
+    for outcome in end_ranks(train, 4, timeout=40):
+        assert "an epoch has 5 batches on rank 2 and 6 on rank 3, and these are ranks of one worker" in outcome.error
+        assert "limit_train_batches=5" in outcome.error
+
+
 class Stop(Callback):
     def __init__(self, rank):
         self.rank, self.end = rank, None
@@ -414,3 +435,87 @@ def test_parameters_that_come_later(wire_dtype):
         assert equal(center, module)
         assert len(center) == 3
         assert not any(np.array_equal(a, b) for a, b in zip(center, start, strict=True))
+
+
+class Frozen(TwoLayers):
+    """Its first layer is frozen until the second epoch."""
+
+    def configure_optimizers(self):
+        trained = filter(lambda parameter: parameter.requires_grad, self.parameters())
+        return torch.optim.SGD(trained, lr=self.lr)
+
+
+class Thaw(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.net.first)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net.first, optimizer, initial_denom_lr=1.0)
+
+
+class ThawAt(Callback):
+    """Of an optimizer that has all parameters: in the middle of an epoch."""
+
+    def setup(self, trainer, module, stage):
+        module.net.first.requires_grad_(False)
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 7:
+            module.net.first.requires_grad_(True)
+
+
+@pytest.mark.parametrize(("cls", "callback"), [(Frozen, Thaw), (TwoLayers, ThawAt)])
+def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a_worker(cls, callback):
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, **RUN)
+        own = []
+
+        class Keep(Callback):
+            def on_train_end(self, trainer, module):
+                with trainer.strategy.worker_weights():
+                    own.extend(arrays(module.parameters()))
+
+        given = {"max_epochs": 2, "limit_val_batches": 0, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+        module = fitted(cls(), strategy, 4, callbacks=[callback(), Keep()], **given)
+        assert strategy.model is module
+        return own, arrays(module.parameters())
+
+    results = run_ranks(train, 4, timeout=110)
+    start = arrays(TwoLayers().parameters())
+    for rank, (worker, center) in enumerate(results):
+        assert equal(worker, results[rank // 2 * 2][0])
+        assert equal(center, results[0][1])
+        assert not any(np.array_equal(a, b) for a, b in zip(worker, start, strict=True))
+    assert not equal(results[0][0], results[2][0])
+
+
+def test_a_step_with_gradients_that_were_not_reduced_is_an_error():
+    """Where the module cannot be wrapped again."""
+
+    class Inside(TwoLayers):
+        def training_step(self, batch, index):
+            self.net.first.requires_grad_(index >= 7)
+            return super().training_step(batch, index)
+
+    def train():
+        module = Inside()
+        module.net.first.requires_grad_(False)
+        fitted(module, EASGDStrategy(devices_per_worker=2, **RUN), 2, limit_val_batches=0)
+
+    def setup():
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(devices_per_worker=2, **RUN))
+        fabric.launch()
+        module = TwoLayers()
+        module.net.first.requires_grad_(False)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        for step in range(5):
+            module.net.first.requires_grad_(step == 4)
+            fabric.backward(model(module.rows(1)))
+            optimizer.step()
+
+    for function, remedy in ((train, "on_train_batch_start"), (setup, "freeze them after fabric.setup")):
+        for outcome in end_ranks(function, 2, timeout=40):
+            assert "(devices_per_worker=2): " in outcome.error
+            assert "net.first.weight were frozen when DDP wrapped the module" in outcome.error
+            assert remedy in outcome.error

@@ -105,6 +105,7 @@ class FabricStrategy(WorkerProcess, _Base):
         session.show_center()
         self._final_center = session.final_center()
         self._modules.clear()
+        self._unreduced = {}
         self._optimizers.clear()
         if self._steps is not None:
             self._steps.close()
@@ -174,6 +175,7 @@ class FabricStrategy(WorkerProcess, _Base):
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
         session = self._session_of_step(optimizer)
         if session is not None:
+            self._check_reduced("freeze them after fabric.setup, with find_unused_parameters=True, and not before")
             session.after_step(optimizer, gradient_comes_after=had_closure)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:

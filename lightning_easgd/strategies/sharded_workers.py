@@ -42,9 +42,9 @@ DOCUMENTATION = """Elastic Averaging SGD whose workers are sharded over several 
     holds, sends and keeps a part of the center as it does of the parameters. Ranks are numbered worker by worker.
     Data-parallel ranks of all workers draw their own data, and the ranks of tensor parallelism the same.
 
-    :attr:`center` has shards (``DTensor``), and all ranks of a worker ask for :meth:`elastic_distance` together. A
-    checkpoint is one of ``ModelParallelStrategy``'s, whose weights are the center. It cannot be written after an error
-    or in a signal handler, where no rank can wait for the others' shards.
+    :attr:`center` has shards (``DTensor``), and all ranks of a worker read it, and ask for :meth:`elastic_distance`,
+    together. A checkpoint is one of ``ModelParallelStrategy``'s, whose weights are the center. It cannot be written
+    after an error or in a signal handler, where no rank can wait for the others' shards.
 
     Args:
         data_parallel_size: Ranks of *one worker* over which data and parameters are sharded; "auto" for as many as make

@@ -1,20 +1,22 @@
 """A worker's process: the part that all strategies of this package share, in every class tree."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.strategies.common_start import broadcast_states, check_whole
+from lightning_easgd.strategies.data_loaders import check_loader
 from lightning_easgd.strategies.ddp_arguments import (
     REFUSED_INSIDE,
     REFUSED_WITHOUT,
@@ -25,6 +27,7 @@ from lightning_easgd.strategies.ddp_arguments import (
 )
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.failures import is_of_process_group
+from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
 from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
         def distributed_sampler_kwargs(self) -> dict[str, Any]: ...
         @property
         def process_group_backend(self) -> str | None: ...
+        def process_dataloader(self, dataloader: Any) -> Any: ...
 else:
     _Base = object
 
@@ -147,6 +151,7 @@ class WorkerProcess(_Base):
     """Whether a worker of this method may be several ranks."""
 
     _inside: OwnGroup | None = None  # the worker's ranks, where there are several, while something is wrapped
+    _unreduced: Mapping[Tensor, str] = MappingProxyType({})  # parameters that were frozen when DDP wrapped them
 
     @takes_ddp_arguments
     def __init__(
@@ -286,6 +291,15 @@ class WorkerProcess(_Base):
         """The same, over the ranks of this launch."""
         return super().distributed_sampler_kwargs
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Take a data loader of a Trainer's or Fabric's, if the ranks of a worker can draw from it.
+
+        Raises:
+            TypeError: If each rank would draw as much as it likes, and a worker is several.
+        """
+        check_loader(type(self).__name__, dataloader, self.layout.per_worker)
+        return super().process_dataloader(dataloader)
+
     @property
     def workers(self) -> int:
         """p, the number of workers."""
@@ -331,9 +345,37 @@ class WorkerProcess(_Base):
             yield
         finally:
             del self._ddp_kwargs["process_group"]  # it cannot go to another process
+        ignored, unreduced = ignored_names(module), dict(self._unreduced)
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad and name not in ignored:
+                unreduced[parameter] = name
+        self._unreduced = unreduced
+
+    @property
+    def _unfrozen(self) -> list[str]:
+        """Names of the parameters that are to be trained now and that DDP, which skips frozen ones, does not reduce."""
+        return [name for parameter, name in self._unreduced.items() if parameter.requires_grad]
+
+    def _check_reduced(self, remedy: str) -> None:
+        """After a step: raise if it has moved the ranks of a worker apart.
+
+        Args:
+            remedy: What to do about it, for the error.
+
+        Raises:
+            RuntimeError: If a parameter that was frozen when DDP wrapped it has a gradient, of this rank's data alone.
+        """
+        names = [name for p, name in self._unreduced.items() if p.requires_grad and p.grad is not None]
+        if names:
+            raise RuntimeError(
+                f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r}): {listed(names)} were frozen"
+                " when DDP wrapped the module, so that nothing reduces their gradients over the ranks of a worker;"
+                f" {remedy}."
+            )
 
     def _leave_inside(self) -> None:
         """Give back the group of the worker's ranks; nothing is wrapped any more."""
+        self._unreduced = {}
         inside, self._inside = self._inside, None
         if inside is not None:
             inside.close()
@@ -358,7 +400,7 @@ class WorkerProcess(_Base):
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process is of no run: it has no store to call the roll on.
         state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
-        for name in ("_roll_call", "_inside"):
+        for name in ("_roll_call", "_inside", "_unreduced"):
             state.pop(name, None)
         return state
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copies", "is_shard", "local", "reshard", "sharded_like"]
+__all__ = ["copies", "is_shard", "local", "place", "reshard", "sharded_like"]
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -30,6 +30,15 @@ def copies(tensor: Tensor, ranks: int) -> int:
     whole: Any = tensor
     parts: int = math.prod(whole.device_mesh.size(n) for n, at in enumerate(whole.placements) if not at.is_replicate())
     return ranks // parts
+
+
+def place(tensor: Tensor) -> list[int]:
+    """Where in the whole the part of a tensor lies that this rank holds: ranks of one place hold the same part."""
+    if not is_shard(tensor):
+        return []
+    whole: Any = tensor
+    coordinates = zip(whole.device_mesh.get_coordinate(), whole.placements, strict=True)
+    return [coordinate for coordinate, at in coordinates if not at.is_replicate()]
 
 
 def sharded_like(value: Tensor, tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from lightning_easgd.averagers.averager import Averager
 from lightning_easgd.averagers.common_values import differing
 from lightning_easgd.averagers.exchange_order import ExchangeLine, Header
 from lightning_easgd.averagers.sync.choice import MakeSum
+from lightning_easgd.averagers.sync.copies import Copies
 from lightning_easgd.averagers.sync.difference_sum import Restored
 from lightning_easgd.averagers.sync.finiteness import make_finiteness
 from lightning_easgd.averagers.sync.pull import Pull, PullToOld
@@ -212,6 +213,7 @@ class SynchronousAverager(Averager):
             self._sum.wire.flat.zero_()
             self._sum.start(self._shares(self._rates_now()))
             self._sum.finish()
+            self._copies.join()
             if restored is not None or not self._sum.must_enter_again:
                 break
         if restored is not None:
@@ -238,6 +240,8 @@ class SynchronousAverager(Averager):
         self._line.under_way.remove(self)
         if self._sum.is_lost:
             self._revoke()
+        else:
+            self._copies.join()
         self._line.statistics.seconds_waited += time.monotonic() - started
 
     @property
@@ -441,6 +445,7 @@ class SynchronousAverager(Averager):
         if known:
             center.take_over(self.center, origins)
         self.center = center
+        self._copies = Copies(parameters, center, self._line.worker)
         return origins
 
     def _take_from_first_worker(self, values: list[Tensor]) -> None:

@@ -1,6 +1,7 @@
 """When the ranks of a Trainer wait for each other: where Lightning or one of its callbacks communicates."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Protocol, final
 
 from lightning_easgd.averagers import Averaging, Meeting
@@ -11,6 +12,7 @@ from lightning_easgd.strategies.trainer.lightning_private import (
     saves_after_batch,
     saves_in_epoch,
 )
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["Meetings"]
 
@@ -18,8 +20,9 @@ _AT_BARRIERS = {"train_dataloader()": Meeting.EPOCH_END, "val_dataloader()": Mee
 
 
 class _Ranks(Protocol):
-    def broadcast(self, obj: Any, src: int = 0) -> Any: ...
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool: ...
+    @property
+    def layout(self) -> WorkerLayout: ...
+    def gather(self, obj: Any) -> list[Any]: ...
 
 
 @final
@@ -31,6 +34,9 @@ class Meetings:
     Args:
         trainer: The Trainer.
         ranks: The strategy.
+
+    Raises:
+        ValueError: If ranks of one worker are known to have different numbers of batches.
     """
 
     def __init__(self, trainer: Any, ranks: _Ranks) -> None:
@@ -39,16 +45,21 @@ class Meetings:
         self._look()
 
     def _look(self) -> None:
-        batches = self._trainer.num_training_batches
-        same = batches == self._ranks.broadcast(batches) and math.isfinite(batches)
-        self._even_batches = self._ranks.reduce_boolean_decision(same)
+        batches = self._ranks.gather(self._trainer.num_training_batches)
+        if len(batches) > 1:
+            _check_even_inside(type(self._ranks).__name__, batches, self._ranks.layout)
+        self._even_batches = len(set(batches)) == 1 and math.isfinite(batches[0])
         callbacks = self._trainer.callbacks
         self._step_savers = tuple(filter(saves_in_epoch, callbacks))
         # Whether a callback asks for a common clock, and ranks may have different numbers of batches.
         self._has_common_clock = not self._even_batches and any(map(reads_common_clock, callbacks))
 
     def begin_epoch(self) -> None:
-        """Look again whether ranks have equally many batches, where their data loaders are new."""
+        """Look again whether ranks have equally many batches, where their data loaders are new.
+
+        Raises:
+            ValueError: If ranks of one worker are known to have different numbers.
+        """
         if has_new_loader(self._trainer):
             self._look()
 
@@ -72,3 +83,16 @@ class Meetings:
             return communicates or not self._even_batches
         # Only to tell a rank that waits for all inside its epoch that this one is at the end.
         return communicates and (self._has_common_clock or bool(self._step_savers))
+
+
+def _check_even_inside(strategy: str, batches: Sequence[float], layout: WorkerLayout) -> None:
+    """Raise where ranks that make their steps together would wait for one that has no batch any more."""
+    for first, *others in layout.inside:
+        for rank in others:
+            if batches[rank] != batches[first] and math.isfinite(batches[rank]) and math.isfinite(batches[first]):
+                raise ValueError(
+                    f"{strategy}: an epoch has {batches[first]} batches on rank {first} and {batches[rank]} on rank"
+                    f" {rank}, and these are ranks of one worker, which make their steps together; give them equally"
+                    f" many (limit_train_batches={min(batches[first], batches[rank])}, or leave the sampler to"
+                    " Lightning)."
+                )

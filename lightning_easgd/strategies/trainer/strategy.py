@@ -180,8 +180,16 @@ class TrainerStrategy(WorkerProcess, _Base):
         assert module is not None
         self._share_start(module)
         if self.layout.per_worker > 1:
-            with self._reducing_inside(module):
-                super().configure_ddp()
+            self._wrap()
+
+    def _wrap(self) -> None:
+        """Let DDP reduce the gradients of what is not frozen now; the ranks of a worker do it at the same point."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.model = self.model.module
+        self._unreduced = {}
+        assert self.lightning_module is not None
+        with self._reducing_inside(self.lightning_module):
+            super().configure_ddp()
 
     def _register_ddp_hooks(self) -> None:
         """Register a communication hook, on a CPU too; it reduces inside of the worker."""
@@ -264,6 +272,12 @@ class TrainerStrategy(WorkerProcess, _Base):
         if self._training and self._meetings is not None:
             self._meetings.begin_epoch()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Have DDP reduce the gradients of parameters, too, that were frozen when it wrapped the module."""
+        super().on_train_batch_start(batch, batch_idx)
+        if self._unfrozen:
+            self._wrap()
+
     def on_batch_fetched(self) -> None:
         """Take notice before a batch is trained on."""
         if self._checkpoints is not None:
@@ -299,6 +313,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
         if not self._is_averaging or self._session is None:
             return
+        self._check_reduced("unfreeze them between two steps, such as in on_train_batch_start")
         automatic = self.lightning_module is not None and self.lightning_module.automatic_optimization
         if self._session.after_step(optimizer, gradient_comes_after=had_closure and automatic):
             self._stop_if_agreed()
@@ -514,6 +529,15 @@ class TrainerStrategy(WorkerProcess, _Base):
             return obj
         with self._naming_the_missing("broadcast"):
             return super().broadcast(obj, src)
+
+    def gather(self, obj: Any) -> list[Any]:
+        """What each rank gives, in the order of the ranks; while an error ends the run what this one gives."""
+        if self._is_alone or not dist.is_initialized():
+            return [obj]
+        everyones: list[Any] = [None] * self.world_size
+        with self._naming_the_missing("gathering"):
+            dist.all_gather_object(everyones, obj)
+        return everyones
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
