@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from contextlib import nullcontext
 from functools import partial
 
@@ -333,6 +334,43 @@ def test_what_lightning_does_with_such_a_module(tmp_path):
         assert equal(module, results[0][2])
         assert names == ("workers", "data_parallel", "tensor_parallel")
         assert shape == (2, 4)
+
+
+def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
+    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here."""
+
+    class Tested(Sharded):
+        test_step = TwoLayers.validation_step
+        test_dataloader = TwoLayers.val_dataloader
+
+        def configure_model(self):
+            if not isinstance(self.net, FSDPModule):
+                super().configure_model()
+
+    def train():
+        given = {"devices": 2, "limit_val_batches": 2, "use_distributed_sampler": False}
+        trainer = quiet_trainer(strategy=EASGDModelParallelStrategy(2, tau=2), **given)
+        module = Tested(steps=5, **SGD)
+        trainer.fit(module)
+        center = whole(module.parameters())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        if os.environ["RANK"] == "0":
+            shutil.rmtree(tmp_path / "end.ckpt.easgd")
+        trainer.strategy.barrier()
+        for run in (trainer.test, trainer.validate):
+            with torch.no_grad():
+                module.net.second.bias.zero_()
+            run(module, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+            assert equal(whole(module.parameters()), center)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module)
+        return trainer.global_step, center, whole(module.parameters())
+
+    results = run_ranks(train, 2)
+    for steps, center, module in results:
+        assert steps == 10
+        assert equal(module, results[0][2])
+        assert not equal(module, center)
 
 
 @pytest.mark.parametrize(
