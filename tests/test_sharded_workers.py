@@ -27,6 +27,8 @@ from toys import Regression, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
+from lightning_easgd.lab.worker_weights import kept_workers, loaded_workers
+from lightning_easgd.strategies.worker_state.keeper import KEY
 
 pytestmark = [
     pytest.mark.timeout(150),
@@ -334,6 +336,47 @@ def test_what_lightning_does_with_such_a_module(tmp_path):
         assert equal(module, results[0][2])
         assert names == ("workers", "data_parallel", "tensor_parallel")
         assert shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        partial(EASGDStrategy, devices_per_worker=2),
+        partial(EASGDModelParallelStrategy, 2),
+        partial(EASGDModelParallelStrategy, 1, 2),
+        partial(EASGDModelParallelStrategy, 4, worker_state="embed"),
+    ],
+    ids=["DDP", "FSDP2", "TP", "FSDP2 with an empty shard"],
+)
+def test_a_workers_own_weights_are_read_whole_on_one_device(strategy, tmp_path):
+    """Once for each worker, not for each of its ranks, which may have a part of them."""
+    sharded = strategy.func is EASGDModelParallelStrategy
+    given = {"save_distributed_checkpoint": False} if sharded else {}
+
+    def train():
+        end = End()
+        module = (Sharded if sharded else TwoLayers)(steps=5, **SGD)
+        trainer = quiet_trainer(strategy=strategy(tau=2, **given), devices=4, limit_val_batches=0, callbacks=[end])
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return end.worker
+
+    count = 1 if strategy.args == (4,) else 2
+    workers = run_ranks(train, 4)[:: 4 // count]
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    module = TwoLayers()
+    read = [
+        (worker, found, equal(whole(module.parameters()), workers[worker]))
+        for worker, found in loaded_workers(tmp_path / "end.ckpt", checkpoint, module)
+    ]
+    assert read == [(worker, True, True) for worker in range(count)]
+    assert kept_workers(checkpoint) == count
+
+
+def test_own_weights_that_are_cut_twice_are_not_put_together(tmp_path):
+    checkpoint = {"state_dict": TwoLayers().state_dict(), KEY: {"worker_shape": [2, 2], "workers": [{}] * 4}}
+    with pytest.warns(UserWarning, match=r"cut by FSDP2 and by tensor parallelism \(2 x 2 devices\)"):
+        assert list(loaded_workers(tmp_path, checkpoint, TwoLayers())) == [(0, False)]
 
 
 def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
