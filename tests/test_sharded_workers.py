@@ -1,9 +1,11 @@
 """Workers that are sharded: FSDP2 and tensor parallelism inside, elastic averaging between them."""
 
+import csv
 import importlib
 import os
 import shutil
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import jsonargparse
@@ -26,7 +28,11 @@ from torch.utils.data import DataLoader
 from toys import Regression, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
+from lightning_easgd.callbacks import ElasticMonitor
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.models import Classifier, DigitsNet
+from lightning_easgd.lab.recorders import LearningCurve
 from lightning_easgd.lab.worker_weights import kept_workers, loaded_workers
 from lightning_easgd.strategies.worker_state.keeper import KEY
 
@@ -377,6 +383,33 @@ def test_own_weights_that_are_cut_twice_are_not_put_together(tmp_path):
     checkpoint = {"state_dict": TwoLayers().state_dict(), KEY: {"worker_shape": [2, 2], "workers": [{}] * 4}}
     with pytest.warns(UserWarning, match=r"cut by FSDP2 and by tensor parallelism \(2 x 2 devices\)"):
         assert list(loaded_workers(tmp_path, checkpoint, TwoLayers())) == [(0, False)]
+
+
+def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tmp_path):
+    """Ranks of one worker that score different numbers of batches wait for each other in the forward pass."""
+
+    def train():
+        strategy = EASGDModelParallelStrategy(2, tau=2, timeout=timedelta(seconds=15))
+        records = [ElasticMonitor(1, tmp_path), LearningCurve(tmp_path)]
+        data = DigitsDataModule(batch_size=50)
+        data.setup("test")
+        assert len(data.test_dataloader()) % 4, "an even part for each rank would show nothing"
+        model = Classifier(DigitsNet(), optimizer=partial(torch.optim.SGD, lr=0.01))
+        given = {"devices": 4, "max_steps": 6, "limit_val_batches": 1, "callbacks": records}
+        trainer = quiet_trainer(strategy=strategy, **given)
+        trainer.fit(model, datamodule=data)
+        images, labels = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+        return loss.item(), strategy.communication.bytes_sent
+
+    results = run_ranks(train, 4)
+    with (tmp_path / "curve.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["test_loss"]) == pytest.approx(results[0][0], rel=1e-5)
+    assert float(last["bytes_sent"]) == sum(sent for _, sent in results) / 2
+    with (tmp_path / "communication.csv").open() as file:
+        assert [row["worker"] for row in csv.DictReader(file)] == ["0", "0", "1", "1"]
 
 
 def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
