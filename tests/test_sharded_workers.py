@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
@@ -410,6 +411,31 @@ def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tm
     assert float(last["bytes_sent"]) == sum(sent for _, sent in results) / 2
     with (tmp_path / "communication.csv").open() as file:
         assert [row["worker"] for row in csv.DictReader(file)] == ["0", "0", "1", "1"]
+
+
+def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
+    """Over the ranks that draw different data: layers that the module has, as Lightning converts none here."""
+
+    class Synchronized(Sharded):
+        def __init__(self):
+            super().__init__(steps=3)
+            self.norm = torch.nn.SyncBatchNorm(3).requires_grad_(False)
+
+    class See(Callback):
+        def on_train_start(self, trainer, module):
+            self.ranks = dist.get_process_group_ranks(module.norm.process_group)
+
+    def train():
+        see, module = See(), Synchronized()
+        strategy = EASGDModelParallelStrategy(2, tau=2)
+        trainer = quiet_trainer(strategy=strategy, devices=4, sync_batchnorm=True, limit_val_batches=0, callbacks=[see])
+        said = r"sync_batchnorm=True\).*has no effect.*convert_sync_batchnorm.*configure_model"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            trainer.fit(module)
+        assert module.norm.process_group is None
+        return see.ranks
+
+    assert run_ranks(train, 4) == [[0, 1]] * 2 + [[2, 3]] * 2
 
 
 def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
