@@ -4,6 +4,7 @@ import csv
 import importlib
 import os
 import shutil
+import warnings
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -436,6 +437,38 @@ def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
         return see.ranks
 
     assert run_ranks(train, 4) == [[0, 1]] * 2 + [[2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((partial(EASGDModelParallelStrategy, 2), Sharded), (partial(EASGDModelParallelStrategy, 1, 2), Sharded)),
+        ((partial(EASGDModelParallelStrategy, 2), Sharded), (EASGDStrategy, TwoLayers)),
+        ((EASGDStrategy, TwoLayers), (partial(EASGDModelParallelStrategy, 2), Sharded)),
+    ],
+    ids=["of another shape", "then not sharded", "now sharded"],
+)
+def test_an_outer_momentum_that_begins_anew_is_not_put_down_to_an_error(before, now, tmp_path):
+    """Its parts are each rank's: of workers that are not arranged alike none fits."""
+
+    def fit(strategy, module, epochs, **trainer):
+        given = {} if strategy is EASGDStrategy else {"save_distributed_checkpoint": False}
+        strategy = strategy(outer_momentum=0.5, **given, **RUN)
+        fitting = quiet_trainer(strategy=strategy, devices=2, limit_val_batches=0, max_epochs=epochs)
+        fitting.fit(module(steps=6, **SGD), **trainer)
+        return fitting
+
+    def train():
+        path = tmp_path / "end.ckpt"
+        fit(*before, 1).save_checkpoint(path)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(*now, 2, ckpt_path=path)
+        return [message for message in (str(each.message) for each in seen) if "begins anew" in message]
+
+    (message,), _ = run_ranks(train, 2)
+    assert "sharded workers" in message
+    assert "error" not in message
 
 
 def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
