@@ -109,6 +109,7 @@ def test_monitor_writes_every_exchange(tmp_path):
     assert [float(row["distance"]) for row in written] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     (total,) = rows(tmp_path / "communication.csv")
     assert (total["steps"], total["exchanges"], total["bytes_sent"], total["ddp_bytes"]) == ("12", "6", "600", "0")
+    assert (total["rank"], total["worker"]) == ("0", "0")
     assert trainer.logged_metrics["elastic/exchanges"] == 6
 
 

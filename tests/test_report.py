@@ -42,6 +42,19 @@ def test_table_of_an_elastic_run(run):
     ]
 
 
+def test_what_the_ranks_of_a_worker_send_adds_up(run):
+    """Steps and exchanges do not: its ranks make them together."""
+    (run / "communication.csv").write_text(
+        "rank,worker,steps,exchanges,bytes_sent,ddp_bytes,seconds_waited\n"
+        "0,0,100,10,1000000,8000000,1\n1,0,100,10,2000000,8000000,1\n"
+        "2,1,100,10,1000000,8000000,1\n3,1,100,10,2000000,8000000,1\n"
+    )
+    assert report.render(run).splitlines()[-2:] == [
+        "  exchanges                                   10  in 100 steps of each worker",
+        "  bytes sent by each worker              3.00 MB  DDP: 16.00 MB, 18.8% of it",
+    ]
+
+
 def test_table_of_a_run_without_a_center(run):
     (run / "communication.csv").unlink()
     table = report.render(run)

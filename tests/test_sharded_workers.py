@@ -1,8 +1,12 @@
 """Workers that are sharded: FSDP2 and tensor parallelism inside, elastic averaging between them."""
 
+import csv
 import importlib
 import os
+import shutil
+import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 
 import jsonargparse
@@ -10,6 +14,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import Strategy
@@ -25,7 +30,13 @@ from torch.utils.data import DataLoader
 from toys import Regression, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
+from lightning_easgd.callbacks import ElasticMonitor
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
+from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.models import Classifier, DigitsNet
+from lightning_easgd.lab.recorders import LearningCurve
+from lightning_easgd.lab.worker_weights import kept_workers, loaded_workers
+from lightning_easgd.strategies.worker_state.keeper import KEY
 
 pytestmark = [
     pytest.mark.timeout(150),
@@ -365,6 +376,168 @@ def test_what_lightning_does_with_such_a_module(tmp_path):
         assert equal(module, results[0][2])
         assert names == ("workers", "data_parallel", "tensor_parallel")
         assert shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        partial(EASGDStrategy, devices_per_worker=2),
+        partial(EASGDModelParallelStrategy, 2),
+        partial(EASGDModelParallelStrategy, 1, 2),
+        partial(EASGDModelParallelStrategy, 4, worker_state="embed"),
+    ],
+    ids=["DDP", "FSDP2", "TP", "FSDP2 with an empty shard"],
+)
+def test_a_workers_own_weights_are_read_whole_on_one_device(strategy, tmp_path):
+    """Once for each worker, not for each of its ranks, which may have a part of them."""
+    sharded = strategy.func is EASGDModelParallelStrategy
+    given = {"save_distributed_checkpoint": False} if sharded else {}
+
+    def train():
+        end = End()
+        module = (Sharded if sharded else TwoLayers)(steps=5, **SGD)
+        trainer = quiet_trainer(strategy=strategy(tau=2, **given), devices=4, limit_val_batches=0, callbacks=[end])
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        return end.worker
+
+    count = 1 if strategy.args == (4,) else 2
+    workers = run_ranks(train, 4)[:: 4 // count]
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    module = TwoLayers()
+    read = [
+        (worker, found, equal(whole(module.parameters()), workers[worker]))
+        for worker, found in loaded_workers(tmp_path / "end.ckpt", checkpoint, module)
+    ]
+    assert read == [(worker, True, True) for worker in range(count)]
+    assert kept_workers(checkpoint) == count
+
+
+def test_own_weights_that_are_cut_twice_are_not_put_together(tmp_path):
+    checkpoint = {"state_dict": TwoLayers().state_dict(), KEY: {"worker_shape": [2, 2], "workers": [{}] * 4}}
+    with pytest.warns(UserWarning, match=r"cut by FSDP2 and by tensor parallelism \(2 x 2 devices\)"):
+        assert list(loaded_workers(tmp_path, checkpoint, TwoLayers())) == [(0, False)]
+
+
+def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tmp_path):
+    """Ranks of one worker that score different numbers of batches wait for each other in the forward pass."""
+
+    def train():
+        strategy = EASGDModelParallelStrategy(2, tau=2, timeout=timedelta(seconds=15))
+        records = [ElasticMonitor(1, tmp_path), LearningCurve(tmp_path)]
+        data = DigitsDataModule(batch_size=50)
+        data.setup("test")
+        assert len(data.test_dataloader()) % 4, "an even part for each rank would show nothing"
+        model = Classifier(DigitsNet(), optimizer=partial(torch.optim.SGD, lr=0.01))
+        given = {"devices": 4, "max_steps": 6, "limit_val_batches": 1, "callbacks": records}
+        trainer = quiet_trainer(strategy=strategy, **given)
+        trainer.fit(model, datamodule=data)
+        images, labels = (torch.cat(part) for part in zip(*data.test_dataloader(), strict=True))
+        with torch.no_grad():
+            loss = torch.nn.functional.cross_entropy(model.eval()(images), labels)
+        return loss.item(), strategy.communication.bytes_sent
+
+    results = run_ranks(train, 4)
+    with (tmp_path / "curve.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["test_loss"]) == pytest.approx(results[0][0], rel=1e-5)
+    assert float(last["bytes_sent"]) == sum(sent for _, sent in results) / 2
+    with (tmp_path / "communication.csv").open() as file:
+        assert [row["worker"] for row in csv.DictReader(file)] == ["0", "0", "1", "1"]
+
+
+def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
+    """Over the ranks that draw different data: layers that the module has, as Lightning converts none here."""
+
+    class Synchronized(Sharded):
+        def __init__(self):
+            super().__init__(steps=3)
+            self.norm = torch.nn.SyncBatchNorm(3).requires_grad_(False)
+
+    class See(Callback):
+        def on_train_start(self, trainer, module):
+            self.ranks = dist.get_process_group_ranks(module.norm.process_group)
+
+    def train():
+        see, module = See(), Synchronized()
+        strategy = EASGDModelParallelStrategy(2, tau=2)
+        trainer = quiet_trainer(strategy=strategy, devices=4, sync_batchnorm=True, limit_val_batches=0, callbacks=[see])
+        said = r"sync_batchnorm=True\).*has no effect.*convert_sync_batchnorm.*configure_model"
+        with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
+            trainer.fit(module)
+        assert module.norm.process_group is None
+        return see.ranks
+
+    assert run_ranks(train, 4) == [[0, 1]] * 2 + [[2, 3]] * 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ((partial(EASGDModelParallelStrategy, 2), Sharded), (partial(EASGDModelParallelStrategy, 1, 2), Sharded)),
+        ((partial(EASGDModelParallelStrategy, 2), Sharded), (EASGDStrategy, TwoLayers)),
+        ((EASGDStrategy, TwoLayers), (partial(EASGDModelParallelStrategy, 2), Sharded)),
+    ],
+    ids=["of another shape", "then not sharded", "now sharded"],
+)
+def test_an_outer_momentum_that_begins_anew_is_not_put_down_to_an_error(before, now, tmp_path):
+    """Its parts are each rank's: of workers that are not arranged alike none fits."""
+
+    def fit(strategy, module, epochs, **trainer):
+        given = {} if strategy is EASGDStrategy else {"save_distributed_checkpoint": False}
+        strategy = strategy(outer_momentum=0.5, **given, **RUN)
+        fitting = quiet_trainer(strategy=strategy, devices=2, limit_val_batches=0, max_epochs=epochs)
+        fitting.fit(module(steps=6, **SGD), **trainer)
+        return fitting
+
+    def train():
+        path = tmp_path / "end.ckpt"
+        fit(*before, 1).save_checkpoint(path)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            fit(*now, 2, ckpt_path=path)
+        return [message for message in (str(each.message) for each in seen) if "begins anew" in message]
+
+    (message,), _ = run_ranks(train, 2)
+    assert "sharded workers" in message
+    assert "error" not in message
+
+
+def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
+    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here."""
+
+    class Tested(Sharded):
+        test_step = TwoLayers.validation_step
+        test_dataloader = TwoLayers.val_dataloader
+
+        def configure_model(self):
+            if not isinstance(self.net, FSDPModule):
+                super().configure_model()
+
+    def train():
+        given = {"devices": 2, "limit_val_batches": 2, "use_distributed_sampler": False}
+        trainer = quiet_trainer(strategy=EASGDModelParallelStrategy(2, tau=2), **given)
+        module = Tested(steps=5, **SGD)
+        trainer.fit(module)
+        center = whole(module.parameters())
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+        if os.environ["RANK"] == "0":
+            shutil.rmtree(tmp_path / "end.ckpt.easgd")
+        trainer.strategy.barrier()
+        for run in (trainer.test, trainer.validate):
+            with torch.no_grad():
+                module.net.second.bias.zero_()
+            run(module, ckpt_path=tmp_path / "end.ckpt", verbose=False)
+            assert equal(whole(module.parameters()), center)
+        trainer.fit_loop.max_epochs = 2
+        trainer.fit(module)
+        return trainer.global_step, center, whole(module.parameters())
+
+    results = run_ranks(train, 2)
+    for steps, center, module in results:
+        assert steps == 10
+        assert equal(module, results[0][2])
+        assert not equal(module, center)
 
 
 @pytest.mark.parametrize(

@@ -359,6 +359,55 @@ def test_arguments_of_ddp_count_inside_of_a_worker():
     assert not close(results[0][0][1:], center)
 
 
+@pytest.mark.parametrize("converts", [False, True])
+def test_what_communicates_inside_of_a_worker_is_given_the_group_of_each_fit(converts, monkeypatch):
+    """SyncBatchNorm layers and a hook's state must not keep that of the first fit, which is destroyed, in the second.
+
+    Nor is it said that they keep the workers in step.
+    """
+    monkeypatch.setattr(  # torch refuses the layer on CPUs, where it is not called here
+        DistributedDataParallel, "_passing_sync_batchnorm_handle", lambda *_: None
+    )
+
+    class State:
+        process_group = None
+
+    class Synchronized(TwoLayers):
+        def __init__(self):
+            super().__init__(steps=4, **SGD)
+            self.norm = torch.nn.SyncBatchNorm(3).requires_grad_(False)
+
+    class See(Callback):
+        def __init__(self):
+            self.ranks = []
+
+        def on_train_start(self, trainer, module):
+            assert state.process_group is module.norm.process_group
+            assert state.process_group in dist.distributed_c10d._world.pg_map
+            self.ranks.append(dist.get_process_group_ranks(state.process_group))
+
+    state = State()
+
+    def train():
+        see, module = See(), Synchronized()
+        strategy = EASGDStrategy(
+            devices_per_worker=2,
+            ddp_comm_state=state,
+            ddp_comm_hook=lambda state, bucket: bf16_compress_hook(state.process_group, bucket),
+            **RUN,
+        )
+        given = {"limit_val_batches": 0, "sync_batchnorm": converts}
+        trainer = quiet_trainer(strategy=strategy, devices=4, callbacks=[see], **given)
+        for epochs in (1, 2):
+            trainer.fit_loop.max_epochs = epochs
+            trainer.fit(module)
+            assert state.process_group is None
+            assert getattr(module.norm, "process_group", None) is None  # Lightning turns layers back that it converts
+        return see.ranks
+
+    assert run_ranks(train, 4) == [[[0, 1]] * 2] * 2 + [[[2, 3]] * 2] * 2
+
+
 def test_a_worker_that_has_gone_astray_starts_again_on_all_of_its_ranks():
     class Break(Callback):
         def on_train_batch_start(self, trainer, module, batch, index):

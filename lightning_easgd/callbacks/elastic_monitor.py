@@ -11,6 +11,7 @@ from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
     ddp_bytes,
     gather,
+    layout_of,
     write_csv,
 )
 
@@ -29,7 +30,8 @@ class ElasticMonitor(Callback):
 
     Loggers and the progress bar show rank 0. With a `directory`, every rank also writes its own rows to
     `elastic/rank_<i>.csv` there (where workers come and go `rank_<worker>.csv`, of several ranks
-    `rank_<worker>.<rank>.csv`), and the totals of all ranks go to `communication.csv` at the end of training.
+    `rank_<worker>.<rank>.csv`), and the totals of all ranks go to `communication.csv` at the end of training,
+    with the worker of each.
 
     A record reads the distance from the device, which makes the host wait for all work in the device's queue. The
     counts are running totals: a record now and then loses none of them.
@@ -112,10 +114,14 @@ class ElasticMonitor(Callback):
         ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
         totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
+            number, layout = getattr(strategy, "replica_id", None), layout_of(trainer)
             write_csv(
                 Path(self.directory) / COMMUNICATION_FILE,
-                ["rank", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
-                ([rank, *map(int, row[:-1]), row[-1]] for rank, row in enumerate(totals)),
+                ["rank", "worker", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
+                (
+                    [rank, layout.worker_of(rank) if number is None else number, *map(int, row[:-1]), row[-1]]
+                    for rank, row in enumerate(totals)
+                ),
             )
 
     def _path(self, trainer: L.Trainer) -> Path:

@@ -9,7 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import lightning as L
 import torch
 
-__all__ = ["Communication", "ElasticStrategy", "ddp_bytes", "gather", "own_weights", "write_csv"]
+from lightning_easgd.transport.worker_layout import WorkerLayout
+
+__all__ = ["Communication", "ElasticStrategy", "ddp_bytes", "gather", "layout_of", "own_weights", "write_csv"]
 
 
 class Communication(Protocol):
@@ -55,6 +57,15 @@ def ddp_bytes(gradient_bytes: int, steps: int, world_size: int) -> int:
 def own_weights(strategy: object) -> AbstractContextManager[Any]:
     """Context in which the module holds this rank's own weights."""
     return strategy.worker_weights() if isinstance(strategy, ElasticStrategy) else nullcontext()
+
+
+def layout_of(trainer: L.Trainer) -> WorkerLayout:
+    """Returns which ranks make up which worker; with a strategy that has no such workers each rank is one.
+
+    Args:
+        trainer: The trainer.
+    """
+    return getattr(trainer.strategy, "layout", None) or WorkerLayout(trainer.world_size)
 
 
 def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:

@@ -13,10 +13,10 @@ from torch import Tensor
 from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
     gather,
+    layout_of,
     own_weights,
     write_csv,
 )
-from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["ACCURACY_FILE", "WorkerEvaluation", "accuracy"]
 
@@ -88,7 +88,7 @@ class WorkerEvaluation(Callback):
     def _evaluate(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         batches = self._batches(trainer, stage)
         strategy, rank = trainer.strategy, trainer.global_rank
-        layout = getattr(strategy, "layout", None) or WorkerLayout(trainer.world_size)
+        layout = layout_of(trainer)
         with own_weights(strategy):
             worker = self._total(trainer, module, batches)
         model = worker if rank == 0 else (0.0, 0)

@@ -84,6 +84,14 @@ def is_elastic(run: Path) -> bool:
     return (run / COMMUNICATION_FILE).exists()
 
 
+def of_each_worker(run: Path, column: str) -> float | None:
+    """Return the mean of the workers of a count of communication, which the ranks of one add to; None of no record."""
+    rows = read_rows(run / COMMUNICATION_FILE)
+    # Records of before workers could be of several ranks do not name them.
+    workers = {row.get("worker", row["rank"]) for row in rows}
+    return sum(float(row[column]) for row in rows) / len(workers) if rows else None
+
+
 def _strategy(run: Path) -> str:
     path = run / CONFIG_FILE
     return str(OmegaConf.select(OmegaConf.load(path), "strategy._target_")) if path.exists() else ""
@@ -121,9 +129,9 @@ def _time_lines(run: Path) -> list[_Line]:
 
 def _traffic_lines(run: Path) -> list[_Line]:
     mean = _means(run / COMMUNICATION_FILE)
-    if not mean:
+    sent, ddp = (of_each_worker(run, column) for column in ("bytes_sent", "ddp_bytes"))
+    if sent is None or ddp is None:
         return []
-    sent, ddp = mean["bytes_sent"], mean["ddp_bytes"]
     share = f", {sent / ddp:.1%} of it" if ddp else ""
     return [
         _Line("exchanges", f"{mean['exchanges']:.0f}", f"in {mean['steps']:.0f} steps of each worker"),
@@ -134,4 +142,5 @@ def _traffic_lines(run: Path) -> list[_Line]:
 def _means(path: Path) -> dict[str, float]:
     """The mean over the ranks of each column."""
     rows = read_rows(path)
-    return {name: fmean(float(row[name]) for row in rows) for name in (rows[0] if rows else ()) if name != "rank"}
+    names = [name for name in (rows[0] if rows else ()) if name not in ("rank", "worker")]
+    return {name: fmean(float(row[name]) for row in rows) for name in names}

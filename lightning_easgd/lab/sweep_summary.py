@@ -12,7 +12,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lightning_easgd.callbacks import ACCURACY_FILE, COMMUNICATION_FILE, TIME_FILE
+from lightning_easgd.callbacks import ACCURACY_FILE, TIME_FILE
 from lightning_easgd.lab.demo_extra import MissingExtraError
 from lightning_easgd.lab.figure_style import (
     METHODS,
@@ -24,7 +24,7 @@ from lightning_easgd.lab.figure_style import (
     plot,
     save,
 )
-from lightning_easgd.lab.report import CENTER, last_accuracy, read_rows, whole_rows
+from lightning_easgd.lab.report import CENTER, last_accuracy, of_each_worker, read_rows, whole_rows
 
 __all__ = ["SweepSummary"]
 
@@ -117,13 +117,12 @@ def _rows(label: Row, run: Path) -> list[Row]:
         ]
     scores = {stage: last_accuracy(run, stage).get(CENTER) for stage in ("val", "test")}
     row = {f"{stage} accuracy": f"{score:.2%}" for stage, score in scores.items() if score is not None}
-    for name, file, column, factor in (
-        ("seconds", TIME_FILE, "total", 1),
-        ("MB sent", COMMUNICATION_FILE, "bytes_sent", 1e6),
-    ):
-        values = [float(each[column]) / factor for each in read_rows(run / file)]
-        if values:
-            row[name] = f"{fmean(values):.2f}"
+    seconds = [float(each["total"]) for each in read_rows(run / TIME_FILE)]
+    if seconds:
+        row["seconds"] = f"{fmean(seconds):.2f}"
+    sent = of_each_worker(run, "bytes_sent")
+    if sent is not None:
+        row["MB sent"] = f"{sent / 1e6:.2f}"
     return [label | row]
 
 

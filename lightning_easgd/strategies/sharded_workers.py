@@ -217,6 +217,7 @@ class _ShardedRanks(WorkerProcess):
 
     def _leave_inside(self) -> None:
         """Keep it, as the mesh: a checkpoint may be saved after the fit."""
+        self._take_back()
 
     def _set_up_mesh(self) -> None:
         if self._mesh is None:
@@ -227,8 +228,10 @@ class _ShardedRanks(WorkerProcess):
         self._device_mesh = inside(self._mesh)
 
     def _share_parts(self, module: nn.Module) -> None:
-        """Give the ranks of each coordinate what the one in worker 0 has."""
-        warn_of_unreduced(type(self).__name__, module, self.mesh.get_group("data_parallel"))
+        """Give the ranks of each coordinate what the one in worker 0 has; let BatchNorm be synchronized inside."""
+        group = self.mesh.get_group("data_parallel")
+        warn_of_unreduced(type(self).__name__, module, group)
+        self._synchronize(module, group)  # the ranks of tensor parallelism draw the same data
         if self.layout.workers > 1:
             broadcast_parts(module, self.mesh.get_group("workers"))
 

@@ -1,7 +1,7 @@
 """A worker's process: the part that all strategies of this package share, in every class tree."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import MappingProxyType
@@ -152,6 +152,8 @@ class WorkerProcess(_Base):
 
     _inside: OwnGroup | None = None  # the worker's ranks, where there are several, while something is wrapped
     _unreduced: Mapping[Tensor, str] = MappingProxyType({})  # parameters that were frozen when DDP wrapped them
+
+    _borrowers: tuple[Any, ...] = ()  # layers and states that have a group of the worker's until then
 
     @takes_ddp_arguments
     def __init__(
@@ -337,9 +339,7 @@ class WorkerProcess(_Base):
             Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing),
             self.layout.inside,
         )
-        for part in module.modules():
-            if isinstance(part, nn.SyncBatchNorm) and part.process_group is None:
-                part.process_group = self._inside.group
+        self._synchronize(module, self._inside.group)
         self._ddp_kwargs["process_group"] = self._inside.group
         try:
             yield
@@ -373,9 +373,27 @@ class WorkerProcess(_Base):
                 f" {remedy}."
             )
 
+    def _synchronize(self, module: nn.Module, group: Any) -> None:
+        """Let a module's SyncBatchNorm layers communicate in a group, but for those that have one already."""
+        self._lend(group, (part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)))
+
+    def _lend(self, group: Any, borrowers: Iterable[Any]) -> None:
+        """Give a group to those that have none, for as long as it is there: they may outlive it."""
+        without = [borrower for borrower in borrowers if borrower.process_group is None]
+        for borrower in without:
+            borrower.process_group = group
+        self._borrowers += (*without,)
+
+    def _take_back(self) -> None:
+        """Take back the groups that have been lent."""
+        borrowers, self._borrowers = self._borrowers, ()
+        for borrower in borrowers:
+            borrower.process_group = None
+
     def _leave_inside(self) -> None:
         """Give back the group of the worker's ranks; nothing is wrapped any more."""
         self._unreduced = {}
+        self._take_back()
         inside, self._inside = self._inside, None
         if inside is not None:
             inside.close()
@@ -400,7 +418,7 @@ class WorkerProcess(_Base):
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process is of no run: it has no store to call the roll on.
         state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
-        for name in ("_roll_call", "_inside", "_unreduced"):
+        for name in ("_roll_call", "_inside", "_unreduced", "_borrowers"):
             state.pop(name, None)
         return state
 

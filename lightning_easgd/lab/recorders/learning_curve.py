@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, write_csv
+from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, layout_of, write_csv
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 __all__ = ["CURVE_FILE", "LearningCurve"]
@@ -108,17 +108,18 @@ class LearningCurve(Callback):
         samples, sent, *totals = (sum(column) for column in list(zip(*ranks, strict=True))[2:])
         size = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         errors = [totals[i + j] / totals[i + 2] for i in (0, 3) for j in (0, 1)]
-        self.rows.append([int(step), samples / size, seconds, sent / trainer.world_size, *errors])
+        self.rows.append([int(step), samples / size, seconds, sent / layout_of(trainer).workers, *errors])
         if trainer.is_global_zero:
             write_csv(Path(self.directory) / CURVE_FILE, _COLUMNS, self.rows)
 
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> tuple[float, float, int]:
         """Sum of the losses, wrong answers and samples of this rank's part of a set."""
-        strategy, rank, world = trainer.strategy, trainer.global_rank, trainer.world_size
-        if isinstance(strategy, ElasticStrategy):  # the same model everywhere: each rank scores a part
+        strategy, rank, layout = trainer.strategy, trainer.global_rank, layout_of(trainer)
+        if isinstance(strategy, ElasticStrategy):  # the same model everywhere: each worker scores a part
             with strategy.center_weights():
-                return self._total(trainer, module, stage, rank, world)
+                # The ranks of one worker score the same: they may have to compute together.
+                return self._total(trainer, module, stage, layout.worker_of(rank), layout.workers)
         return self._total(trainer, module, stage, 0, 1) if rank == 0 else (0.0, 0.0, 0)
 
     def _total(

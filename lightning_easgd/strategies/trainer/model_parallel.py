@@ -154,9 +154,9 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             self._write_shards(Path(self.broadcast(filepath)), state, checkpoint)
 
         def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-            """Read a checkpoint into module and optimizers, and these as they were on this rank if that is known."""
+            """Read a checkpoint into module and optimizers; in a fit these as on this rank if that is known."""
             checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
-            if self._checkpoints is not None:
+            if self._session is not None and self._checkpoints is not None:  # those of a fit that has ended stay
                 found = self._checkpoints.find(checkpoint, *self._read_from)
                 if found is not checkpoint:
                     for optimizer, own in zip(self.optimizers, found["optimizer_states"], strict=False):
@@ -166,7 +166,8 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
         def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
             """Wait for all ranks; where Lightning has restored the loops, let them go on where this worker's were."""
             super().barrier(name, *args, **kwargs)
-            if name == "_CheckpointConnector.resume_end" and self._checkpoints is not None:
+            resumes = name == "_CheckpointConnector.resume_end" and self._session is not None
+            if resumes and self._checkpoints is not None:
                 self._checkpoints.restore_loops()
 
     EASGDModelParallelStrategy.__qualname__ = EASGDModelParallelStrategy.__name__

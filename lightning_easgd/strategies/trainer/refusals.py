@@ -7,7 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.trainer.lightning_private import reads_common_clock
 
-__all__ = ["check_callbacks", "warn_of_callbacks", "warn_without_exchange"]
+__all__ = ["check_callbacks", "warn_of_callbacks", "warn_of_layer_sync", "warn_without_exchange"]
 
 
 def check_callbacks(strategy: str, trainer: Any) -> None:
@@ -25,13 +25,29 @@ def check_callbacks(strategy: str, trainer: Any) -> None:
             )
 
 
-def warn_of_callbacks(strategy: str, trainer: Any, layer_sync: object, is_served: bool) -> None:
-    """Warn of what keeps the workers in step, or makes the center something else than is meant."""
-    if layer_sync is not None:
+def warn_of_layer_sync(strategy: str, *, per_worker: int, is_sharded: bool) -> None:
+    """Warn of Lightning's synchronization of BatchNorm layers where it is none inside of each worker.
+
+    Args:
+        strategy: Name of the strategy.
+        per_worker: Ranks of a worker.
+        is_sharded: Whether each has its own part of the parameters.
+    """
+    if is_sharded:
+        rank_zero_warn(
+            f"{strategy} with Trainer(sync_batchnorm=True): it has no effect, as Lightning converts no layers of a"
+            " module that configure_model parallelizes; call torch.nn.SyncBatchNorm.convert_sync_batchnorm in"
+            " configure_model, before fully_shard. Such layers are synchronized inside of each worker."
+        )
+    elif per_worker == 1:
         rank_zero_warn(
             "Trainer(sync_batchnorm=True): SyncBatchNorm communicates in every forward pass, so that the workers"
             " run in lock-step; without it the center's statistics are the workers' mean."
         )
+
+
+def warn_of_callbacks(strategy: str, trainer: Any, is_served: bool) -> None:
+    """Warn of what keeps the workers in step, or makes the center something else than is meant."""
     if any(_is_a("ModelPruning", callback) for callback in trainer.callbacks):
         rank_zero_warn(
             f"{strategy} with ModelPruning: each worker prunes by its own weights, so that the center, their mean, is"

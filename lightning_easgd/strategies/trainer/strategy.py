@@ -25,7 +25,12 @@ from lightning_easgd.strategies.trainer.checkpoints import TrainerCheckpoints
 from lightning_easgd.strategies.trainer.free_ranks import FreeRanks
 from lightning_easgd.strategies.trainer.lightning_private import is_search, is_without_steps, request_stop
 from lightning_easgd.strategies.trainer.meetings import Meetings
-from lightning_easgd.strategies.trainer.refusals import check_callbacks, warn_of_callbacks, warn_without_exchange
+from lightning_easgd.strategies.trainer.refusals import (
+    check_callbacks,
+    warn_of_callbacks,
+    warn_of_layer_sync,
+    warn_without_exchange,
+)
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import remove_sidecar
 from lightning_easgd.strategies.worker_state.keeper import StateKeeper
@@ -197,8 +202,8 @@ class TrainerStrategy(WorkerProcess, _Base):
             return
         assert self._inside is not None
         state: Any = self._inside.group if self._ddp_comm_state is None else self._ddp_comm_state
-        if getattr(state, "process_group", state) is None:
-            state.process_group = self._inside.group
+        if hasattr(state, "process_group"):
+            self._lend(self._inside.group, [state])
         hook = self._ddp_comm_hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(self._ddp_comm_hook)
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(state, hook)
@@ -218,7 +223,9 @@ class TrainerStrategy(WorkerProcess, _Base):
         if averaging is None:
             return
         assert self.lightning_module is not None
-        warn_of_callbacks(type(self).__name__, trainer, self._layer_sync, self.is_served)
+        if self._layer_sync is not None:
+            warn_of_layer_sync(type(self).__name__, per_worker=self.layout.per_worker, is_sharded=self.is_sharded)
+        warn_of_callbacks(type(self).__name__, trainer, self.is_served)
         module = self.lightning_module
         self._session = CenterSession(
             self, averaging, lambda: module, self._trained_optimizers, lambda: ignored_names(module)

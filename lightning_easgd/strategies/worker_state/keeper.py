@@ -70,6 +70,7 @@ class Kept:
 
     Attributes:
         center: What the center is beyond the parameters' values at the center.
+        center_in_parts: Whether each rank has its own part of that, where the checkpoint was saved or here.
         stores: What each store of the center is; None if that is not known.
         clocks: The clock of each optimizer.
         layouts: The layout of each optimizer's flat vectors; None if that is not known.
@@ -83,6 +84,7 @@ class Kept:
     """
 
     center: Mapping[str, Any] = field(default_factory=dict)
+    center_in_parts: bool = False
     stores: Sequence[str] | None = None
     clocks: Sequence[int] = ()
     layouts: Sequence[Layout] | None = None
@@ -202,6 +204,7 @@ class StateKeeper:
             rank_zero_warn(f"{at_center}: the checkpoint was saved by workers of another method, {saved['method']}.")
             return Kept(clocks=clocks)
         common = Kept(
+            center_in_parts=self._ranks.is_sharded or len(saved.get("worker_shape", [1])) > 1,
             center={} if self._ranks.is_sharded else saved["center"],  # a rank's part of it is in that rank's own
             stores=saved.get("stores"),
             clocks=clocks,
@@ -255,10 +258,14 @@ class StateKeeper:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
         module, averaging, averagers = session.module, session.averaging, session.averagers
         if kept.stores is not None and not kept.center and self._ranks.rule.has_memory:
-            rank_zero_warn(
-                f"{self._name}: the checkpoint was saved on an error or by a signal, and holds of the center only what"
-                f" the module shows; what else {type(self._ranks.rule).__name__} keeps begins anew."
+            reason = (
+                "of sharded workers each rank's part of the center goes with the rank's own state, which is not gone"
+                " on from here, and there is only what the module shows"
+                if kept.center_in_parts
+                else "the checkpoint was saved on an error or by a signal, and holds of the center only what the module"
+                " shows"
             )
+            rank_zero_warn(f"{self._name}: {reason}; what else {type(self._ranks.rule).__name__} keeps begins anew.")
         if averagers and kept.center:
             layouts = layouts_of(module, averagers)
             if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
