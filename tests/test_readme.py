@@ -73,7 +73,7 @@ EPILOGUE = """
 assert type(made[-1].strategy).__module__.startswith("lightning_easgd.")
 assert made[-1].strategy.communication.exchanges > 0
 if made[-1].is_global_zero:
-    print("trained", made[-1].global_step)
+    print(f"trained {made[-1].global_step}")
 """
 CHEAP = ("trainer.devices=2", "trainer.limit_train_batches=20", "callbacks.progress_bar.refresh_rate=0", "plot=false")
 SUBSTITUTIONS = {"trainer.max_epochs=60": "trainer.max_epochs=2", "strategy.tau=4,16": "strategy.tau=4"}
