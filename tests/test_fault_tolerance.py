@@ -22,6 +22,7 @@ from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
+from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
 
@@ -151,6 +152,23 @@ class TestStrategy:
         assert len(handed) == 6
         for clocks in handed:
             assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
+
+    def test_a_place_in_an_epoch_that_never_begins_is_not_the_next_fits(self):
+        trainer = quiet_trainer(devices=1, max_epochs=3)
+        module = Quadratic(record=False)
+        begin = module.on_train_start
+
+        def comes():
+            begin()
+            go_on_at(trainer, {**clocks_of(trainer), "batch": 2, "batches": 2, "epoch": 3})  # all epochs are over
+
+        module.on_train_start = comes
+        trainer.fit(module)
+        loop = trainer.fit_loop.epoch_loop
+        assert "reset" in vars(loop)
+        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None))
+        ElasticWorker("EASGDStrategy", HERE).enter(nobody, trainer)  # the next fit of this Trainer
+        assert "reset" not in vars(loop)
 
     def test_nothing_listens(self, monkeypatch):
         monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))

@@ -351,3 +351,29 @@ def test_of_two_workers_of_one_number_the_older_one_ends(behind, theirs, ends):
     else:
         assert not members.commit()
         assert members.problem == "two workers have one replica_id"
+
+
+@pytest.mark.parametrize("deaf", [(), (0,), (1,), (0, 1)])
+def test_who_lives_is_the_same_on_all_ranks(deaf):
+    """Who saves follows from it, and they save together; of an exchange that is lost one rank may have heard."""
+    inside, commits = Hub(RANKS), Hub(RANKS)
+
+    def exchange(rank):
+        manager = Manager(1, step=3, ranks=commits.channel(rank))
+        members = member(manager, inside.channel(rank))
+        members.request()
+        assert members.has_come(5)
+
+        def add_up():
+            manager.report_error(RuntimeError("connection closed"))
+
+        def common():
+            if rank in deaf:
+                add_up()
+            return 0
+
+        members.exchange(add_up, common)
+        assert not members.commit()
+        return members.living
+
+    assert on_threads(exchange, RANKS) == [(1,) if deaf else (0, 1)] * RANKS

@@ -17,7 +17,7 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 from lightning_easgd.strategies.handed_values import HandedValues
 from lightning_easgd.strategies.session import CenterSession
-from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
+from lightning_easgd.strategies.trainer.lightning_private import begin_epoch_whole, clocks_of, go_on_at
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel, ProcessGroupChannel
 from lightning_easgd.transport.membership import Membership
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -189,6 +189,7 @@ class ElasticWorker:
         """Before the first step: come to the others, and go on with their steps, epochs, schedules and buffers."""
         self._trainer, self._session = trainer, session
         self._clocks = self._values = None
+        begin_epoch_whole(trainer)
         self.note_clocks()
         session.averaging.enter()
         if self._clocks is not None:

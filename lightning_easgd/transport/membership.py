@@ -512,19 +512,23 @@ class Membership:
         assert self._under_way is not None
         self._counts = self._under_way.result()
         self._under_way = None
-        if self._is_replaced:
-            raise ExchangeError(
-                f"{self._strategy}: another worker with replica_id={self.replica_id} takes part, one that was started"
-                " while this one stood still, or that was started at the same moment; this one ends."
-            )
-        if self._present:
-            self.living = tuple(sorted({each.replica_id for each in self._present}))
+        # Agreed on, where one rank may have heard of the others and another one not: who saves is the same on all.
+        if self._counts or self._all(bool(self._present)):
+            self._note_present()
         if not self._counts:
             self.failed += 1
             differs = not self._all(not self._differs)  # of several ranks perhaps the slice of one alone
             if differs and self.rank != 0:
                 self._manager.load_state_dict({**self._manager.state_dict(), "step": 0})
         return self._counts
+
+    def _note_present(self) -> None:
+        if self._is_replaced:
+            raise ExchangeError(
+                f"{self._strategy}: another worker with replica_id={self.replica_id} takes part, one that was started"
+                " while this one stood still, or that was started at the same moment; this one ends."
+            )
+        self.living = tuple(sorted({each.replica_id for each in self._present}))
 
     @property
     def has_failed(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "begin_epoch_whole",
     "begins_epoch",
     "clocks_of",
     "communicates_at_epoch_end",
@@ -166,7 +167,7 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
         else optimization.optim_progress.optimizer.step
     )
     steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
-    _begin_epoch_at(loop, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
+    _begin_epoch_at(trainer, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
@@ -179,15 +180,21 @@ def _set(progress: Any, current: int, total: int) -> None:
         each.ready = each.started = each.processed = each.completed = number
 
 
-def _begin_epoch_at(loop: Any, batch: int, of_all: int) -> None:
+def _begin_epoch_at(trainer: Any, batch: int, of_all: int) -> None:
     """Let the epoch that comes first begin at this batch, of so many of all epochs; Lightning begins it at 0."""
+    loop = trainer.fit_loop.epoch_loop
 
     def reset() -> None:
-        del loop.reset
+        begin_epoch_whole(trainer)
         loop.reset()
         _set(loop.batch_progress, batch, of_all)
 
     loop.reset = reset
+
+
+def begin_epoch_whole(trainer: Any) -> None:
+    """Take back where :func:`go_on_at` lets an epoch begin, if none has begun since: a fit may have had no more."""
+    vars(trainer.fit_loop.epoch_loop).pop("reset", None)
 
 
 def is_search(trainer: Any) -> bool:
