@@ -105,7 +105,8 @@ class FabricStrategy(WorkerProcess, _Base):
         session.show_center()
         self._final_center = session.final_center()
         self._modules.clear()
-        self._unreduced = {}
+        if self._inside is not None:
+            self._inside.unwrap()
         self._optimizers.clear()
         if self._steps is not None:
             self._steps.close()
@@ -122,7 +123,7 @@ class FabricStrategy(WorkerProcess, _Base):
         if self.layout.per_worker == 1:
             self._backward_sync_control: Any = _NoBackwardSync()
             return module
-        with self._reducing_inside(module):
+        with self._wrapping(module):
             return super().setup_module(module)
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
@@ -175,7 +176,9 @@ class FabricStrategy(WorkerProcess, _Base):
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
         session = self._session_of_step(optimizer)
         if session is not None:
-            self._check_reduced("freeze them after fabric.setup, with find_unused_parameters=True, and not before")
+            if self._inside is not None:
+                remedy = "freeze them after fabric.setup, with find_unused_parameters=True, and not before"
+                self._inside.check_reduced(remedy)
             session.after_step(optimizer, gradient_comes_after=had_closure)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from lightning_easgd.strategies.common_start import broadcast_parts, warn_of_unreduced
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
 from lightning_easgd.tensors.shards import is_shard, local, sharded_like
-from lightning_easgd.transport.channel import Failure, OwnGroup
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
@@ -217,21 +216,22 @@ class _ShardedRanks(WorkerProcess):
 
     def _leave_inside(self) -> None:
         """Keep it, as the mesh: a checkpoint may be saved after the fit."""
-        self._take_back()
+        if self._inside is not None:
+            self._inside.take_back()
 
     def _set_up_mesh(self) -> None:
         if self._mesh is None:
-            layout, timeout = self.layout, self._timeout or DEFAULT_TIMEOUT
-            self._mesh = make_mesh(self.root_device, layout, self.worker_shape, timeout)
-            failure = Failure(timeout, type(self).__name__, self._who_is_missing)
-            self._inside = OwnGroup("gloo", failure, layout.inside)
+            timeout = self._timeout or DEFAULT_TIMEOUT
+            self._mesh = make_mesh(self.root_device, self.layout, self.worker_shape, timeout)
+            self._open_inside("gloo")
         self._device_mesh = inside(self._mesh)
 
     def _share_parts(self, module: nn.Module) -> None:
         """Give the ranks of each coordinate what the one in worker 0 has; let BatchNorm be synchronized inside."""
         group = self.mesh.get_group("data_parallel")
         warn_of_unreduced(type(self).__name__, module, group)
-        self._synchronize(module, group)  # the ranks of tensor parallelism draw the same data
+        assert self._inside is not None
+        self._inside.synchronize(module, group)  # the ranks of tensor parallelism draw the same data
         if self.layout.workers > 1:
             broadcast_parts(module, self.mesh.get_group("workers"))
 

@@ -1,15 +1,14 @@
 """A worker's process: the part that all strategies of this package share, in every class tree."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
@@ -27,9 +26,9 @@ from lightning_easgd.strategies.ddp_arguments import (
 )
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.failures import is_of_process_group
-from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
+from lightning_easgd.strategies.worker_ranks import WorkerRanks
 from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.roll_call import RollCall
@@ -150,10 +149,7 @@ class WorkerProcess(_Base):
     _may_have_many_ranks: ClassVar[bool] = False
     """Whether a worker of this method may be several ranks."""
 
-    _inside: OwnGroup | None = None  # the worker's ranks, where there are several, while something is wrapped
-    _unreduced: Mapping[Tensor, str] = MappingProxyType({})  # parameters that were frozen when DDP wrapped them
-
-    _borrowers: tuple[Any, ...] = ()  # layers and states that have a group of the worker's until then
+    _inside: WorkerRanks | None = None  # where there are several, while something is wrapped or sharded
 
     @takes_ddp_arguments
     def __init__(
@@ -331,69 +327,20 @@ class WorkerProcess(_Base):
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
 
-    @contextmanager
-    def _reducing_inside(self, module: nn.Module) -> Iterator[None]:
+    def _open_inside(self, backend: str) -> WorkerRanks:
+        """Make the group of the worker's ranks, which is there from now on; all ranks do it at the same point."""
+        if self._inside is None:
+            failure = Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing)
+            owner = f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r})"
+            self._inside = WorkerRanks(owner, OwnGroup(backend, failure, self.layout.inside))
+        return self._inside
+
+    def _wrapping(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context in which DDP wraps a module: gradients are reduced inside of this worker alone."""
-        self._inside = self._inside or OwnGroup(
-            self.process_group_backend or "gloo",
-            Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing),
-            self.layout.inside,
-        )
-        self._synchronize(module, self._inside.group)
-        self._ddp_kwargs["process_group"] = self._inside.group
-        try:
-            yield
-        finally:
-            del self._ddp_kwargs["process_group"]  # it cannot go to another process
-        ignored, unreduced = ignored_names(module), dict(self._unreduced)
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad and name not in ignored:
-                unreduced[parameter] = name
-        self._unreduced = unreduced
-
-    @property
-    def _unfrozen(self) -> list[str]:
-        """Names of the parameters that are to be trained now and that DDP, which skips frozen ones, does not reduce."""
-        return [name for parameter, name in self._unreduced.items() if parameter.requires_grad]
-
-    def _check_reduced(self, remedy: str) -> None:
-        """After a step: raise if it has moved the ranks of a worker apart.
-
-        Args:
-            remedy: What to do about it, for the error.
-
-        Raises:
-            RuntimeError: If a parameter that was frozen when DDP wrapped it has a gradient, of this rank's data alone.
-        """
-        names = [name for p, name in self._unreduced.items() if p.requires_grad and p.grad is not None]
-        if names:
-            raise RuntimeError(
-                f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r}): {listed(names)} were frozen"
-                " when DDP wrapped the module, so that nothing reduces their gradients over the ranks of a worker;"
-                f" {remedy}."
-            )
-
-    def _synchronize(self, module: nn.Module, group: Any) -> None:
-        """Let a module's SyncBatchNorm layers communicate in a group, but for those that have one already."""
-        self._lend(group, (part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)))
-
-    def _lend(self, group: Any, borrowers: Iterable[Any]) -> None:
-        """Give a group to those that have none, for as long as it is there: they may outlive it."""
-        without = [borrower for borrower in borrowers if borrower.process_group is None]
-        for borrower in without:
-            borrower.process_group = group
-        self._borrowers += (*without,)
-
-    def _take_back(self) -> None:
-        """Take back the groups that have been lent."""
-        borrowers, self._borrowers = self._borrowers, ()
-        for borrower in borrowers:
-            borrower.process_group = None
+        return self._open_inside(self.process_group_backend or "gloo").reducing(module, self._ddp_kwargs)
 
     def _leave_inside(self) -> None:
         """Give back the group of the worker's ranks; nothing is wrapped any more."""
-        self._unreduced = {}
-        self._take_back()
         inside, self._inside = self._inside, None
         if inside is not None:
             inside.close()
@@ -418,7 +365,7 @@ class WorkerProcess(_Base):
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process is of no run: it has no store to call the roll on.
         state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
-        for name in ("_roll_call", "_inside", "_unreduced", "_borrowers"):
+        for name in ("_roll_call", "_inside"):
             state.pop(name, None)
         return state
 

@@ -190,10 +190,11 @@ class TrainerStrategy(WorkerProcess, _Base):
     def _wrap(self) -> None:
         """Let DDP reduce the gradients of what is not frozen now; the ranks of a worker do it at the same point."""
         if isinstance(self.model, DistributedDataParallel):
+            assert self._inside is not None
             self.model = self.model.module
-        self._unreduced = {}
+            self._inside.unwrap()
         assert self.lightning_module is not None
-        with self._reducing_inside(self.lightning_module):
+        with self._wrapping(self.lightning_module):
             super().configure_ddp()
 
     def _register_ddp_hooks(self) -> None:
@@ -203,7 +204,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         assert self._inside is not None
         state: Any = self._inside.group if self._ddp_comm_state is None else self._ddp_comm_state
         if hasattr(state, "process_group"):
-            self._lend(self._inside.group, [state])
+            self._inside.lend([state])
         hook = self._ddp_comm_hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(self._ddp_comm_hook)
         assert isinstance(self.model, DistributedDataParallel)
         self.model.register_comm_hook(state, hook)
@@ -282,7 +283,7 @@ class TrainerStrategy(WorkerProcess, _Base):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Have DDP reduce the gradients of parameters, too, that were frozen when it wrapped the module."""
         super().on_train_batch_start(batch, batch_idx)
-        if self._unfrozen:
+        if self._inside is not None and self._inside.unfrozen:
             self._wrap()
 
     def on_batch_fetched(self) -> None:
@@ -320,7 +321,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         """Finish what the worker needs of the exchange; called after every step, however it was made."""
         if not self._is_averaging or self._session is None:
             return
-        self._check_reduced("unfreeze them between two steps, such as in on_train_batch_start")
+        if self._inside is not None:
+            self._inside.check_reduced("unfreeze them between two steps, such as in on_train_batch_start")
         automatic = self.lightning_module is not None and self.lightning_module.automatic_optimization
         if self._session.after_step(optimizer, gradient_comes_after=had_closure and automatic):
             self._stop_if_agreed()
