@@ -146,7 +146,7 @@ def answer(listener):
                     pass
                 connection.close()
 
-address, python, *modules = sys.argv[1:]
+address, python, tests, *modules = sys.argv[1:]
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(address + "-")
 listener.listen(64)
@@ -158,8 +158,13 @@ for name in modules:
     except ImportError:
         pass  # an older Lightning, an extra that is not installed
 del name
+sys.path.append(tests)
+from huge_pages import use_huge_pages
+sys.path.remove(tests)
 gc.collect()
 gc.freeze()
+use_huge_pages()
+del use_huge_pages, tests, sys.modules["huge_pages"]
 arguments, folder, environment = answer(listener)
 del listener, answer, modules
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -222,7 +227,7 @@ def python(*modules: str) -> str:
     address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
     server.write_text(_SERVER)
     process = subprocess.Popen(
-        [sys.executable, server, address, client, *(modules or _MODULES.split())],
+        [sys.executable, server, address, client, Path(__file__).parent, *(modules or _MODULES.split())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd=folder.name,

@@ -21,6 +21,7 @@ from typing import IO, Any
 import lightning.fabric.utilities.registry as lightning_registry
 import torch
 import torch.distributed.algorithms.ddp_comm_hooks.default_hooks
+from huge_pages import use_huge_pages
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
@@ -113,6 +114,7 @@ def _warm_up() -> None:
     logging.disable(logging.NOTSET)
     set_random_state(generators, torch.device("cpu"))
     gc.collect()
+    use_huge_pages()
 
 
 def _errors(folder: str) -> str:
