@@ -3,16 +3,21 @@
 import os
 import pickle
 import re
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from channels import LoneChannel, line_on
+from ranks import end_ranks, run_ranks
 from reference import MINIMA, synchronous_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.averagers import SynchronousAverager
+from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.method.elastic import elastic_push_
+from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import AveragedRule, CenterRule, ConstantRate, NesterovRule, PlainRule
 
 
@@ -121,7 +126,7 @@ def test_workers_with_different_rules_are_told():
         rule = [Halving(), Momentum()][int(os.environ["RANK"])]
         fitted(Quadratic(steps=6), EASGDStrategy(tau=2, center_rule=rule), 2)
 
-    with pytest.raises(AssertionError, match="began different exchanges"):
+    with pytest.raises(AssertionError, match=r"EASGDStrategy\(center_rule=...\): rank 0 has .*Halving.*rank 1 has"):
         run_ranks(run, 2)
 
 
@@ -162,3 +167,172 @@ def test_a_rule_that_shows_an_address_is_refused():
 
     with pytest.raises(ValueError, match="an address differs from rank to rank"):
         EASGDStrategy(center_rule=Holds())
+
+
+class Bad(CenterRule):
+    """A rule that does one thing wrong."""
+
+    names = ("center", "second")
+
+    def move_(self, stores, difference, rate, version):
+        elastic_push_([stores[0]], [difference], rate)
+
+
+class WritesToTheDifference(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(difference.mul_(rate))
+
+
+class PutsAnother(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0] = stores[0] + rate * difference
+
+
+class Returns(Bad):
+    def move_(self, stores, difference, rate, version):
+        return stores[0] + rate * difference
+
+
+class ChangesTheStart(Bad):
+    def initial_stores(self, center):
+        return [center / 2, center]
+
+
+class HasStoresWithoutNames(Bad):
+    def initial_stores(self, center):
+        return [center, center, center]
+
+
+class WantsMoreStores(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[2].add_(difference)
+
+
+class Remembers(Bad):
+    def __init__(self):
+        self.moves = 0
+
+    def move_(self, stores, difference, rate, version):
+        self.moves += 1
+        stores[0].add_(difference, alpha=rate / self.moves)
+
+
+class RemembersInSecret(Remembers):
+    def __repr__(self):
+        return "RemembersInSecret()"
+
+
+class DrawsAtRandom(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(torch.rand_like(difference))
+
+
+class LooksAtTheWhole(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(difference / difference.norm())
+
+
+class DeniesItsMemory(Bad):
+    has_memory = False
+
+
+class DeniesTheVersion(Bad):
+    names = ("center",)
+    has_memory = False
+
+    def move_(self, stores, difference, rate, version):
+        elastic_push_([stores[0]], [difference], rate / (version + 1))
+
+
+class ShowsNothing(Bad):
+    shown = 2
+
+
+class OneName(Bad):
+    names = "center"
+
+
+class NoName(Bad):
+    names = ()
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        (WritesToTheDifference, "it only reads it"),
+        (PutsAnother, "puts other tensors in place of the stores"),
+        (Returns, "move_ returns a Tensor; it moves the stores in place"),
+        (ChangesTheStart, "initial_stores changes store 0"),
+        (HasStoresWithoutNames, "initial_stores gives 3 tensors"),
+        (WantsMoreStores, "index out of range"),
+        (Remembers, "move_ changes what the rule shows"),
+        (RemembersInSecret, "tried twice on the same numbers it makes different ones"),
+        (DrawsAtRandom, "tried twice on the same numbers it makes different ones"),
+        (LooksAtTheWhole, "by what is in other parts"),
+        (DeniesItsMemory, "leave has_memory=True"),
+        (DeniesTheVersion, "leave has_memory=True"),
+        (ShowsNothing, "shown=2 is none of its 2 stores"),
+        (OneName, "names='center' are no names of stores"),
+        (NoName, r"names=\(\) are no names of stores"),
+    ],
+)
+def test_a_rule_that_would_make_wrong_numbers_in_silence_is_refused(rule, says):
+    with pytest.raises((TypeError, ValueError), match=rf"EASGDStrategy\(center_rule=.*{rule.__name__}.*{says}"):
+        EASGDStrategy(center_rule=rule())
+
+
+@dataclass(frozen=True)
+class DividesByZero(CenterRule):
+    """Sound on the few numbers on which a rule is tried."""
+
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(difference, alpha=rate)
+        if version == 3:
+            stores[0].div_(0)
+
+
+@pytest.mark.parametrize("mode", [{}, {"mode": "async"}])
+@pytest.mark.parametrize("on_nonfinite", ["fail", "reset"])
+@pytest.mark.parametrize("tau", [2, 4])
+def test_a_center_that_is_not_finite_is_no_workers_fault(mode, on_nonfinite, tau):
+    """Whether a worker is pulled there before the end or not: no run ends well with such a center."""
+
+    def run():
+        strategy = EASGDStrategy(tau=tau, on_nonfinite=on_nonfinite, center_rule=DividesByZero(), **mode)
+        fitted(Quadratic(lr=0.1, steps=18), strategy, 2)
+
+    for outcome in end_ranks(run, 2):
+        assert "EASGDStrategy: the center is not finite, and every difference that moved it was" in outcome.error
+
+
+def test_a_sum_that_does_not_end_an_exchange_is_told():
+    """Rules count exchanges by the version: a sum of somebody's own must, too."""
+
+    class Forgets(DifferenceSum):
+        def renewed(self, center, origins):
+            return Forgets(center, center.values.like())
+
+        @property
+        def nbytes(self):
+            return 0
+
+        def start(self, shares):
+            self.shares = shares
+
+        def advance(self):
+            pass
+
+        def finish(self):
+            self.center.move_(slice(None), self.wire.flat, self.shares[0])
+
+    module = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    line = line_on(LoneChannel([]), LoneChannel([]))
+    averager = SynchronousAverager(
+        optimizer, line, lambda center: Forgets(center, center.values.like()), number=0, tau=1, rates=MovingRates()
+    )
+    module(torch.ones(1, 2)).sum().backward()
+    averager.finish()
+    averager.begin()
+    with pytest.raises(RuntimeError, match=r"EASGDStrategy: Forgets has made .*call center.end_exchange\(\) once"):
+        averager.settle()

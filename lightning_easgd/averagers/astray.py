@@ -14,11 +14,18 @@ __all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray"]
 
 
 class NonFiniteError(ExchangeError):
-    """The difference of a worker from the center is infinite or not a number; the center is as it was before."""
+    """The difference of a worker from the center is infinite or not a number, or the center itself is."""
 
 
 class AstrayPolicy(ABC):
-    """What a non-finite difference means to the run. Whatever it is, the center is not touched by it."""
+    """What a non-finite difference means to the run. Whatever it is, the center is not touched by it.
+
+    Args:
+        strategy: Name of the strategy, for errors and warnings.
+    """
+
+    def __init__(self, strategy: str = "EASGDStrategy") -> None:
+        self._strategy = strategy
 
     @abstractmethod
     def hear(self, who: str, clock: int) -> None:
@@ -36,17 +43,26 @@ class AstrayPolicy(ABC):
     def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
         """Called on the worker that has gone astray, when its parameters have been put where the center is."""
 
+    def check_center(self, finite: bool) -> None:
+        """Raise where it is no worker that has gone astray but the center, to which nobody could go back.
+
+        Args:
+            finite: Whether the center is finite.
+
+        Raises:
+            NonFiniteError: If it is not.
+        """
+        if not finite:
+            raise NonFiniteError(
+                f"{self._strategy}: the center is not finite, and every difference that moved it was: a rate or a"
+                " momentum of the center is too large, or a rule of your own divides by zero. Nothing that this run"
+                " saves from here on can be used; go on from an earlier checkpoint."
+            )
+
 
 @final
 class FailIfAstray(AstrayPolicy):
-    """End the run on all ranks.
-
-    Args:
-        strategy: Name of the strategy, for the error.
-    """
-
-    def __init__(self, strategy: str = "EASGDStrategy") -> None:
-        self._strategy = strategy
+    """End the run on all ranks."""
 
     @override
     def hear(self, who: str, clock: int) -> None:
@@ -71,7 +87,7 @@ class ResetIfAstray(AstrayPolicy):
     """
 
     def __init__(self, strategy: str = "EASGDStrategy", mend: Callable[[], None] = lambda: None) -> None:
-        self._strategy = strategy
+        super().__init__(strategy)
         self._mend = mend
 
     @override

@@ -40,7 +40,6 @@ __all__ = [
     "ServedExchange",
     "SymmetricExchange",
     "TowardsNewCenter",
-    "check_rule",
     "outer_rule",
 ]
 
@@ -84,28 +83,6 @@ class CenterRule(ABC):
 
     def __repr__(self) -> str:
         return _shown(self)
-
-
-def check_rule(owner: str, rule: CenterRule) -> None:
-    """Refuse a rule that checkpoints or other ranks would take for another.
-
-    Args:
-        owner: The class of which it is an argument.
-        rule: The rule.
-
-    Raises:
-        ValueError: If two of its stores have one name, or its ``repr`` is not the same in every process.
-    """
-    if len(set(rule.names)) < len(rule.names):
-        raise ValueError(
-            f"{owner}(center_rule={rule!r}): two of its stores have one name ({', '.join(rule.names)}), and"
-            " checkpoints tell them apart by it; give each a name of its own."
-        )
-    if " at 0x" in repr(rule):
-        raise ValueError(
-            f"{owner}(center_rule={rule!r}): ranks compare rules by what they show, and an address differs from rank to"
-            " rank; give the rule numbers and not functions, or the class in question a __repr__."
-        )
 
 
 def _shown(value: object) -> str:

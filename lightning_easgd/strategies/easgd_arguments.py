@@ -1,7 +1,8 @@
 """What is wrong with the arguments of an EASGD strategy: each is refused before any process starts."""
 
 from lightning_easgd.method.rates import check_number
-from lightning_easgd.method.rules import CenterRule, check_rule
+from lightning_easgd.method.rule_check import check_rule
+from lightning_easgd.method.rules import CenterRule
 
 __all__ = [
     "check_center_device",

@@ -316,6 +316,7 @@ class ServedAverager(Averager):
         parts = torch.split(messages, [segment.numel() for segment in self._wire.segments])
         finite = all_finite([parts[number] for number in rates])
         if not finite:
+            self._read(store=0)  # which looks whether it is the center
             self._shared.on_astray.hear(f"rank {self._shared.rank}", self._begun_at)
         with self._shared.turns.turn():  # also without a message: the others wait for its turn
             return self._part.exchange(messages, rates) if finite else None
@@ -325,6 +326,7 @@ class ServedAverager(Averager):
         on_host = torch.empty_like(values.flat, device="cpu")
         self.has_exchanged |= self._part.read(on_host, store)
         values.flat.copy_(on_host)
+        self._shared.on_astray.check_center(all_finite(values.views))
         return values
 
     def _like_wire(self) -> FlatTensors:

@@ -105,6 +105,7 @@ class SynchronousAverager(Averager):
         self._header: Header | None = None  # of the exchange under way, unless this worker only joined it
         self._in_flight = False
         self._pull = pull or PullToOld()
+        self._version = 0  # of the center before the exchange under way
         self._begun_at = 0  # the clock of the last exchange: a step may be tried again, its exchange not
         self._alphas: Sequence[float] = ()  # of the last pull
         self._distance: list[Tensor] = []  # norms of the last difference's groups
@@ -240,6 +241,12 @@ class SynchronousAverager(Averager):
         self._line.under_way.remove(self)
         if self._sum.is_lost:
             self._revoke()
+        elif self.center.version != self._version + 1:
+            raise RuntimeError(
+                f"{self._line.strategy}: {type(self._sum).__name__} has made an exchange, and the center's version has"
+                f" gone from {self._version} to {self.center.version}; call center.end_exchange() once after all of its"
+                " parts have been moved."
+            )
         else:
             self._copies.join()
         self._line.statistics.seconds_waited += time.monotonic() - started
@@ -333,7 +340,18 @@ class SynchronousAverager(Averager):
         self._position.write(wire, self.parameters)
         elastic_difference_([wire.flat], [self.center.flat])
         self._distance = self._norms()
-        return self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
+        finite = self._line.worker.is_finite(self.finiteness.judge(wire.flat, self._distance))
+        if not finite:
+            self.check_center()
+        return finite
+
+    def check_center(self) -> None:
+        """Raise if the center, which is the same on all workers, is not finite; all ranks of a worker ask together.
+
+        Raises:
+            NonFiniteError: If it is not.
+        """
+        self._line.on_astray.check_center(self._line.worker.is_finite(all_finite([self.center.flat])))
 
     def _norms(self) -> list[Tensor]:
         """Norms of the difference's parts: together, over a sharded worker's ranks, that of the worker's difference."""
@@ -366,6 +384,7 @@ class SynchronousAverager(Averager):
         else:
             factors = alphas
         self._in_flight = self.has_exchanged = True
+        self._version = self.center.version
         self._line.under_way.append(self)
         self._line.count(self._sum.nbytes, self._header)
         self._sum.start(self._shares(rates))

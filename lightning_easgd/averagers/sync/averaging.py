@@ -144,6 +144,9 @@ class SynchronousAveraging(Averaging):
                 if averager.is_expected:
                     averager.join()
         self._line.meet(meeting, averagers)
+        if meeting in READ_AT:
+            for averager in averagers:
+                averager.check_center()
         if any(averager.finiteness.learns_late for averager in averagers):
             self._hear_of_last(averagers)
 

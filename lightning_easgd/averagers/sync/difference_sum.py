@@ -31,7 +31,8 @@ class Restored:
 class DifferenceSum(ABC):
     r"""Adds up how far the workers are from their center, exchange after exchange, and lets the center move by it.
 
-    It gives :meth:`ReplicatedCenter.move_` the sum :math:`\sum_i \Delta^i`, part by part, and the share s of each.
+    It gives :meth:`ReplicatedCenter.move_` the sum :math:`\sum_i \Delta^i`, part by part, and the share s of each; when
+    all parts have been moved it calls :meth:`ReplicatedCenter.end_exchange`, once.
 
     An exchange of a worker is, in this order: :meth:`make_room`; :math:`\Delta^i` is written into ``wire``;
     :meth:`start`; ``given`` is read, at the latest before the first :meth:`advance`; :meth:`advance` after each of the
@@ -109,7 +110,7 @@ class DifferenceSum(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Wait for the exchange under way, and move the center by it.
+        """Wait for the exchange under way, and move the center by it, unless :meth:`advance` has done so.
 
         Raises:
             ExchangeError: If a worker is lost.

@@ -39,8 +39,8 @@ class SlicedSum(DifferenceSum):
         super().__init__(center, center.values.like())
         self._join = join
         self._part = cut(center.flat.numel(), join.size)[join.rank]
-        self._slice = _sliced(center, self._part)
-        self._sum = make_sum(self._slice)
+        self._sum = make_sum(_sliced(center, self._part))
+        self._slice = self._sum.center
         self._under_way = False
 
     @override

@@ -1,0 +1,102 @@
+"""What a rule of somebody's own must do, tried before any process starts."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_easgd.method.rules import CenterRule
+
+__all__ = ["check_rule"]
+
+_CENTER = torch.tensor([0.5, -1.0, 2.0, 0.25, -0.75], dtype=torch.float64)
+_DIFFERENCE = torch.tensor([1.0, 0.5, -0.25, -2.0, 0.125], dtype=torch.float64)
+_RATE = 0.25
+_MOVES = 3
+
+
+def check_rule(owner: str, rule: CenterRule) -> None:
+    """Refuse what is no rule; it is tried on a few numbers, as what it does wrong would show in wrong numbers alone.
+
+    Args:
+        owner: The class of which it is an argument.
+        rule: The rule.
+
+    Raises:
+        TypeError: If ``names`` are no names, or a method returns what it should not.
+        ValueError: If two of its stores have one name, its ``repr`` is not the same in every process, or it does not
+            do what :class:`CenterRule` says.
+    """
+    what = f"{owner}(center_rule={rule!r})"
+    if isinstance(rule.names, str) or not rule.names or not all(isinstance(name, str) for name in rule.names):
+        raise TypeError(f"{what}: names={rule.names!r} are no names of stores; give a tuple, ('center',) for one.")
+    if len(set(rule.names)) < len(rule.names):
+        raise ValueError(
+            f"{what}: two of its stores have one name ({', '.join(rule.names)}), and checkpoints tell them apart by it;"
+            " give each a name of its own."
+        )
+    if rule.shown not in range(rule.stores):
+        raise ValueError(f"{what}: shown={rule.shown!r} is none of its {rule.stores} stores; they count from 0.")
+    if " at 0x" in repr(rule):
+        raise ValueError(
+            f"{what}: ranks compare rules by what they show, and an address differs from rank to rank; give the rule"
+            " numbers and not functions, or the class in question a __repr__."
+        )
+    _try_out(what, rule)
+
+
+@torch.no_grad()
+def _try_out(what: str, rule: CenterRule) -> None:
+    try:
+        stores = list(rule.initial_stores(_CENTER.clone()))
+        if [tuple(store.shape) for store in stores] != [tuple(_CENTER.shape)] * rule.stores:
+            raise ValueError(f"initial_stores gives {len(stores)} tensors, one for each of names={rule.names!r} is due")
+        if not torch.equal(stores[0], _CENTER):
+            raise ValueError("initial_stores changes store 0, which is the center: workers start there")
+        whole = _moved(rule, stores, [slice(None)])
+        again = _moved(rule, stores, [slice(None)])
+        parts = _moved(rule, stores, [slice(0, 2), slice(2, None)])
+        late = _moved(rule, stores, [slice(None)], version=_MOVES)
+    except (IndexError, ValueError, TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what}, tried on {len(_CENTER)} numbers: {error}.") from error
+    if not all(map(_same, whole, again)):
+        raise ValueError(
+            f"{what}: tried twice on the same numbers it makes different ones, so that the ranks' centers would part;"
+            " what a rule remembers lies in its stores (names, initial_stores), and nothing is drawn at random."
+        )
+    if not all(map(_same, whole, parts)):
+        raise ValueError(
+            f"{what}: it moves a part of the center by what is in other parts; parts are cut otherwise by each"
+            " transport, so that a number may depend on those at its own place alone."
+        )
+    if not rule.has_memory and (rule.stores > 1 or not all(map(_same, whole, late))):
+        raise ValueError(
+            f"{what}: has_memory=False is for a rule whose moves depend on nothing before, and checkpoints then leave"
+            " its stores and the version out; leave has_memory=True."
+        )
+
+
+def _moved(rule: CenterRule, stores: Sequence[Tensor], parts: Sequence[slice], version: int = 0) -> list[Tensor]:
+    """The stores after a few moves of their parts."""
+    stores = [store.to(torch.float64, copy=True) for store in stores]
+    shown = repr(rule)
+    for number in range(_MOVES):
+        for part in parts:
+            of_part = [store[part] for store in stores]
+            difference = _DIFFERENCE[part] * (number + 1)
+            given, before = list(of_part), difference.clone()
+            returned = rule.move_(of_part, difference, _RATE, version + number)
+            if returned is not None:
+                raise TypeError(f"move_ returns a {type(returned).__name__}; it moves the stores in place")
+            if any(one is not other for one, other in zip(of_part, given, strict=True)):
+                raise ValueError("move_ puts other tensors in place of the stores; it moves them in place")
+            if not torch.equal(difference, before):
+                raise ValueError("move_ writes to the difference, which others read; it only reads it")
+    if repr(rule) != shown:
+        raise ValueError(f"move_ changes what the rule shows, to {rule!r}; what it remembers lies in its stores")
+    return stores
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-9, atol=1e-12, equal_nan=True)
