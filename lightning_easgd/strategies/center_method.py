@@ -42,6 +42,7 @@ _POLICIES: dict[str, Callable[[str], LossPolicy]] = {"fail": FailOnLoss, "contin
 class CenterMethod(WorkerProcess):
     """A method with a center: its choices, and what users read of the averaging."""
 
+    _alike: tuple[str, ...] = ("devices_per_worker", "order", "on_worker_loss", "on_nonfinite", "worker_state")
     _ddp_arguments_with_effect = frozenset({"broadcast_buffers", "forward_sync_buffers"})
 
     _session: CenterSession | None  # from setup, with Fabric from the first step, to the end

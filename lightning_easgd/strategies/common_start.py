@@ -1,5 +1,6 @@
-"""The point from which all workers start: rank 0's."""
+"""The point from which all workers start: rank 0's; and what all must have been told alike."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,34 @@ from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.tensors.buffers import can_be_written
 from lightning_easgd.tensors.shards import is_shard, local
 
-__all__ = ["broadcast_parts", "broadcast_states", "check_whole", "warn_of_unreduced"]
+__all__ = ["broadcast_parts", "broadcast_states", "check_alike", "check_whole", "warn_of_unreduced"]
 
 _BROADCAST_BYTES = 250 * 1024 * 1024
+
+
+def check_alike(strategy: str, arguments: Mapping[str, object]) -> None:
+    """Refuse arguments that differ between the ranks; all ranks call it.
+
+    Ranks that had been told different things would wait for each other for nothing, or average what does not belong
+    together.
+
+    Args:
+        strategy: Name of the strategy.
+        arguments: This rank's, by name; compared by what they show.
+
+    Raises:
+        ValueError: On all ranks; it names the first argument that differs.
+    """
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, {name: repr(value) for name, value in arguments.items()})
+    first = everyones[0]
+    for rank, theirs in enumerate(everyones):
+        for name in sorted(first.keys() | theirs.keys()):
+            here, there = (each.get(name, "nothing") for each in (first, theirs))
+            if here != there:
+                raise ValueError(
+                    f"{strategy}({name}=...): rank 0 has {here} and rank {rank} has {there}; give all ranks the same."
+                )
 
 
 def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) -> None:

@@ -82,6 +82,7 @@ class DownpourMethod(CenterMethod):
     """
 
     method = "DOWNPOUR"
+    _alike: tuple[str, ...] = (*CenterMethod._alike, "momentum", "average")
 
     @takes_ddp_arguments
     def __init__(

@@ -151,6 +151,10 @@ class EASGDMethod(CenterMethod):
     """
 
     method = "elastic averaging"
+    _alike: tuple[str, ...] = (
+        *CenterMethod._alike, "mode", "momentum", "outer_momentum", "outer_nesterov", "pull_to", "delay", "center_rule",
+        "wire_dtype", "center_device",
+    )  # fmt: skip
     _may_have_many_ranks = True
 
     @takes_ddp_arguments
@@ -223,6 +227,8 @@ class EASGDMethod(CenterMethod):
         self.tau = tau
         is_of_paper = center_rule is None and not outer_momentum and pull_to == "old" and not delay
         self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", is_judged=is_of_paper, owner=name)
+        if mode == "sync":  # a served center takes workers of any periods
+            self._alike = (*self._alike, "tau")
         self.mode = mode
         self.momentum = momentum
         self.outer_momentum = outer_momentum
@@ -232,7 +238,6 @@ class EASGDMethod(CenterMethod):
         self.center_rule = center_rule
         self.wire_dtype = wire_dtype
         self.center_device = center_device
-        self._has_chosen_backend = process_group_backend is not None
 
     def _warn_of_arguments(self) -> None:
         problem = self.rates.instability(self.workers) or self._outer_instability()
@@ -318,7 +323,7 @@ class EASGDMethod(CenterMethod):
             len(optimizers),
             is_one_host=self.num_nodes == 1,
             is_worker_on_host=self.num_processes % self.layout.per_worker == 0,
-            has_chosen_backend=self._has_chosen_backend,
+            has_chosen_backend=self._given_backend is not None,
             wire_dtype=self.wire_dtype,
             center_device=self.center_device,
         )

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule
-from lightning_easgd.strategies.common_start import broadcast_states, check_whole
+from lightning_easgd.strategies.common_start import broadcast_states, check_alike, check_whole
 from lightning_easgd.strategies.data_loaders import check_loader
 from lightning_easgd.strategies.ddp_arguments import (
     REFUSED_INSIDE,
@@ -144,6 +144,9 @@ class WorkerProcess(_Base):
     _is_saving = False  # or loading
     _roll_call: RollCall | None = None  # from setup_environment on
 
+    _alike: tuple[str, ...] = ("devices_per_worker",)
+    """The arguments that all ranks must have been given alike."""
+
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
     _may_have_many_ranks: ClassVar[bool] = False
@@ -173,6 +176,7 @@ class WorkerProcess(_Base):
                 " EASGDStrategy(mode='sync') has workers of several devices."
             )
         self.devices_per_worker = devices_per_worker
+        self._given_backend = process_group_backend
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         _check_timeout(type(self).__name__, timeout)
         wraps = devices_per_worker != 1
@@ -200,6 +204,9 @@ class WorkerProcess(_Base):
         """Become a rank, which the process that only spawns or forks the ranks never does; set up the process group.
 
         And what tells who is missing if a collective operation fails.
+
+        Raises:
+            ValueError: If ranks have been given different arguments.
         """
         set_up_group(self._get_process_group_backend(), self._timeout or DEFAULT_TIMEOUT, self.root_device)
         self._set_up_groups()
@@ -207,6 +214,8 @@ class WorkerProcess(_Base):
         if dist.is_initialized():  # it is not where somebody else makes the group
             with suppress(StoreLostError):  # a run without it names nobody
                 self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+            arguments = {name: getattr(self, name) for name in self._alike}
+            check_alike(type(self).__name__, arguments | {"process_group_backend": self._given_backend})
 
     def _set_up_groups(self) -> None:
         """Set up the process group, and what else Lightning's strategy below makes of the ranks."""
