@@ -108,16 +108,26 @@ def test_every_pair_of_options_instantiates(tmp_path, monkeypatch, strategy, opt
     assert isinstance(configured, dict) == (scheduler != "none")
 
 
+# What is chosen beside the others, in as few configurations as there are options; what chooses others itself is alone.
+BESIDE = ("callbacks", "data", "logger", "model", "optimizer", "scheduler", "strategy", "trainer")
+TOGETHER = [
+    [f"{group}={option}" for group, option in zip(BESIDE, row, strict=True) if option is not None]
+    for row in itertools.zip_longest(*map(options, BESIDE))
+]
+
+
 @pytest.mark.parametrize(
-    ("group", "option"),
+    "chosen",
     [
-        *((group, option) for group in GROUPS if group != "experiment" for option in options(group)),
-        *(pytest.param("experiment", *experiment.values, marks=experiment.marks) for experiment in EXPERIMENTS),
+        *TOGETHER,
+        *([f"{group}={option}"] for group in GROUPS if group not in (*BESIDE, "experiment", "hydra")
+          for option in options(group)),
+        *(pytest.param([f"experiment={each.values[0]}"], marks=each.marks) for each in EXPERIMENTS),
     ],
-)
-def test_every_option_composes_without_missing_values(tmp_path, group, option):
-    overrides = [] if group == "hydra" else [f"{group}={option}"]
-    config = composed(tmp_path, *overrides)
+    ids=str,
+)  # fmt: skip
+def test_every_option_composes_without_missing_values(tmp_path, chosen):
+    config = composed(tmp_path, *chosen)
     assert not OmegaConf.missing_keys(config)
     OmegaConf.to_container(config, resolve=True)
 
