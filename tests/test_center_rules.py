@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import end_ranks, run_ranks
 from reference import MINIMA, synchronous_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
@@ -123,6 +123,27 @@ def test_workers_with_different_rules_are_told():
 
     with pytest.raises(AssertionError, match="began different exchanges"):
         run_ranks(run, 2)
+
+
+class OfOnesOwn(EASGDStrategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    "other", [{"center_rule": Momentum()}, {"pull_to": "new"}, {"outer_momentum": 0.5}, {"alpha": 0.1, "beta": 0.5}]
+)
+def test_workers_that_give_a_served_center_different_arguments_are_told(other):
+    """Kind: the error names the user's class, what differs, and the remedy for that."""
+
+    def run():
+        arguments = [{}, other][int(os.environ["RANK"])]
+        fitted(Quadratic(steps=6), OfOnesOwn(tau=2, mode="async", **arguments), 2)
+
+    for outcome in end_ranks(run, 2):
+        error = outcome.error.strip().splitlines()[-1]
+        assert "OfOnesOwn: the center's exchange is SymmetricExchange(rule=PlainRule()) on rank 0 and " in error
+        assert error.endswith("on rank 1; give the strategies of all ranks the same arguments.")
+        assert "open_center" not in error
 
 
 @pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"}])

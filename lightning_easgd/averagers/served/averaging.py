@@ -172,6 +172,7 @@ class ServedAveraging(Averaging):
             timeout=timeout,
             presence=self._presence,
             wire_dtype=self._wire_dtype,
+            user=self.strategy,
         )
         self._turns = self._make_turns(keys, self._center, self.control, timeout, self.strategy)
         devices = [layout.flat.device for layout in layouts if layout.flat.is_cuda]
