@@ -293,6 +293,11 @@ class EASGDMethod(CenterMethod):
         """Whether the center is a served one."""
         return self.mode == "async"
 
+    @property
+    def synchronous(self) -> str:
+        """This very strategy, for errors of a served center."""
+        return f"{type(self).__name__}(mode='sync')"
+
     def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         """Make the averaging of one training; all ranks do it at the same point."""
         if self.is_served:

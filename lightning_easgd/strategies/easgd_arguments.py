@@ -73,7 +73,7 @@ def check_pull(strategy: str, pull_to: object, delay: object, mode: str, tau: in
         )
     if delay and mode == "sync" and pull_to == "old":
         raise ValueError(
-            f"{strategy}(delay={delay}, mode='sync', pull_to='old'): every worker holds the old center, and its pull"
+            f"{strategy}(delay={delay}, pull_to='old'): every synchronous worker holds the old center, and its pull"
             " waits for nothing; use pull_to='new', or leave delay out."
         )
 
