@@ -37,6 +37,7 @@ from lightning_easgd.strategies.easgd_arguments import (
     check_mode,
     check_momentum,
     check_outer,
+    check_pickled,
     check_pull,
     check_wire_dtype,
     check_worker,
@@ -223,6 +224,7 @@ class EASGDMethod(CenterMethod):
         self.tau = tau
         is_of_paper = center_rule is None and not outer_momentum and pull_to == "old" and not delay
         self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", is_judged=is_of_paper, owner=name)
+        check_pickled(name, start_method, center_rule=center_rule, alpha=alpha, rho=rho)
         self.mode = mode
         self.momentum = momentum
         self.outer_momentum = outer_momentum
