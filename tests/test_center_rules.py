@@ -130,6 +130,27 @@ def test_workers_with_different_rules_are_told():
         run_ranks(run, 2)
 
 
+class OfOnesOwn(EASGDStrategy):
+    pass
+
+
+@pytest.mark.parametrize(
+    "other", [{"center_rule": Momentum()}, {"pull_to": "new"}, {"outer_momentum": 0.5}, {"alpha": 0.1, "beta": 0.5}]
+)
+def test_workers_that_give_a_served_center_different_arguments_are_told(other):
+    """Kind: the error names the user's class, what differs, and the remedy for that."""
+
+    def run():
+        arguments = [{}, other][int(os.environ["RANK"])]
+        fitted(Quadratic(steps=6), OfOnesOwn(tau=2, mode="async", **arguments), 2)
+
+    for outcome in end_ranks(run, 2):
+        error = outcome.error.strip().splitlines()[-1]
+        assert "OfOnesOwn: the center's exchange is SymmetricExchange(rule=PlainRule()) on rank 0 and " in error
+        assert error.endswith("on rank 1; give the strategies of all ranks the same arguments.")
+        assert "open_center" not in error
+
+
 @pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"}])
 def test_what_a_synchronous_rule_shows_is_the_average(mode):
     """z ← ¾z + ¼x̃ at every exchange, of which there are three."""

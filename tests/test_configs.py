@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import re
 from contextlib import nullcontext
 from datetime import timedelta
 
@@ -22,6 +23,7 @@ from lightning_easgd.lab.data import DataError
 from lightning_easgd.lab.data.images import ImageArguments, ImageDataModule
 from lightning_easgd.lab.evaluate import evaluate
 from lightning_easgd.lab.train import train
+from lightning_easgd.method.rules import PlainRule
 from lightning_easgd.strategies.ddp_arguments import known_ddp_arguments
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
@@ -130,6 +132,15 @@ def test_every_option_composes_without_missing_values(tmp_path, chosen):
     config = composed(tmp_path, *chosen)
     assert not OmegaConf.missing_keys(config)
     OmegaConf.to_container(config, resolve=True)
+
+
+def test_what_a_comment_suggests_for_the_command_line_is_taken(tmp_path):
+    comments = [line for line in (CONF / "strategy" / "easgd.yaml").read_text().splitlines() if "+strategy." in line]
+    given = [re.search(r"\+strategy\S+=[\w.]+", line)[0] for line in comments]
+    assert [override.split(".")[1] for override in given] == ["center_rule", "fault_tolerance"]
+    rule = given[0].replace("my_module.MyRule", "lightning_easgd.method.rules.PlainRule")
+    assert instantiate(composed(tmp_path, rule).strategy).center_rule == PlainRule()
+    assert instantiate(composed(tmp_path, given[1]).strategy).elastic is not None
 
 
 def test_strategy_yaml_has_every_argument():

@@ -105,8 +105,8 @@ class TestStrategy:
     @pytest.mark.parametrize(
         ("strategy", "said"),
         [
-            (partial(EASGDStrategy), "2 of 1 device; .*devices_per_worker=2"),
-            (partial(EASGDModelParallelStrategy, 1), "2 of 1 device; .*data_parallel_size"),
+            (partial(EASGDStrategy), r"2 of 1 device; .*one worker \(devices_per_worker=2\)\.$"),
+            (partial(EASGDModelParallelStrategy, 1), r"2 of 1 device; .*one worker \(data_parallel_size=2\)\.$"),
         ],
     )
     def test_one_launch_is_one_worker(self, strategy, said):

@@ -37,7 +37,23 @@ FACES = {
     "plots": "lab",
     "__init__": "strategies",
 }
-FOREIGN = {"stability": {"torch", "lightning"}, "method": {"lightning", "pytorch_lightning"}}
+# What each may import beside Python's own library and this package, wherever in a file; the laboratory anything.
+TORCH = {"torch", "typing_extensions"}
+LIGHTNING = {"lightning", "lightning_utilities"}
+OTHERS = {
+    "stability": {"numpy"},
+    "tensors": TORCH,
+    "method": TORCH | {"lightning_utilities"},  # its warnings on rank 0; it is small, and knows no Lightning
+    "transport": TORCH | {"torchft"},  # an extra, imported where workers come and go
+    "served_center": TORCH,
+    "averagers": TORCH,
+    # Each class tree has a file; the state of NumPy's generator is saved; checkpoints lie on any file system.
+    "strategies": TORCH | LIGHTNING | {"lightning_fabric", "pytorch_lightning", "numpy", "fsspec"},
+    "callbacks": TORCH | LIGHTNING | {"numpy"},
+    "import_hook": {"typing_extensions"},
+    "metrics": TORCH | {"torchmetrics"},
+    "sampling": TORCH,
+}
 
 
 def modules():
@@ -51,8 +67,13 @@ def place(parts):
     return 2 * ROOMS.index(FACES[parts[0]]) + 1
 
 
+def core():
+    """The files that are neither of the laboratory nor one of its faces."""
+    return [path for path in modules() if place(path.relative_to(PACKAGE).with_suffix("").parts) < place(["lab"])]
+
+
 def imports(path):
-    """The modules that a file imports, wherever in it, with the line."""
+    """The modules that a file imports, wherever in it and by whatever word, with the line."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
@@ -61,6 +82,15 @@ def imports(path):
             yield node.module, node.lineno
             if node.module == "lightning_easgd":
                 yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+            names = [each.value for each in node.args[:1] if isinstance(each, ast.Constant)]
+            assert names or path.name == "import_hook.py", f"{path}:{node.lineno}: nobody can read what is imported"
+            yield from ((name, node.lineno) for name in names)
+
+
+def _called(call):
+    """The last word of what is called."""
+    return getattr(call.func, "attr", getattr(call.func, "id", None))
 
 
 def inner(path):
@@ -80,10 +110,20 @@ def test_no_import_runs_back(path):
     assert not back
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_of_mathematics_knows_no_framework(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    assert not {name.split(".")[0] for name, _ in imports(path)} & FOREIGN.get(room, set())
+@pytest.mark.parametrize("path", core(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_of_others_what_is_listed(path):
+    allowed = OTHERS.get(path.relative_to(PACKAGE).with_suffix("").parts[0], set()) | {"lightning_easgd"}
+    found = {(name.split(".")[0], line) for name, line in imports(path)}
+    assert not {each for each in found if each[0] not in allowed | sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", core(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_used_of_the_package_stands_in_the_import(path):
+    """``import lightning_easgd`` gives every room as an attribute, which nothing here would see."""
+    lines = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import)]
+    aliases = [alias for line in lines for alias in line.names]
+    ours = [each for each in aliases if each.name.split(".")[0] == "lightning_easgd"]
+    assert not [each.name for each in ours if each.asname is None or each.name == "lightning_easgd"]
 
 
 def test_there_is_no_circle():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -171,6 +172,69 @@ def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: d
 def test_random_numbers_of_the_loader_go_on_exactly(tmp_path: Path) -> None:
     every_two = {"saving": {"every_n_train_steps": 2}}  # whether fetching draws is not known after one step
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two, partial(Noisy, EagerLoader))
+
+
+def saved_after_a_resumed_step(folder: str) -> list[bool]:
+    """Resume at an epoch's end, and read what the checkpoint of one step later knows of each worker's loader."""
+    make = partial(EASGDStrategy, tau=3)
+    train(folder, make, {}, module=Noisy(EagerLoader))
+    train(f"{folder}/again", make, {}, f"{folder}/step=4.ckpt", Noisy(EagerLoader))
+    states = torch.load(f"{folder}/again/step=5.ckpt", weights_only=True)["easgd"]["workers"]
+    return [state["fetching_draws"] for state in states]
+
+
+def test_what_is_known_of_the_loader_is_known_to_a_resumed_run(tmp_path: Path) -> None:
+    """Kind: a run does not see within its first step what that of before has seen."""
+    assert run_ranks(saved_after_a_resumed_step, 2, str(tmp_path)) == [[True, True]] * 2
+
+
+class Falling:
+    """A factor of the learning rate, faster for a higher rank; a scheduler saves what it holds."""
+
+    def __init__(self, rank: int) -> None:
+        self.base = 0.9 - 0.2 * rank
+
+    def __call__(self, step: int) -> float:
+        return float(self.base**step)
+
+
+class Scheduled(Noisy):
+    """Each worker's learning rate has a schedule of its own."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, Falling(self.global_rank))
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+
+class Overflowing(Noisy):
+    """The loss of rank 1 is infinite once in an epoch: its scaler leaves out a step, and halves the scale."""
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        return loss * float("inf") if (self.global_rank, index) == (1, 1) else loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        super().on_train_batch_end()
+        state = self.trainer.precision_plugin.state_dict()
+        self.steps[self.trainer.global_step].append(torch.tensor([state["scale"], state["_growth_tracker"]]))
+
+
+def with_scaler() -> EASGDStrategy:
+    # Lightning replaces precision="16-mixed" on the CPU by bf16-mixed; the plugin does as it is told.
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+    return EASGDStrategy(tau=3, precision_plugin=MixedPrecision("16-mixed", "cpu", scaler=scaler))
+
+
+@pytest.mark.parametrize(
+    ("make_strategy", "module"),
+    [(partial(EASGDStrategy, tau=3), Scheduled), (with_scaler, Overflowing)],
+    ids=["scheduler", "scaler"],
+)
+def test_what_each_worker_has_of_its_own_goes_on_exactly(tmp_path: Path, make_strategy: Any, module: Any) -> None:
+    """Kind: what differs by worker and is neither parameter nor optimizer; Lightning goes on with rank 0's."""
+    every_two = {"saving": {"every_n_train_steps": 2}}
+    every_rank_goes_on_exactly(tmp_path, make_strategy, every_two, module)
 
 
 def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:

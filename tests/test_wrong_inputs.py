@@ -80,6 +80,8 @@ WRONG = [
     ("easgd-train ckpt_path=3", "easgd-train(ckpt_path=3): give a path, as ./NAME"),
     ("easgd-train strategy=null", "easgd-train(strategy=null): a group takes one of its options"),
     ("easgd-train strategy._target_=lightning_easgd.NoStrategy", "strategy._target_=lightning_easgd.NoStrategy"),
+    ("easgd-train strategy.center_rule._target_=a.B", "no keys; +strategy.center_rule._target_=... gives it"),
+    ("easgd-train strategy.fault_tolerance._target_=a.B", "no keys; +strategy.fault_tolerance._target_=... gives"),
     ("easgd-train strategy.process_group_backend=abc", "strategy.process_group_backend=abc", "choose one of: gloo"),
     ("easgd-train data.seed=abc", "easgd-train(data.seed=abc): give a whole number"),
     ("easgd-train model.network.hidden=-5", "easgd-train(model.network.hidden=-5)", "negative dimension"),

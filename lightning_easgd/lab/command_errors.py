@@ -252,6 +252,8 @@ def _unknown_key(name: str, error: ConfigCompositionException) -> str | None:
     prefix = f"{parent}." if parent else ""
     # Hydra's own settings are no settings of this command.
     hint = did_you_mean(key, sorted(k for k in known if k != "hydra" and not k.startswith("_")), prefix)
+    if not known:  # the value there was null, or a number
+        hint += f"; +{cause.full_key}=... gives it this one"
     return f"{name}({cause.full_key}=...): there is no key {key!r}{where}; {hint}"
 
 

@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,7 @@ def open_center(
     chunk_elements: int = CHUNK_ELEMENTS,
     presence: Presence | None = None,
     wire_dtype: WireDtype | None = None,
+    user: str = "open_center",
 ) -> ServedCenter:
     """Open the served center; every rank calls it once, and gets its own end.
 
@@ -69,6 +70,7 @@ def open_center(
         chunk_elements: The most elements of one chunk.
         presence: Who the ranks are, if they have told that before.
         wire_dtype: What messages between nodes are rounded to; None to send them as they are.
+        user: Whose center it is, for errors.
 
     Raises:
         WorkerLostError: If a rank dies, or fails, before the center is open.
@@ -90,8 +92,12 @@ def open_center(
         if presence is None:
             presence = Presence(own_store, rank)
             presence.enter()
-        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user="open_center")
-        secret = _agree(rendezvous, [plan.layout, dtype, exchange, [list(ranks) for ranks in nodes], wire_dtype])
+        rendezvous = Rendezvous(own_store, presence, rank, world_size, timeout, user=user)
+        secret = _agree(
+            rendezvous,
+            arguments={"the center's exchange": exchange, "the wire's dtype": wire_dtype},
+            layout=[plan.layout, dtype, [list(ranks) for ranks in nodes]],
+        )
         shard, nodes = _open_shard(rendezvous, nodes, plan)
         opened.callback(shard.close)
         lost: set[int] = set()
@@ -146,7 +152,7 @@ def _connect(
         return None, {}
     rank, timeout = rendezvous.rank, rendezvous.timeout
     node, position = _place(rank, nodes)
-    address = own_address(store)
+    address = own_address(store, rendezvous.user)
     make_link = None if wire_dtype is None else partial(ServingEnd, partial(make_codec, wire_dtype))
     server = ShardServer(shard, secret, timeout, lost, host=address.listener, make_link=make_link)
     opened.callback(server.close)
@@ -187,17 +193,31 @@ class _Plan:
         return [chunk for chunk, owner in enumerate(place_chunks(self.layout, nodes)) if owner == node]
 
 
-def _agree(rendezvous: Rendezvous, terms: list[object]) -> bytes:
-    """Make sure that all ranks open the same center, and return the secret that rank 0 draws."""
-    digest = hashlib.sha256(repr(terms).encode()).hexdigest()
-    answers = rendezvous.gather("terms", [digest, secrets.token_hex(16) if rendezvous.rank == 0 else ""])
-    others = [other for other, (theirs, _) in enumerate(answers) if theirs != digest]
-    if others:
-        raise CenterError(
-            f"open_center: ranks {others} open another center than rank {rendezvous.rank}: their segments, dtype, rule"
-            " or nodes differ. Build the same model and optimizer on every rank."
-        )
-    return bytes.fromhex(answers[0][1])
+def _agree(rendezvous: Rendezvous, arguments: Mapping[str, object], layout: object) -> bytes:
+    """Make sure that all ranks open the same center, and return the secret that rank 0 draws.
+
+    Args:
+        rendezvous: Where the ranks meet.
+        arguments: What follows from the user's arguments, which the error shows.
+        layout: What follows from the model, its optimizers and where the ranks are.
+    """
+    own = {name: repr(value) for name, value in arguments.items()}
+    digest = hashlib.sha256(repr(layout).encode()).hexdigest()
+    answers = rendezvous.gather("terms", [own, digest, secrets.token_hex(16) if rendezvous.rank == 0 else ""])
+    firsts, first_digest, secret = answers[0]
+    for other, (theirs, their_digest, _) in enumerate(answers):
+        for name, first in firsts.items():
+            if theirs[name] != first:
+                raise CenterError(
+                    f"{rendezvous.user}: {name} is {first} on rank 0 and {theirs[name]} on rank {other}; give the"
+                    " strategies of all ranks the same arguments."
+                )
+        if their_digest != first_digest:
+            raise CenterError(
+                f"{rendezvous.user}: the center of rank {other} has another layout (chunks, dtype or nodes) than that"
+                " of rank 0; build the same model and optimizers on every rank."
+            )
+    return bytes.fromhex(secret)
 
 
 def _place(rank: int, nodes: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -236,11 +256,12 @@ def _open_shard(
         shard.close()
     for other, (kind, text) in problems.items():
         if kind != SharedMemoryUnavailableError.__name__:
-            raise CenterError(f"open_center: rank {other}: {text}")
+            raise CenterError(f"{rendezvous.user}: rank {other}: {text}")
     if rank == 0:
         other, (_, text) = min(problems.items())
         warnings.warn(
-            f"open_center: rank {other} cannot share memory ({text}) All ranks use sockets instead, which is slower.",
+            f"{rendezvous.user}: rank {other} cannot share memory ({text}) All ranks use sockets instead, which is"
+            " slower.",
             RuntimeWarning,
             stacklevel=3,
         )

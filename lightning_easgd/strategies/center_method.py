@@ -157,6 +157,7 @@ class CenterMethod(WorkerProcess):
             on_loss=_POLICIES[self.on_worker_loss](name),
             on_astray=self._astray_policy(),
             strategy=name,
+            synchronous=self.synchronous,
             wire_dtype=wire_dtype,
         )
 
@@ -190,6 +191,6 @@ def check_period(strategy: str, tau: object) -> None:
         )
     if tau < 1:
         raise ValueError(
-            f"{strategy}(tau={tau}): the communication period is at least 1 optimizer step; for no communication use"
-            " LocalStrategy."
+            f"{strategy}(tau={tau}): the communication period is at least 1 optimizer step; give 1 to exchange at every"
+            " step, or more steps than training makes for no exchange."
         )

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -15,6 +15,7 @@ __all__ = [
     "DDPArguments",
     "check_ddp_arguments",
     "known_ddp_arguments",
+    "names_its_class",
     "takes_ddp_arguments",
     "warn_without_effect",
 ]
@@ -37,6 +38,7 @@ REFUSED_INSIDE = {
 }
 """Those that are refused where DDP wraps the ranks of a worker, and why."""
 
+_SEE = "see its docstring for the arguments it takes."
 _GIVEN_BY_LIGHTNING = ("self", "module", "device_ids")
 
 
@@ -79,7 +81,29 @@ def takes_ddp_arguments(init: Callable[_P, _T]) -> Callable[_P, _T]:
         for name, annotation in known_ddp_arguments().items()
     ]
     init.__signature__ = signature.replace(parameters=[*own, *theirs])  # type: ignore[attr-defined]
-    return init
+    return names_its_class(init)
+
+
+def names_its_class(init: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a constructor: a call that does not fit it is an error of the class that was called.
+
+    Python's own error names the class whose constructor it is: a user's class is another one.
+    """
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def named(*arguments: _P.args, **keywords: _P.kwargs) -> _T:
+        cls = type(arguments[0])
+        for name, value in keywords.items():
+            if name not in signature.parameters:
+                raise TypeError(_unknown(cls, name, value))
+        try:
+            signature.bind(*arguments, **keywords)
+        except TypeError as error:
+            raise TypeError(f"{cls.__name__}(...): {error}; {_SEE}") from None
+        return init(*arguments, **keywords)
+
+    return named
 
 
 @cache
@@ -101,20 +125,21 @@ def check_ddp_arguments(
         refused: The arguments that it does not take, and why.
 
     Raises:
-        TypeError: If an argument is unknown or refused.
+        TypeError: If an argument is refused.
     """
     strategy, given = cls.__name__, {}
     for name, value in arguments.items():
-        if name not in known_ddp_arguments():
-            known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
-            hint = f"did you mean {known[0]}?" if known else "see its docstring for the arguments it takes."
-            raise TypeError(f"{strategy}({name}={value!r}): unknown argument; {hint}")
         if value is None:
             continue
         if name in refused:
             raise TypeError(f"{strategy}({name}={value!r}): {refused[name]}")
         given[name] = value
     return given
+
+
+def _unknown(cls: type, name: str, value: object) -> str:
+    known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
+    return f"{cls.__name__}({name}={value!r}): unknown argument; {f'did you mean {known[0]}?' if known else _SEE}"
 
 
 def warn_without_effect(strategy: str, arguments: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from lightning_easgd.strategies.easgd_arguments import (
     check_mode,
     check_momentum,
     check_outer,
+    check_pickled,
     check_pull,
     check_wire_dtype,
     check_worker,
@@ -229,6 +230,7 @@ class EASGDMethod(CenterMethod):
         self.rates = MovingRates(alpha, beta, rho, in_turn=mode == "async", is_judged=is_of_paper, owner=name)
         if mode == "sync":  # a served center takes workers of any periods
             self._alike = (*self._alike, "tau")
+        check_pickled(name, start_method, center_rule=center_rule, alpha=alpha, rho=rho)
         self.mode = mode
         self.momentum = momentum
         self.outer_momentum = outer_momentum
@@ -297,6 +299,11 @@ class EASGDMethod(CenterMethod):
     def is_served(self) -> bool:
         """Whether the center is a served one."""
         return self.mode == "async"
+
+    @property
+    def synchronous(self) -> str:
+        """This very strategy, for errors of a served center."""
+        return f"{type(self).__name__}(mode='sync')"
 
     def make_averaging(self, optimizers: Sequence[Optimizer]) -> Averaging:
         """Make the averaging of one training; all ranks do it at the same point."""

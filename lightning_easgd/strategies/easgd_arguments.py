@@ -1,5 +1,7 @@
 """What is wrong with the arguments of an EASGD strategy: each is refused before any process starts."""
 
+import pickle
+
 from lightning_easgd.method.rates import check_number
 from lightning_easgd.method.rule_check import check_rule
 from lightning_easgd.method.rules import CenterRule
@@ -11,6 +13,7 @@ __all__ = [
     "check_mode",
     "check_momentum",
     "check_outer",
+    "check_pickled",
     "check_pull",
     "check_wire_dtype",
     "check_worker",
@@ -35,6 +38,19 @@ def check_center_rule(strategy: str, center_rule: object) -> None:
         )
     if center_rule is not None:
         check_rule(strategy, center_rule)
+
+
+def check_pickled(strategy: str, start_method: str, **arguments: object) -> None:
+    """Refuse what ranks that are started with an interpreter of their own cannot be given."""
+    for name, value in arguments.items() if start_method in ("spawn", "forkserver") else ():
+        try:
+            pickle.dumps(value)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{strategy}({name}={value!r}, start_method={start_method!r}): the ranks get it pickled, and it cannot"
+                f" be ({error}); define its class at the top of a module and let it hold numbers, or use"
+                " start_method='popen'."
+            ) from error
 
 
 def check_outer(strategy: str, momentum: object, nesterov: object, center_rule: CenterRule | None) -> None:
@@ -74,7 +90,7 @@ def check_pull(strategy: str, pull_to: object, delay: object, mode: str, tau: in
         )
     if delay and mode == "sync" and pull_to == "old":
         raise ValueError(
-            f"{strategy}(delay={delay}, mode='sync', pull_to='old'): every worker holds the old center, and its pull"
+            f"{strategy}(delay={delay}, pull_to='old'): every synchronous worker holds the old center, and its pull"
             " waits for nothing; use pull_to='new', or leave delay out."
         )
 

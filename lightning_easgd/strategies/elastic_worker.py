@@ -49,11 +49,12 @@ class ElasticWorker:
         self._values: dict[str, Any] | None = None
         self._to_hand_over: HandedValues | None = None
 
-    def resolve(self, layout: WorkerLayout) -> None:
+    def resolve(self, layout: WorkerLayout, as_one: str) -> None:
         """Find out what the environment says; before anything starts.
 
         Args:
             layout: Of the ranks of this launch.
+            as_one: The argument that makes them one worker, for the error.
 
         Raises:
             ModuleNotFoundError: If torchft is not installed.
@@ -64,8 +65,7 @@ class ElasticWorker:
             raise ValueError(
                 f"{self._strategy}(fault_tolerance=...): a launch is one worker, and this one has {layout.workers} of"
                 f" {layout.per_worker} device{'s' if layout.per_worker > 1 else ''}; start each worker by itself, or"
-                f" make all {layout.ranks} ranks one worker (devices_per_worker={layout.ranks}; data_parallel_size of"
-                " EASGDModelParallelStrategy)."
+                f" make all {layout.ranks} ranks one worker ({as_one})."
             )
 
     @property

@@ -12,6 +12,7 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
+from lightning_easgd.strategies.ddp_arguments import names_its_class
 from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fabric_strategy import FabricStrategy
 from lightning_easgd.strategies.sharded_workers import DOCUMENTATION, Size, of_sharded_workers, resolve_sizes
@@ -33,6 +34,7 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
     class EASGDModelParallelStrategy(EASGDMethod, FabricStrategy, base):  # type: ignore[misc]
         __doc__ = DOCUMENTATION
 
+        @names_its_class
         def __init__(
             self,
             parallelize_fn: Callable[[Any, Any], nn.Module],

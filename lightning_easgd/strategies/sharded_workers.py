@@ -191,6 +191,11 @@ class _ShardedRanks(WorkerProcess):
         return WorkerLayout(self.num_nodes * self.num_processes, math.prod(self.worker_shape))
 
     @property
+    def _as_one(self) -> str:
+        """The argument that makes all ranks one worker, for errors."""
+        return f"data_parallel_size={self.layout.ranks // self.worker_shape[1]}"
+
+    @property
     def is_sharded(self) -> bool:
         """Whether each rank of a worker has its own part of the parameters."""
         return True

@@ -249,6 +249,11 @@ class WorkerProcess(_Base):
     def is_prepared(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer still is what :meth:`prepare_optimizer` has made it; asked before every step."""
 
+    @property
+    def synchronous(self) -> str:
+        """What has no served center, for errors: the strategy, and how it is asked for that."""
+        return "EASGDStrategy(mode='sync')"
+
     def _check_center(self, what: str) -> None:
         if not self.has_center:
             raise RuntimeError(f"{type(self).__name__}.{what}: the workers of this strategy have no center.")
@@ -282,6 +287,11 @@ class WorkerProcess(_Base):
     def worker_shape(self) -> tuple[int, ...]:
         """How the ranks of a worker are arranged; one worker's state is another's where these are the same."""
         return (self.layout.per_worker,)
+
+    @property
+    def _as_one(self) -> str:
+        """The argument that makes all ranks one worker, for errors."""
+        return f"devices_per_worker={self.num_nodes * self.num_processes}"
 
     @property
     def is_sharded(self) -> bool:
@@ -394,7 +404,7 @@ class WorkerProcess(_Base):
                 )
         layout = self.layout  # before any process starts
         if self.elastic is not None:
-            self.elastic.resolve(layout)
+            self.elastic.resolve(layout, self._as_one)
         super()._configure_launcher()
         self._check_interactive()
         launcher = self._make_launcher()

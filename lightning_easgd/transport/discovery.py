@@ -31,6 +31,7 @@ class Rendezvous:
         rank: As given.
         world_size: As given.
         timeout: As given.
+        user: As given.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Rendezvous:
         self.rank = rank
         self.world_size = world_size
         self.timeout = timeout
+        self.user = user
         self._store = store
-        self._user = user
 
     def enter(self, name: str, value: Any = None) -> None:
         """Leave a value that JSON can hold."""
@@ -78,7 +79,7 @@ class Rendezvous:
             StoreLostError: If the store does not answer.
         """
         timeout = self.timeout if timeout is None else timeout
-        who, what = f"{self._user}(timeout={timeout:g} s)", f"the wait for {name!r}"
+        who, what = f"{self.user}(timeout={timeout:g} s)", f"the wait for {name!r}"
         missing = {rank: f"{name}/{rank}" for rank in ranks}
 
         def look(waited: float) -> None:

@@ -44,7 +44,7 @@ def open_mesh(rank: int, size: int, store: Store, failure: Failure) -> Mesh:
         presence.enter()
         rendezvous = Rendezvous(keys, presence, rank, size, timeout, user=failure.user)
         try:
-            return Mesh(rank, connections(rendezvous, own_address(client.address)), failure)
+            return Mesh(rank, connections(rendezvous, own_address(client.address, failure.user)), failure)
         except OSError as error:
             presence.fail(f"it cannot connect: {error}")
             raise

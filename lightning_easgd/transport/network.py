@@ -29,7 +29,7 @@ class OwnAddress(NamedTuple):
     listener: str
 
 
-def own_address(server: tuple[str, int] | None) -> OwnAddress:
+def own_address(server: tuple[str, int] | None, user: str = "own_address") -> OwnAddress:
     """The address that this host has in the network in which the store is.
 
     It is an address of the interface that ``GLOO_SOCKET_IFNAME`` names, if that is set; nothing listens elsewhere then.
@@ -38,10 +38,11 @@ def own_address(server: tuple[str, int] | None) -> OwnAddress:
 
     Args:
         server: Host and port of the store, None if it has none.
+        user: The name of who asks, for errors.
     """
     interface = os.environ.get(_INTERFACE_VARIABLE, "").split(",")[0]
     if interface:
-        host = _interface_address(interface)
+        host = _interface_address(interface, user)
         return OwnAddress(host, host)
     if server is None:
         return OwnAddress(socket.gethostname(), "")
@@ -53,7 +54,7 @@ def own_address(server: tuple[str, int] | None) -> OwnAddress:
                 continue
             own = str(probe.getsockname()[0])
             return OwnAddress(server[0] if own == address[0] else own, "")
-    raise CenterError(f"open_center: no route to the store's host {server[0]!r}; check MASTER_ADDR.")
+    raise CenterError(f"{user}: no route to the store's host {server[0]!r}; check MASTER_ADDR.")
 
 
 def listen(host: str, backlog: int | None = None) -> socket.socket:
@@ -71,11 +72,11 @@ def listen(host: str, backlog: int | None = None) -> socket.socket:
     return socket.create_server(("", 0), backlog=backlog)
 
 
-def _interface_address(interface: str) -> str:
+def _interface_address(interface: str, user: str) -> str:
     address = _ipv4_address(interface) or _ipv6_address(interface)
     if address is None:
         raise CenterError(
-            f"open_center: {_INTERFACE_VARIABLE}={interface!r} names no interface with an address that other hosts can"
+            f"{user}: {_INTERFACE_VARIABLE}={interface!r} names no interface with an address that other hosts can"
             " use; correct it, or unset it."
         )
     return address

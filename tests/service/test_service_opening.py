@@ -159,12 +159,24 @@ def open_in_vain(port, rank, changes):
     return None
 
 
-def test_ranks_that_open_different_centers_are_told():
-    with world(open_in_vain, 2, [{}, {"segments": [(0, 12000)]}]) as (_, ranks):
+@pytest.mark.parametrize(
+    ("changes", "difference", "remedy"),
+    [
+        ({"segments": [(0, 12000)]}, "the center of rank 1 has another layout", "same model and optimizers"),
+        ({"dtype": torch.float32}, "the center of rank 1 has another layout", "same model and optimizers"),
+        ({"exchange": PushExchange()}, "exchange is SymmetricExchange(rule=PlainRule()) on rank 0 and PushExchange(",
+         "same arguments"),
+        ({"wire_dtype": "int8"}, "the wire's dtype is None on rank 0 and 'int8' on rank 1", "same arguments"),
+    ],
+)  # fmt: skip
+def test_ranks_that_open_different_centers_are_told_in_what(changes, difference, remedy):
+    with world(open_in_vain, 2, [{"user": "MyStrategy"}, {"user": "MyStrategy"} | changes]) as (_, ranks):
         for rank in ranks:
             name, text, resources = rank.result()
             assert name == "CenterError"
-            assert "open another center" in text
+            assert text.startswith("MyStrategy: ")
+            assert difference in text
+            assert remedy in text
             assert resources == ([], 0, 0)
 
 

@@ -32,6 +32,14 @@ ARGUMENTS = [
     {"ddp_comm_hook": print}, {"model_averaging_period": 4},
 ]  # fmt: skip
 
+OF_EASGD = [
+    {"delay": 1}, {"delay": -1}, {"delay": True}, {"pull_to": "x"}, {"beta": 2.5}, {"rho": -1}, {"alpha": 1, "rho": 1},
+    {"center_rule": "x"}, {"outer_momentum": 1}, {"outer_nesterov": True}, {"wire_dtype": "fp8"}, {"mode": "x"},
+    {"mode": "async", "devices_per_worker": 2}, {"mode": "async", "center_device": "cpu"}, {"on_nonfinite": "x"},
+    {"fault_tolerance": "x"}, {"devices_per_worker": 0}, {"evaluate": "x"}, {"recalibrate_batchnorm": -1},
+    {"data_parallel_size": 0}, {"tensor_parallel_size": "x"}, {"start_method": "x"}, {"parallelise_fn": 1},
+]  # fmt: skip
+
 
 def check(message: str) -> None:
     own = re.sub(r"EASGDStrategy\([^)]*\)", "", message)  # another class that is advised, with its own arguments
@@ -48,6 +56,42 @@ def test_bad_arguments(given, tree):
     with pytest.raises((TypeError, ValueError)) as caught:
         TREES[tree][0].DownpourStrategy(**given)
     check(str(caught.value))
+
+
+def of_ones_own(tree, name):
+    """A user's class, and a call of it with arguments."""
+    cls = type("OfOnesOwn", (getattr(TREES[tree][0], name),), {})
+    needed = inspect.signature(cls).parameters.keys() & {"parallelize_fn"}
+    return cls, lambda **given: cls(**dict.fromkeys(needed, print) | given)
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy"])
+def test_bad_arguments_of_a_users_class(name, tree):
+    """Kind: whatever is wrong, the error names the user's class, and no argument that it does not take."""
+    cls, make = of_ones_own(tree, name)
+    taken = inspect.signature(cls).parameters.keys() | {"strategy", "seconds"}  # of a Trainer, of a timedelta
+    told = 0
+    for given in [*ARGUMENTS, *OF_EASGD]:
+        try:
+            make(**given)
+        except (TypeError, ValueError) as error:
+            told += 1
+            message = str(error)
+            own = re.sub(r"EASGDStrategy\([^)]*\)", "", message)  # another class that is advised
+            assert message.startswith("OfOnesOwn("), message
+            assert not re.findall(r"\w+(?:Strategy|Method)\b", own), message
+            assert set(re.findall(r"\b(\w+)=", own)) <= taken | given.keys(), message
+    assert told > len(ARGUMENTS) / 2
+
+
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("name", ["DownpourStrategy", "EASGDModelParallelStrategy", "EASGDStrategy", "LocalStrategy"])
+def test_a_call_that_does_not_fit(name, tree):
+    """Kind: Python's own error would name a class that the user has not called."""
+    cls, _ = of_ones_own(tree, name)
+    with pytest.raises(TypeError, match=r"^OfOnesOwn\(\.\.\.\): too many positional arguments; see its docstring"):
+        cls(*[None] * 6)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +193,47 @@ def test_fits(module, arguments, trainer):
     for error in errors:
         last = error.strip().splitlines()[-1]
         check(last)
+
+
+class OfOnesOwn(EASGDStrategy):
+    pass
+
+
+class Thawed(Quadratic):
+    """What is frozen is written to, and trained from the third step on."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.frozen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+    def on_train_batch_start(self, *_) -> None:
+        if self.trainer.global_step == 2:
+            self.frozen.data.add_(1)
+            self.frozen.requires_grad_(True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("module", "trainer"), [(Added, {}), (Thawed, {}), (Quadratic, {"callbacks": [Finetuning()]})],
+    ids=["added", "thawed", "finetuning"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("strategy", "remedy"),
+    [
+        (lambda: OfOnesOwn(mode="async", tau=2), "OfOnesOwn(mode='sync')"),
+        (lambda: DownpourStrategy(tau=2), "EASGDStrategy(mode='sync')"),
+    ],
+    ids=["easgd", "downpour"],
+)
+def test_what_a_served_center_cannot_have_a_class_that_can_has(module, trainer, strategy, remedy):
+    """Kind: the remedy is the user's own class where that can, with its argument."""
+
+    def train():
+        fitted(module(record=False, steps=40), strategy(), 2, **trainer)
+
+    errors = [outcome.error.strip().splitlines()[-1] for outcome in end_ranks(train, 2) if outcome.error]
+    assert [error for error in errors if "a served center has" in error]
+    for error in errors:
+        if "a served center has" in error:
+            assert f"se {remedy}" in error
+            assert "EASGD" not in error.replace(remedy, "")

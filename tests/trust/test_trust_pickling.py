@@ -12,6 +12,8 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
+from lightning_easgd.method.rules import CenterRule, NesterovRule
+from lightning_easgd.method.schedules import Schedule
 
 STRATEGIES = {
     "ddp": lambda: "ddp",
@@ -36,6 +38,53 @@ def copies(thing: Any) -> list[Any]:
     torch.save(thing, buffer)
     buffer.seek(0)
     return [pickle.loads(pickle.dumps(thing)), copy.deepcopy(thing), torch.load(buffer, weights_only=False)]
+
+
+class Holding(CenterRule):
+    """It holds what cannot be pickled, and does not show it."""
+
+    def __init__(self) -> None:
+        self.move = lambda center, difference, rate: center.add_(difference, alpha=rate)
+
+    def move_(self, stores: Any, difference: torch.Tensor, rate: float, version: int) -> None:
+        self.move(stores[0], difference, rate)
+
+    def __repr__(self) -> str:
+        return "Holding()"
+
+
+def local_rule() -> CenterRule:
+    class Local(CenterRule):
+        def move_(self, stores: Any, difference: torch.Tensor, rate: float, version: int) -> None:
+            stores[0].add_(difference, alpha=rate)
+
+    return Local()
+
+
+def local_schedule() -> Schedule:
+    class Local(Schedule):
+        extremes = (0.1, 0.1)
+
+        def __call__(self, step: int) -> float:
+            return 0.1
+
+    return Local()
+
+
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("cls", [EASGDStrategy, FabricEASGDStrategy])
+@pytest.mark.parametrize(
+    "given",
+    [{"center_rule": Holding()}, {"center_rule": local_rule()}, {"alpha": local_schedule()}, {"rho": local_schedule()}],
+)
+def test_what_spawned_ranks_cannot_be_given_is_named(start_method: str, cls: type, given: dict[str, Any]) -> None:
+    """Kind: an argument that cannot be pickled is an error before any process starts, by its name."""
+    said = rf"^EASGDStrategy\({next(iter(given))}=.*, start_method='{start_method}'\): .*start_method='popen'\.$"
+    with pytest.raises(ValueError, match=said):
+        cls(start_method=start_method, **given)
+    cls(**given)  # ranks that run the script again make their own
+    cls(start_method="fork", **given)
+    cls(start_method=start_method, center_rule=NesterovRule(0.5))
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

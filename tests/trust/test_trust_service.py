@@ -342,8 +342,8 @@ class TestNetwork:
         assert network.own_address(None) == ("fd00::2", "fd00::2")
         for name in ("link6", "nonsense"):
             monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
-            with pytest.raises(CenterError, match=f"GLOO_SOCKET_IFNAME='{name}' names no interface with an address"):
-                network.own_address(("127.0.0.1", 1))
+            with pytest.raises(CenterError, match=f"^Own: GLOO_SOCKET_IFNAME='{name}' names no interface"):
+                network.own_address(("127.0.0.1", 1), "Own")
 
     @pytest.mark.parametrize(("host", "elsewhere"), [("127.0.0.1", "127.0.0.2"), ("::1", "127.0.0.1")])
     def test_the_server_listens_at_the_interface_alone(self, host, elsewhere):

@@ -94,6 +94,7 @@ class ServedAveraging(Averaging):
         on_loss: What to do when a worker dies.
         on_astray: What a worker at a non-finite point means to the run.
         strategy: The strategy's name, for errors.
+        synchronous: As for :class:`ServedParameters`.
         wire_dtype: What messages between nodes are rounded to; None to send them as they are.
     """
 
@@ -110,6 +111,7 @@ class ServedAveraging(Averaging):
         on_loss: LossPolicy | None = None,
         on_astray: AstrayPolicy | None = None,
         strategy: str = "EASGDStrategy",
+        synchronous: str = "EASGDStrategy(mode='sync')",
         wire_dtype: WireDtype | None = None,
     ) -> None:
         self.control = control
@@ -117,6 +119,7 @@ class ServedAveraging(Averaging):
         self.worker = WorkerRanks.one(control)
         self.statistics = Statistics()
         self.strategy = strategy
+        self._synchronous = synchronous
         self._node = node
         self._timeout = timeout.total_seconds()
         self._exchange = exchange
@@ -149,7 +152,10 @@ class ServedAveraging(Averaging):
         for averager in self._served:  # of the learning rate finder's fit
             averager.close()
         self._let_go()
-        parameters = [ServedParameters(optimizer, ignored, trained, names, self.strategy) for optimizer in optimizers]
+        parameters = [
+            ServedParameters(optimizer, ignored, trained, names, self.strategy, self._synchronous)
+            for optimizer in optimizers
+        ]
         dtype = center_dtype([p for every in parameters for segment in every.segments for p in segment])
         layouts = [every.layout(dtype) for every in parameters]
         sizes = [segment.numel() for layout in layouts for segment in layout.segments]
@@ -172,6 +178,7 @@ class ServedAveraging(Averaging):
             timeout=timeout,
             presence=self._presence,
             wire_dtype=self._wire_dtype,
+            user=self.strategy,
         )
         self._turns = self._make_turns(keys, self._center, self.control, timeout, self.strategy)
         devices = [layout.flat.device for layout in layouts if layout.flat.is_cuda]

@@ -27,6 +27,7 @@ class ServedParameters:
         trained: Parameters that have been trained before, frozen now or not.
         names: The module's parameters.
         strategy: Name of the strategy, for errors.
+        synchronous: What has no served center, for errors: the strategy, and how it is asked for that.
 
     Attributes:
         segments: All parameters; those of group g are in segments 2 g (trained) and 2 g + 1 (frozen).
@@ -40,9 +41,11 @@ class ServedParameters:
         trained: Collection[Tensor] = (),
         names: Names = dict,
         strategy: str = "EASGDStrategy",
+        synchronous: str = "EASGDStrategy(mode='sync')",
     ) -> None:
         self._names = names
         self._strategy = strategy
+        self._synchronous = synchronous
         self._known = [list(group["params"]) for group in optimizer.param_groups]
         leave_out = {id(parameter) for parameter in ignored}
         self.segments: list[list[Tensor]] = []
@@ -104,7 +107,7 @@ class ServedParameters:
                 raise RuntimeError(
                     f"{self._strategy}: {self._listed(moved)} was written to while it was frozen, and is trained now,"
                     " but a served center has its value of the start of training. Write to it before training starts,"
-                    " or use EASGDStrategy(mode='sync')."
+                    f" or use {self._synchronous}."
                 )
         self._unfrozen |= new
 
@@ -129,7 +132,7 @@ class ServedParameters:
             f"{self._strategy}: the optimizer has got or lost parameters since training started (new: {came}; gone:"
             f" {went}), or has them in other groups, and a served center has a fixed size. Give it all parameters at"
             " the start (those that are frozen first may have requires_grad=False), or use"
-            " EASGDStrategy(mode='sync')."
+            f" {self._synchronous}."
         )
 
     def _described(self, parameters: Sequence[Tensor], others: Sequence[Tensor]) -> str:

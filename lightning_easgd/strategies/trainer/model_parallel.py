@@ -12,6 +12,7 @@ from lightning_easgd.method.compression import WireDtype
 from lightning_easgd.method.rules import CenterRule
 from lightning_easgd.method.schedules import Schedule
 from lightning_easgd.strategies.center_method import OnNonFinite
+from lightning_easgd.strategies.ddp_arguments import names_its_class
 from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 from lightning_easgd.strategies.sharded_workers import (
@@ -45,6 +46,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
 
         tree = of_tree
 
+        @names_its_class
         def __init__(
             self,
             data_parallel_size: Size = "auto",

@@ -10,8 +10,13 @@ from lightning_easgd.strategies.trainer.lightning_private import reads_common_cl
 __all__ = ["check_callbacks", "warn_of_callbacks", "warn_of_layer_sync", "warn_without_exchange"]
 
 
-def check_callbacks(strategy: str, trainer: Any) -> None:
+def check_callbacks(strategy: str, trainer: Any, synchronous: str) -> None:
     """Refuse callbacks that add parameters to an optimizer in mid-training, where the center is a served one.
+
+    Args:
+        strategy: Name of the strategy.
+        trainer: Its trainer.
+        synchronous: What has no served center: a strategy, and how it is asked for that.
 
     Raises:
         ValueError: If there is one.
@@ -20,7 +25,7 @@ def check_callbacks(strategy: str, trainer: Any) -> None:
         if _is_a("BaseFinetuning", callback):
             raise ValueError(
                 f"{strategy} with {type(callback).__name__}: a finetuning callback gives the optimizer parameters while"
-                " it trains, and a served center has a fixed size. Use EASGDStrategy(mode='sync'), or give the"
+                f" it trains, and a served center has a fixed size. Use {synchronous}, or give the"
                 " optimizer all parameters at the start and switch their requires_grad in a callback of your own."
             )
 

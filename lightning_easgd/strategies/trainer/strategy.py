@@ -217,7 +217,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         """
         fits = trainer.state.fn == "fit"
         if fits and self.is_served:
-            check_callbacks(type(self).__name__, trainer)
+            check_callbacks(type(self).__name__, trainer, self.synchronous)
         super().setup(trainer)
         self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
         averaging = self.make_averaging(self.optimizers) if fits else None
