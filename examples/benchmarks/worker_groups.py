@@ -2,9 +2,10 @@
 
     python examples/benchmarks/run.py worker_groups --parameters 1000000 --rounds 5
 
-Four ranks are two workers of two. "DDP inside" and "FSDP2 inside" are Lightning's own strategies on the ranks of each
-worker, without the broadcast that Lightning makes before every batch, and nothing between the workers; what elastic
-averaging adds to each is the ratio of the same round. All take turns in the same processes, as in step_cost.
+Four ranks are two workers of two and, as they see it, two nodes: between these go direct connections, over the
+loopback, and the ranks of one share memory. "DDP inside" and "FSDP2 inside" are Lightning's own strategies on the ranks
+of each worker, without the broadcast that Lightning makes before every batch, and nothing between the workers; what
+elastic averaging adds to each is the ratio of the same round. All take turns in the same processes, as in step_cost.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from harness.command import add_options, collect_turns, parser
 from harness.methods import Method
 from harness.model import Model, Task
-from harness.ranks import one_host
+from harness.ranks import Place
 from harness.ratios import every_turn, ratios
 from harness.results import print_table, write_results
 from harness.turns import Turns
@@ -32,6 +33,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 
 RANKS, SIZE = 4, 2
+NODES = [Place(rank // SIZE, rank % SIZE, SIZE, "127.0.0.1", None, lambda: None) for rank in range(RANKS)]
 
 
 class DDPInside(DDPStrategy):
@@ -90,15 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = Task(parameters, batch_size=options.batch_size)
         setting = {"ranks": RANKS, "batch_size": options.batch_size, "parameters": parameters}
         for plain, averaged in (
-            (DDPInside, partial(EASGDStrategy, devices_per_worker=SIZE, process_group_backend="gloo")),
-            (FSDPInside, partial(EASGDModelParallelStrategy, SIZE, process_group_backend="gloo")),
+            (DDPInside, partial(EASGDStrategy, devices_per_worker=SIZE)),
+            (FSDPInside, partial(EASGDModelParallelStrategy, SIZE)),
         ):
             methods = [
                 Method(plain.__name__, None, plain),
                 Method(f"easgd on {plain.__name__}", options.tau, partial(averaged, tau=options.tau)),
             ]
             turns = collect_turns(
-                one_host(RANKS),
+                NODES,
                 Turns(partial(Sharded, task), methods, options.rounds, options.steps, options.steps, count_bytes=False),
                 title=f"{parameters:>10}",
                 timeout=options.timeout,
