@@ -81,6 +81,9 @@ class BlockingAverager:
     def complete(self) -> None:
         pass
 
+    def check_center(self) -> None:
+        pass
+
     @property
     def center(self):
         return SimpleNamespace(flat=torch.nn.utils.parameters_to_vector(self.centers))

@@ -250,7 +250,9 @@ def test_a_difference_that_is_not_finite_never_leaves_a_device(monkeypatch, valu
     line = line_on(LoneChannel([]), LoneChannel([]))
     heard = []
     line.on_astray = SimpleNamespace(
-        hear=lambda who, clock: heard.append(clock), reset=lambda *_: heard.append("reset")
+        hear=lambda who, clock: heard.append(clock),
+        reset=lambda *_: heard.append("reset"),
+        check_center=lambda finite: None,
     )
     averager = SynchronousAverager(
         optimizer, line, all_reduced_sums(lambda: line.data, 2), number=0, tau=2, rates=MovingRates()

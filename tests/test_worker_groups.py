@@ -102,7 +102,7 @@ class TestArguments:
 
     @pytest.mark.parametrize("strategy", [DownpourStrategy, LocalStrategy])
     def test_workers_of_other_methods_are_ranks(self, strategy):
-        says = rf"{strategy.__name__}\(devices_per_worker=2\): here every rank is a worker"
+        says = rf"{strategy.__name__}\(devices_per_worker=2\): it is EASGDStrategy\(mode='sync'\) that has workers of"
         with pytest.raises(TypeError, match=says):
             strategy(devices_per_worker=2)
 

@@ -39,6 +39,9 @@ REFUSED_INSIDE = {
 """Those that are refused where DDP wraps the ranks of a worker, and why."""
 
 _SEE = "see its docstring for the arguments it takes."
+_OF_OTHERS = {
+    "devices_per_worker": "it is EASGDStrategy(mode='sync') that has workers of several devices with DDP inside.",
+}
 _GIVEN_BY_LIGHTNING = ("self", "module", "device_ids")
 
 
@@ -138,6 +141,8 @@ def check_ddp_arguments(
 
 
 def _unknown(cls: type, name: str, value: object) -> str:
+    if name in _OF_OTHERS:
+        return f"{cls.__name__}({name}={value!r}): {_OF_OTHERS[name]}"
     known = get_close_matches(name, inspect.signature(cls).parameters, n=1)
     return f"{cls.__name__}({name}={value!r}): unknown argument; {f'did you mean {known[0]}?' if known else _SEE}"
 

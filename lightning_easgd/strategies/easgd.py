@@ -156,7 +156,6 @@ class EASGDMethod(CenterMethod):
         *CenterMethod._alike, "mode", "momentum", "outer_momentum", "outer_nesterov", "pull_to", "delay", "center_rule",
         "wire_dtype", "center_device",
     )  # fmt: skip
-    _may_have_many_ranks = True
 
     @takes_ddp_arguments
     def __init__(

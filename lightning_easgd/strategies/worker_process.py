@@ -149,9 +149,6 @@ class WorkerProcess(_Base):
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
-    _may_have_many_ranks: ClassVar[bool] = False
-    """Whether a worker of this method may be several ranks."""
-
     _inside: WorkerRanks | None = None  # where there are several, while something is wrapped or sharded
 
     @takes_ddp_arguments
@@ -170,11 +167,6 @@ class WorkerProcess(_Base):
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
         _check_devices(type(self).__name__, devices_per_worker)
-        if devices_per_worker != 1 and not self._may_have_many_ranks:
-            raise TypeError(
-                f"{type(self).__name__}(devices_per_worker={devices_per_worker!r}): here every rank is a worker;"
-                " EASGDStrategy(mode='sync') has workers of several devices."
-            )
         self.devices_per_worker = devices_per_worker
         self._given_backend = process_group_backend
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
