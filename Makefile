@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 # nproc would tell the threads instead.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
-JOBS ?= $(shell echo $$(($(CORES) + 1)))
+JOBS ?= $(shell echo $$(($(CORES) + 2)))
 FAST_JOBS ?= $(CORES)
 
 # The oldest Lightning that pyproject.toml admits; it needs older versions of some that constraints.txt pins.
