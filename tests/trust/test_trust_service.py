@@ -297,7 +297,7 @@ def test_locks_that_are_refused_are_found_when_the_center_is_made(monkeypatch, e
         refuse_locks(patch, error)
         with pytest.raises(SharedMemoryUnavailableError, match="refused"):
             SharedMemoryCenter(LAYOUT, torch.float32, PushExchange(), held=[0], rank=0)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # a thread of a test before may close one meanwhile
 
 
 def test_ranks_whose_locks_are_refused_use_sockets():
