@@ -443,7 +443,7 @@ def test_what_cannot_be_attached_leaves_no_descriptor():
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(SharedMemoryUnavailableError, match="something else than the memory"):
         vectors[0].attach()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # a thread of a test before may close one meanwhile
     for descriptor in (read, write):
         os.close(descriptor)
     for each in vectors:
