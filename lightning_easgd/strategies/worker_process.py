@@ -28,7 +28,7 @@ from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.failures import is_of_process_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
-from lightning_easgd.strategies.worker_ranks import WorkerRanks
+from lightning_easgd.strategies.worker_group import WorkerGroup
 from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
 from lightning_easgd.transport.errors import StoreLostError
 from lightning_easgd.transport.roll_call import RollCall
@@ -149,7 +149,7 @@ class WorkerProcess(_Base):
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
 
-    _inside: WorkerRanks | None = None  # where there are several, while something is wrapped or sharded
+    _inside: WorkerGroup | None = None  # where there are several, while something is wrapped or sharded
 
     @takes_ddp_arguments
     def __init__(
@@ -338,12 +338,12 @@ class WorkerProcess(_Base):
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
 
-    def _open_inside(self, backend: str) -> WorkerRanks:
+    def _open_inside(self, backend: str) -> WorkerGroup:
         """Make the group of the worker's ranks, which is there from now on; all ranks do it at the same point."""
         if self._inside is None:
             failure = Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing)
             owner = f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r})"
-            self._inside = WorkerRanks(owner, OwnGroup(backend, failure, self.layout.inside))
+            self._inside = WorkerGroup(owner, OwnGroup(backend, failure, self.layout.inside))
         return self._inside
 
     def _wrapping(self, module: nn.Module) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""The ranks of one worker, where it has several: what they do among themselves alone."""
+"""The process group of one worker's ranks, where it has several: what they do among themselves alone."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.transport.channel import OwnGroup
 
-__all__ = ["WorkerRanks"]
+__all__ = ["WorkerGroup"]
 
 
-class WorkerRanks:
+class WorkerGroup:
     """The process group of a worker's ranks: who communicates in it, and what DDP reduces in it.
 
     Args:
