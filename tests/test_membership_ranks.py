@@ -139,6 +139,14 @@ def member(manager, channel, *, group=None, states=("own", "common"), least=1):
     return members
 
 
+def met(manager, channel, **arguments):
+    """Members that have asked for an exchange, to which the others have come."""
+    members = member(manager, channel, **arguments)
+    members.request()
+    assert members.has_come(5)
+    return members
+
+
 def test_all_begin_where_the_first_worker_is():
     insides, groups = [Hub(RANKS) for _ in range(WORKERS)], [Group() for _ in range(RANKS)]
 
@@ -179,9 +187,7 @@ def test_what_one_rank_has_not_got_none_has(bad):
     def come(rank):
         states = {"own": "new", "common": "new"}
         manager = Manager(1, step=3, gives=(7, states), fails=rank == bad, ranks=commits.channel(rank))
-        members = member(manager, inside.channel(rank))
-        members.request()
-        assert members.has_come(5)
+        members = met(manager, inside.channel(rank))
         assert members.behind == 0
         members.exchange(lambda: None, int)
         assert not members.commit()
@@ -200,9 +206,7 @@ def test_what_one_rank_has_lost_all_have():
 
     def exchange(rank):
         manager = Manager(0, step=3, ranks=commits.channel(rank))
-        members = member(manager, inside.channel(rank))
-        members.request()
-        assert members.has_come(5)
+        members = met(manager, inside.channel(rank))
 
         def add_up():
             if rank == 1:
@@ -219,9 +223,7 @@ def test_with_too_few_workers_it_matters_whether_the_others_state_has_come(fails
     channel = Hub(1).channel(0)
     manager = Manager(1, step=3, gives=(7, {"own": "new", "common": "new"}), fails=fails, ranks=channel)
     manager.should_commit = lambda timeout: False
-    members = member(manager, channel, least=3)
-    members.request()
-    assert members.has_come(5)
+    members = met(manager, channel, least=3)
     members.exchange(lambda: None, int)
     assert not members.commit()
     assert members.has_failed == fails
@@ -277,9 +279,7 @@ def test_of_workers_with_different_centers_all_but_the_first_begin_anew(worker, 
     def exchange(rank):
         manager = Manager(worker, step=3, ranks=commits.channel(rank))
         manager.others = 7 if rank in which else 0
-        members = member(manager, inside.channel(rank))
-        members.request()
-        assert members.has_come(5)
+        members = met(manager, inside.channel(rank))
         members.exchange(lambda: None, int)
         return members.commit(), manager.step
 
@@ -360,9 +360,7 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
 
     def exchange(rank):
         manager = Manager(1, step=3, ranks=commits.channel(rank))
-        members = member(manager, inside.channel(rank))
-        members.request()
-        assert members.has_come(5)
+        members = met(manager, inside.channel(rank))
 
         def add_up():
             manager.report_error(RuntimeError("connection closed"))
