@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 # torch asks a name server who each connection is from; one that does not answer would be waited for five seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+# And warns, among what tests read of a process, when that does not know.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import pytest
 
