@@ -7,6 +7,8 @@ STAMP := $(VENV)/.installed
 CHECKS_STAMP := $(VENV)/.installed-checks
 # Workers are processes: more threads in each only fight over the cores.
 export OMP_NUM_THREADS ?= 1
+# Without bytecode each of hundreds of processes would compile all that it imports; git ignores it, make clean removes it.
+unexport PYTHONDONTWRITEBYTECODE
 
 # nproc would tell the threads instead.
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_module
 from hydra._internal.config_repository import ConfigRepository
+from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, open_dict
@@ -42,6 +43,14 @@ def _read_once(repository: ConfigRepository, config_path: str) -> Any:
     return found
 
 
+def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
+    """Whether something sets a mode; Hydra composes all of the configuration to see that, and then again to run it."""
+    sets_one = any("hydra" in word or "hparams_search" in word for word in overrides)
+    return _find_mode(hydra, config_name, overrides) if sets_one else None
+
+
+_find_mode = Hydra.get_mode
+Hydra.get_mode = _mode
 ConfigRepository.load_config = _read_once
 
 

@@ -56,6 +56,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # forked ranks too
     gc.enable()
 
 

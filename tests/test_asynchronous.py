@@ -172,14 +172,14 @@ def seconds(pause, free=True):
     strategy = EASGDStrategy(mode="async", tau=4)
     if not free:
         strategy.setup = lambda trainer: (EASGDStrategy.setup(strategy, trainer), strategy._ranks.end())[0]
-    fitted(Quadratic(steps=100, record=False), strategy, 2, callbacks=[slow])
+    fitted(Quadratic(steps=60, record=False), strategy, 2, callbacks=[slow])
     return slow.seconds
 
 
 @pytest.mark.serial
 def test_a_slow_rank_does_not_slow_the_other():
-    def fastest(*arguments):  # of three: the machine may be busy with something else
-        return min(run_ranks(seconds, 2, *arguments)[0] for _ in range(3))
+    def fastest(*arguments):  # of two: the machine may be busy with something else
+        return min(run_ranks(seconds, 2, *arguments)[0] for _ in range(2))
 
     together = fastest(0.003)
     assert fastest(0.02) < 1.25 * together

@@ -348,11 +348,11 @@ class Noisy(Quadratic):
         return 0.3 * (self.x - torch.randn(1, generator=self.noise)).square().sum()
 
 
-def final_distance(strategy, lr: float, workers: int = 4, periods: int = 12) -> float:
+def final_distance(strategy, lr: float, workers: int = 4) -> float:
     """How far the center ends from the minimum 0, where it began at 1."""
 
     def fit():
-        module = fitted(Noisy(lr, steps=max(128, periods * strategy.tau)), strategy, workers)
+        module = fitted(Noisy(lr, steps=max(192, 6 * strategy.tau)), strategy, workers)
         return abs(module.x.item())
 
     return run_ranks(fit, workers, timeout=100)[0]

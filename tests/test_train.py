@@ -10,6 +10,7 @@ import tempfile
 import pytest
 from application import command, composed, only_run
 from omegaconf import OmegaConf
+from preloaded import python
 
 from lightning_easgd.lab import evaluate, train
 
@@ -176,7 +177,7 @@ def test_runs_of_the_same_second_have_directories_of_their_own(monkeypatch, tmp_
 def test_ranks_of_torchrun_write_one_directory(tmp_path):
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
             "-m", "lightning_easgd.lab.train", "trainer=torchrun", "trainer.accelerator=cpu", *SHORT[1:],
             "callbacks.elastic_monitor.every_n_exchanges=1",
         ],

@@ -2,10 +2,11 @@
 
     python examples/benchmarks/run.py worker_groups --parameters 1000000 --rounds 5
 
-Four ranks are two workers of two and, as they see it, two nodes: between these go direct connections, over the
-loopback, and the ranks of one share memory. "DDP inside" and "FSDP2 inside" are Lightning's own strategies on the ranks
-of each worker, without the broadcast that Lightning makes before every batch, and nothing between the workers; what
-elastic averaging adds to each is the ratio of the same round. All take turns in the same processes, as in step_cost.
+Four ranks are two workers of two. They see two nodes, between which go direct connections, over the loopback; or one
+(``--nodes 1``), on which workers share memory. The ranks of a worker share memory on both. "DDP inside" and "FSDP2
+inside" are Lightning's own strategies on the ranks of each worker, without the broadcast that Lightning makes before
+every batch, and nothing between the workers; what elastic averaging adds to each is the ratio of the same round. All
+take turns in the same processes, as in step_cost.
 """
 
 import argparse
@@ -15,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import lightning as L
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from harness.command import add_options, collect_turns, parser
 from harness.methods import Method
 from harness.model import Model, Task
-from harness.ranks import Place
+from harness.ranks import Place, one_host
 from harness.ratios import every_turn, ratios
 from harness.results import print_table, write_results
 from harness.turns import Turns
@@ -33,7 +35,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 
 RANKS, SIZE = 4, 2
-NODES = [Place(rank // SIZE, rank % SIZE, SIZE, "127.0.0.1", None, lambda: None) for rank in range(RANKS)]
+PLACES = {
+    1: one_host(RANKS),
+    2: [Place(rank // SIZE, rank % SIZE, SIZE, "127.0.0.1", None, lambda: None) for rank in range(RANKS)],
+}
 
 
 class DDPInside(DDPStrategy):
@@ -88,9 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print the table, and write the results directory."""
     options = _options(arguments)
     rows, rounds = [], []
-    for parameters in options.parameters:
+    for nodes, parameters in product(options.nodes, options.parameters):
         task = Task(parameters, batch_size=options.batch_size)
-        setting = {"ranks": RANKS, "batch_size": options.batch_size, "parameters": parameters}
+        setting = {"ranks": RANKS, "nodes": nodes, "batch_size": options.batch_size, "parameters": parameters}
         for plain, averaged in (
             (DDPInside, partial(EASGDStrategy, devices_per_worker=SIZE)),
             (FSDPInside, partial(EASGDModelParallelStrategy, SIZE)),
@@ -100,9 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 Method(f"easgd on {plain.__name__}", options.tau, partial(averaged, tau=options.tau)),
             ]
             turns = collect_turns(
-                NODES,
+                PLACES[nodes],
                 Turns(partial(Sharded, task), methods, options.rounds, options.steps, options.steps, count_bytes=False),
-                title=f"{parameters:>10}",
+                title=f"{parameters:>10} on {nodes}",
                 timeout=options.timeout,
             )
             rows += ratios(setting, turns, reference=methods[0].label)
@@ -114,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser(__doc__)
+    options.add_argument("--nodes", type=int, nargs="+", choices=list(PLACES), default=[2], help="as the ranks see it")
     options.add_argument("--parameters", type=int, nargs="+", default=[1_000_000])
     options.add_argument("--batch-size", type=int, default=128, help="of a rank; 128 is the EASGD paper's")
     options.add_argument("--tau", type=int, default=10)
