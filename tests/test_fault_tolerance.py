@@ -203,7 +203,7 @@ class Others:
         self.has_others = self.counts = True
         self.is_requested = False
         self.missed = self.failed = self.behind = 0
-        self.has_ended = False
+        self.has_ended, self.is_of_one_rank = False, True
         self.problem = "lost"
         self.states = {}
         self.waited = []
@@ -211,10 +211,10 @@ class Others:
     def add_state(self, key, state, load, **_):
         self.states[key] = state, load
 
-    def give(self, stores, version, clock):
+    def give(self, stores, version, clock, due_at=0):
         """What another worker is at."""
         self.states["center"][1]({"stores": stores, "version": version, "in_common": {}})
-        self.states["clock"][1](clock)
+        self.states["clock"][1]((clock, due_at))
 
     def open(self):
         pass
@@ -307,6 +307,51 @@ class TestSum:
         others.has_ended = True
         self.step()
         assert self.averager.center.version == 1
+
+    def asks_at(self, monkeypatch, others, seconds, steps=24):
+        """The clocks at which it asks for an exchange, in steps that take so long each."""
+        now, asked, come = 0.0, [], others.request
+        monkeypatch.setattr("lightning_easgd.averagers.sync.membership_sum.time.monotonic", lambda: now)
+        others.request = lambda: (come(), asked.append(self.averager.clock))
+        for _ in range(steps):
+            now += seconds
+            self.step()
+        return asked
+
+    @pytest.mark.parametrize(("seconds", "asked"), [(0.001, [5, 15]), (0.04, [8, 18]), (0.06, [9, 19]), (9.0, [9, 19])])
+    def test_short_steps_ask_some_of_them_before(self, monkeypatch, seconds, asked):
+        """So that workers which are not quite abreast need not wait for each other."""
+        others = Others()
+        others.has_ended = True
+        self.averaging(others, tau=10)
+        assert self.asks_at(monkeypatch, others, seconds) == asked
+
+    def test_it_does_not_ask_with_an_exchange_under_way(self, monkeypatch):
+        self.averaging(others := Others(), tau=10)
+        assert self.asks_at(monkeypatch, others, 0.001) == [5, 19]
+
+    def test_ranks_of_one_worker_ask_at_the_same_step(self, monkeypatch):
+        others = Others()
+        others.is_of_one_rank, others.has_ended = False, True
+        self.averaging(others, tau=10)
+        assert self.asks_at(monkeypatch, others, 0.001) == [9, 19]
+
+    def test_who_has_come_for_an_exchange_does_not_make_it_again(self, monkeypatch):
+        """The others were at step 27, and had asked for what is due at 30."""
+        others = Others()
+        others.has_ended = True
+        self.averaging(others, tau=10)
+        others.give([torch.tensor([3.0])], version=4, clock=27, due_at=30)
+        self.whole.enter()
+        assert self.asks_at(monkeypatch, others, 9.0) == [39, 49]
+
+    def test_who_exchanges_before_a_long_stop_does_not_make_it_again(self, monkeypatch):
+        others = Others()
+        others.has_ended = True
+        self.averaging(others, tau=10)
+        assert self.asks_at(monkeypatch, others, 0.001, steps=6) == [5]
+        self.whole.meet(Meeting.VALIDATION)
+        assert self.asks_at(monkeypatch, others, 0.001, steps=14) == [15]
 
     def test_a_slice_has_the_version_of_the_whole(self):
         others = Others()

@@ -472,9 +472,14 @@ class Membership:
         return len(twins) > 1 and max(twins)[1] == self.rank
 
     @property
+    def is_of_one_rank(self) -> bool:
+        """Whether no other rank of this worker has to do what this one does at the same point."""
+        return self._inside.size == 1
+
+    @property
     def has_ended(self) -> bool:
         """Whether the exchange that has been started is known to have ended; never of several ranks."""
-        return self._inside.size == 1 and self._under_way is not None and self._under_way.done()
+        return self.is_of_one_rank and self._under_way is not None and self._under_way.done()
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Replace a buffer by its sum over the workers, bitwise the same on all."""

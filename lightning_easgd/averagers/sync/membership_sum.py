@@ -1,5 +1,6 @@
 """The sum over the workers that are alive, of which some may be lost in the middle of it, or come later."""
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -17,16 +18,19 @@ from lightning_easgd.transport.membership import Membership
 __all__ = ["MembershipSum"]
 
 _ATTEMPTS = 10  # to come to the others
+_AHEAD = 0.1  # seconds
 
 
 @final
 class MembershipSum(DifferenceSum):
     r"""A sum of those that are there: p is their number, and the center moves only where all of them have added up.
 
-    Who takes part is asked one step before an exchange is due, beside that step. Where the answer is not there when it
-    is due, the worker stands still for it, for ``patience`` seconds at most; then it trains on, and makes the exchange
-    before the first step at which the answer is there. The sum runs in a thread beside the steps. If it is lost, with a
-    worker that dies in it, the worker's own pull is taken back: neither side has moved, and nothing has been lost.
+    Who takes part is asked before an exchange is due, beside the steps: one step before, and where steps are short as
+    many as take a tenth of a second, τ / 2 at most, so that workers which are not quite abreast need not wait for each
+    other. Where the answer is not there when it is due, the worker stands still for it, for ``patience`` seconds at
+    most; then it trains on, and makes the exchange before the first step at which the answer is there. The sum runs in
+    a thread beside the steps. If it is lost, with a worker that dies in it, the worker's own pull is taken back:
+    neither side has moved, and nothing has been lost.
 
     A worker that was away gets the stores of the center, and their version, from another one: 4 bytes a parameter
     for the plain rule. Where workers have come together anew, all of them have the same center.
@@ -72,13 +76,15 @@ class MembershipSum(DifferenceSum):
             "wire_dtype": f"{strategy}(wire_dtype={self._addition.wire_dtype!r})",
             "dtype": f"{strategy}(fault_tolerance=...) with a center of {center.flat.dtype}",
         }
-        self._clock = self._due_at = self._entered = 0
+        self._clock = self._entered = 0
+        self._due_at = 0  # where the last exchange is or was due that has been asked for
+        self._last_step = time.monotonic()
         self._left = 0.0  # of the patience for the request that has been made
         self._is_under_way = False
         self._received: dict[str, Any] | None = None
-        self._received_clock = 0
+        self._received_clock = self._received_due_at = 0
         members.add_state("center", self._state, self._receive)
-        members.add_state("clock", lambda: self._clock, self._receive_clock, is_common=True)
+        members.add_state("clock", lambda: (self._clock, self._due_at), self._receive_clock, is_common=True)
         members.progress = lambda: self._clock
         members.open()
 
@@ -109,16 +115,20 @@ class MembershipSum(DifferenceSum):
     @override
     def look_ahead(self, clock: int, complete: Callable[[], None]) -> None:
         self._clock = clock
-        is_next = (clock + 1) % self._tau == 0
-        if self._is_under_way and (is_next or self._members.has_ended):
+        now = time.monotonic()
+        last_step, self._last_step = now - self._last_step, now
+        begun = max(clock, self._due_at)
+        next_due_at = begun + self._tau - begun % self._tau
+        steps = next_due_at - clock
+        if self._is_under_way and (steps == 1 or self._members.has_ended):
             complete()
-        if is_next and not self._members.is_requested:
-            self._ask()
-
-    def _ask(self) -> None:
-        self._due_at = self._clock + -self._clock % self._tau
-        self._left = self._patience
-        self._members.request()
+        if self._is_under_way or self._members.is_requested:
+            return
+        # Ranks of one worker ask at the same step, and the time is each one's own.
+        if steps == 1 or (self._members.is_of_one_rank and steps <= self._tau // 2 and steps * last_step <= _AHEAD):
+            self._due_at = next_due_at
+            self._left = self._patience
+            self._members.request()
 
     @override
     def is_due(self, clock: int, tau: int) -> bool:
@@ -156,6 +166,7 @@ class MembershipSum(DifferenceSum):
                 " more workers (--min_replicas)."
             )
         if self._received is not None:
+            self._due_at = self._received_due_at  # with the others
             self._addition.forget()  # of a checkpoint: the others have gone on without it
             if self._received_clock < clock:
                 warnings.warn(
@@ -185,8 +196,8 @@ class MembershipSum(DifferenceSum):
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state
 
-    def _receive_clock(self, clock: int) -> None:
-        self._received_clock = clock
+    def _receive_clock(self, clocks: tuple[int, int]) -> None:
+        self._received_clock, self._received_due_at = clocks
 
     @override
     def take_restored(self) -> Restored | None:
