@@ -24,7 +24,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 from toys import Regression, TwoLayers, quiet_trainer
@@ -213,6 +213,44 @@ def test_ranks_that_hold_the_same_part_never_come_to_differ(cls, shape, ranks, a
         assert equal(worker, other)
         assert equal(center, other_center)
         assert equal(center, results[0][1])
+
+
+class Follower(Half):
+    """With a buffer that tensor parallelism has made a DTensor; each worker's follows its own data."""
+
+    def __init__(self):
+        super().__init__(steps=7, **SGD)
+        self.follower = torch.nn.BatchNorm1d(2, affine=False, dtype=torch.float64)
+
+    def configure_model(self):
+        super().configure_model()
+        distribute_module(self.follower, self.device_mesh["tensor_parallel"])
+
+    def training_step(self, batch, index):
+        self.follower.running_mean.to_local().lerp_(batch[:, :2].mean(0), 0.5)
+        return super().training_step(batch, index)
+
+
+def test_a_buffer_that_is_a_dtensor_is_shown_at_the_center_and_comes_back():
+    class See(Callback):
+        def on_validation_start(self, trainer, module):
+            (self.shown,) = parts([module.follower.running_mean])
+
+        def on_train_end(self, trainer, module):
+            with trainer.strategy.worker_weights():
+                (self.own,) = parts([module.follower.running_mean])
+
+    def train():
+        see, module = See(), Follower()
+        given = {"callbacks": [see], "limit_val_batches": 1, "val_check_interval": 3}
+        fit((1, 2), module=module, accumulate_grad_batches=1, gradient_clip_val=None, **given)
+        return see.shown, see.own, parts([module.follower.running_mean])[0]
+
+    results = run_ranks(train, 4)
+    for shown, own, center in results:
+        assert np.array_equal(shown, results[0][0])
+        assert not np.array_equal(own, center)
+        assert close([center], [(results[0][1] + results[2][1]) / 2])
 
 
 def test_sharded_workers_are_pulled_to_the_new_center():

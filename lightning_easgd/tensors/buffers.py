@@ -7,6 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from lightning_easgd.tensors.shards import local
+
 __all__ = ["FiniteValues", "KeptBuffer", "can_be_written", "keep_buffers", "load_buffers", "restore_buffers"]
 
 
@@ -47,10 +49,10 @@ def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
 
 @torch.no_grad()
 def load_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the module's buffers of these names."""
+    """Copy values into the module's buffers of these names; of buffers that are shards these are this rank's parts."""
     buffers = dict(module.named_buffers())
     for name in buffers.keys() & values.keys():
-        buffers[name].copy_(values[name])
+        local(buffers[name]).copy_(values[name])
 
 
 @final
