@@ -607,6 +607,35 @@ def test_a_worker_is_a_node_by_default(shape, devices, nodes, resolved, workers)
     assert (strategy.worker_shape, strategy.workers) == (resolved, workers)
 
 
+@pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
+def test_ranks_of_a_worker_that_evaluate_different_numbers_of_batches_are_an_error_and_no_hang(run):
+    """Lightning's own sampler gives them so for a prediction, of which no sample is repeated."""
+
+    class Uneven(Sharded):
+        def predict_step(self, batch, index):
+            return self(batch)
+
+        def predict_dataloader(self):
+            return DataLoader(self.rows(9), batch_size=2)
+
+        def test_dataloader(self):
+            return DataLoader(self.rows(4 + self.trainer.global_rank % 2))
+
+        val_dataloader = test_dataloader
+        test_step = Sharded.validation_step
+
+    def train():
+        strategy = EASGDModelParallelStrategy(2, tau=2, timeout=timedelta(seconds=20))
+        given = {"devices": 4, "use_distributed_sampler": run == "predict", "num_sanity_val_steps": 0}
+        getattr(quiet_trainer(strategy=strategy, **given), run)(Uneven(steps=3, **SGD))
+
+    first, *_, last = (outcome.error for outcome in end_ranks(train, 4, timeout=40))
+    limit, numbers = {"predict": ("predict", (2, 1)), "test": ("test", (4, 5))}.get(run, ("val", (4, 5)))
+    assert f"has {numbers[0]} batches on rank 0 and {numbers[1]} on rank 1, and these are ranks of one worker" in first
+    assert f"Trainer(limit_{limit}_batches={min(numbers)})" in first
+    assert run == "predict" or "on rank 2 and 5 on rank 3" in last
+
+
 def test_a_sharded_module_is_refused_where_ranks_have_all_parameters():
     def train():
         module = Sharded()

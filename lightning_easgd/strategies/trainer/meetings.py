@@ -14,7 +14,7 @@ from lightning_easgd.strategies.trainer.lightning_private import (
 )
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
-__all__ = ["Meetings"]
+__all__ = ["Meetings", "check_even_evaluation"]
 
 _AT_BARRIERS = {"train_dataloader()": Meeting.EPOCH_END, "val_dataloader()": Meeting.VALIDATION}
 
@@ -83,6 +83,29 @@ class Meetings:
             return communicates or not self._even_batches
         # Only to tell a rank that waits for all inside its epoch that this one is at the end.
         return communicates and (self._has_common_clock or bool(self._step_savers))
+
+
+def check_even_evaluation(strategy: str, limit: str, batches: Sequence[Sequence[float]], ranks: Sequence[int]) -> None:
+    """Raise where a rank would wait in a forward pass for one that has no batch any more.
+
+    Args:
+        strategy: Name of the strategy.
+        limit: The Trainer's argument that limits these batches.
+        batches: Of each rank, the batches of each data loader.
+        ranks: The ranks of one worker.
+
+    Raises:
+        ValueError: If the numbers differ.
+    """
+    for numbers in zip(*batches, strict=True):
+        for rank, number in zip(ranks, numbers, strict=True):
+            if number != numbers[0]:
+                raise ValueError(
+                    f"{strategy}: a data loader has {numbers[0]} batches on rank {ranks[0]} and {number} on rank"
+                    f" {rank}, and these are ranks of one worker, whose forward passes wait for each other; give them"
+                    f" equally many (Trainer({limit}={min(numbers)}), or with use_distributed_sampler=False a"
+                    " DistributedSampler(dataset, **trainer.distributed_sampler_kwargs), which repeats samples)."
+                )
 
 
 def _check_even_inside(strategy: str, batches: Sequence[float], layout: WorkerLayout) -> None:

@@ -5,6 +5,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, final
 
+import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -24,6 +25,7 @@ from lightning_easgd.strategies.sharded_workers import (
     resolve_sizes,
 )
 from lightning_easgd.strategies.trainer.lightning_private import give_mesh
+from lightning_easgd.strategies.trainer.meetings import check_even_evaluation
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
@@ -121,6 +123,32 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             """
             super().model_to_device()
             self._share_parts(self.model)
+
+        # Evaluation
+
+        def on_validation_start(self) -> None:
+            """Let all ranks meet, and show the center to a validation that is part of a fit."""
+            if not self._validating:
+                self._check_even("limit_val_batches", self._trainer.num_val_batches)
+            super().on_validation_start()
+
+        def on_test_start(self) -> None:
+            """See that the ranks of this worker test together."""
+            self._check_even("limit_test_batches", self._trainer.num_test_batches)
+            super().on_test_start()
+
+        def on_predict_start(self) -> None:
+            """See that the ranks of this worker predict together: Lightning's sampler repeats no sample for that."""
+            self._check_even("limit_predict_batches", self._trainer.num_predict_batches)
+            super().on_predict_start()
+
+        def _check_even(self, limit: str, batches: list[float]) -> None:
+            assert self._inside is not None
+            everyones: list[Any] = [None] * self.layout.per_worker
+            with self._naming_the_missing("gathering"):
+                dist.all_gather_object(everyones, batches, self._inside.group)
+            ranks = self.layout.inside[self.layout.worker_of(self.global_rank)]
+            check_even_evaluation(type(self).__name__, limit, everyones, ranks)
 
         # Checkpoints
 
