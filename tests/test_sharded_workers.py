@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from lightning.pytorch.strategies import Strategy
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
@@ -264,6 +264,59 @@ def test_sharded_workers_are_pulled_to_the_new_center():
     for rank, (worker, own_center) in enumerate(run_ranks(train, 4)):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
+
+
+class Thaw(BaseFinetuning):
+    """Adds a group to the optimizer in the second epoch."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net.first)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net.first, optimizer, initial_denom_lr=1.0)
+
+
+class ThawAt(Callback):
+    """Of an optimizer that has all parameters."""
+
+    def setup(self, trainer, module, stage):
+        module.net.first.requires_grad_(False)
+
+    def on_train_epoch_start(self, trainer, module):
+        module.net.first.requires_grad_(trainer.current_epoch > 0)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_groups_that_were_added_later_cannot_be_resumed_which_is_said_and_what_was_thawed_can(distributed, tmp_path):
+    """Lightning restores groups before it sets the module up, and reads a sharded module's checkpoint after that."""
+
+    class Frozen(Sharded):
+        def configure_optimizers(self):
+            trained = filter(lambda parameter: parameter.requires_grad, self.parameters())
+            return torch.optim.SGD(trained, lr=self.lr, **SGD)
+
+    def run(callback, module, epochs, **trainer):
+        arguments = {"save_distributed_checkpoint": distributed, "wire_dtype": "int8"}
+        end = End()
+        given = {"limit_val_batches": 0, "callbacks": [end, callback], "max_epochs": epochs}
+        fitting = quiet_trainer(strategy=EASGDModelParallelStrategy(2, **RUN, **arguments), devices=4, **given)
+        fitting.fit(module, **trainer)
+        if epochs == 2:
+            fitting.save_checkpoint(tmp_path / f"{type(callback).__name__}.ckpt")
+        return end.worker_parts, end.momentum_parts, end.center
+
+    def train():
+        plain = run(ThawAt(), Sharded(steps=6, **SGD), 3)
+        run(ThawAt(), Sharded(steps=6, **SGD), 2)
+        resumed = run(ThawAt(), Sharded(steps=6, **SGD), 3, ckpt_path=tmp_path / "ThawAt.ckpt")
+        assert all(equal(a, b) for a, b in zip(plain, resumed, strict=True))
+        run(Thaw(), Frozen(steps=6), 2)
+        said = r"EASGDModelParallelStrategy: .* the groups of the SGD had \[2, 1\] parameters, and here they have \[2\]"
+        with pytest.raises(ValueError, match=said):
+            run(Thaw(), Frozen(steps=6), 3, ckpt_path=tmp_path / "Thaw.ckpt")
+
+    run_ranks(train, 4, timeout=110)
 
 
 class SaveAt(Callback):

@@ -289,7 +289,7 @@ class FabricStrategy(WorkerProcess, _Base):
         kept = self._keeper.with_edits(kept, self._optimizer_states())
         if kept.own is not None:
             for optimizer, own in zip(self._optimizers, kept.own["optimizer_states"], strict=False):
-                load_parts(optimizer, own)
+                load_parts(type(self).__name__, optimizer, own)
         self._keeper.restore(kept, session, edited)
         if kept.own is not None:
             set_random_state(kept.own["random"], self.root_device)

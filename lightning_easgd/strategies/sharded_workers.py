@@ -145,8 +145,24 @@ def parts_of(state: Any) -> Any:
     return apply_to_collection(state, Tensor, local)
 
 
-def load_parts(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    """Load into an optimizer what :func:`parts_of` has made of its state."""
+def load_parts(strategy: str, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load into an optimizer what :func:`parts_of` has made of its state.
+
+    Args:
+        strategy: Name of the strategy, for errors.
+        optimizer: The optimizer.
+        state: The state.
+
+    Raises:
+        ValueError: If it is that of other parameter groups.
+    """
+    saved, here = ([len(group["params"]) for group in each] for each in (state["param_groups"], optimizer.param_groups))
+    if saved != here:
+        raise ValueError(
+            f"{strategy}: where the checkpoint was saved the groups of the {type(optimizer).__name__} had {saved}"
+            f" parameters, and here they have {here}: a finetuning callback that has added some is restored too late."
+            " Give the optimizer all parameters in configure_optimizers, and freeze by requires_grad_(False)."
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def whole(number: int, value: Any) -> Any:

@@ -190,7 +190,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
                 found = self._checkpoints.find(checkpoint, *self._read_from)
                 if found is not checkpoint:
                     for optimizer, own in zip(self.optimizers, found["optimizer_states"], strict=False):
-                        load_parts(optimizer, own)
+                        load_parts(type(self).__name__, optimizer, own)
             return checkpoint
 
         def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
