@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
@@ -642,6 +642,17 @@ def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again
 def test_what_is_refused(arguments, says):
     with pytest.raises((TypeError, ValueError), match=f"EASGDModelParallelStrategy.*{says}"):
         EASGDModelParallelStrategy(**arguments)
+
+
+def test_an_average_that_takes_no_shards_is_refused_before_training():
+    """It would end the fit with an error of torch's where it begins, by default in the last fifth of the epochs."""
+
+    def train():
+        says = r"EASGDModelParallelStrategy with StochasticWeightAveraging: .* the center is an average already"
+        with pytest.raises(ValueError, match=says):
+            fit((2, 1), module=Sharded(**SGD), callbacks=[StochasticWeightAveraging(0.1)])
+
+    run_ranks(train, 2)
 
 
 @pytest.mark.parametrize(("devices", "nodes", "shape"), [(4, 1, (3, 1)), (4, 1, (2, 4)), (2, 3, (4, 1))])

@@ -7,7 +7,13 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.trainer.lightning_private import reads_common_clock
 
-__all__ = ["check_callbacks", "warn_of_callbacks", "warn_of_layer_sync", "warn_without_exchange"]
+__all__ = [
+    "check_callbacks",
+    "check_sharded_callbacks",
+    "warn_of_callbacks",
+    "warn_of_layer_sync",
+    "warn_without_exchange",
+]
 
 
 def check_callbacks(strategy: str, trainer: Any, synchronous: str) -> None:
@@ -27,6 +33,25 @@ def check_callbacks(strategy: str, trainer: Any, synchronous: str) -> None:
                 f"{strategy} with {type(callback).__name__}: a finetuning callback gives the optimizer parameters while"
                 f" it trains, and a served center has a fixed size. Use {synchronous}, or give the"
                 " optimizer all parameters at the start and switch their requires_grad in a callback of your own."
+            )
+
+
+def check_sharded_callbacks(strategy: str, trainer: Any) -> None:
+    """Refuse a callback that would end the fit where its averaging begins, which may be late.
+
+    Args:
+        strategy: Name of the strategy, whose workers are sharded.
+        trainer: Its trainer.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    for callback in trainer.callbacks:
+        if _is_a("StochasticWeightAveraging", callback):
+            raise ValueError(
+                f"{strategy} with {type(callback).__name__}: its average is a copy of the module of before"
+                " configure_model, and takes no shards; leave it out, as the center is an average already, or use"
+                " EASGDStrategy."
             )
 
 

@@ -27,6 +27,7 @@ from lightning_easgd.strategies.trainer.lightning_private import is_search, is_w
 from lightning_easgd.strategies.trainer.meetings import Meetings
 from lightning_easgd.strategies.trainer.refusals import (
     check_callbacks,
+    check_sharded_callbacks,
     warn_of_callbacks,
     warn_of_layer_sync,
     warn_without_exchange,
@@ -213,11 +214,14 @@ class TrainerStrategy(WorkerProcess, _Base):
         """Set up as DDPStrategy does; for a fit, let the ranks run freely, and make what averages them.
 
         Raises:
-            ValueError: If a callback such as ``BackboneFinetuning`` adds parameters to a served center.
+            ValueError: If a callback such as ``BackboneFinetuning`` adds parameters to a served center, or
+                ``StochasticWeightAveraging`` would average shards.
         """
         fits = trainer.state.fn == "fit"
         if fits and self.is_served:
             check_callbacks(type(self).__name__, trainer, self.synchronous)
+        if fits and self.is_sharded:
+            check_sharded_callbacks(type(self).__name__, trainer)
         super().setup(trainer)
         self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
         averaging = self.make_averaging(self.optimizers) if fits else None
