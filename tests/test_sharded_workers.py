@@ -32,6 +32,7 @@ from toys import Regression, TwoLayers, quiet_trainer
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.callbacks import ElasticMonitor
 from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.lab.data import DigitsDataModule
 from lightning_easgd.lab.models import Classifier, DigitsNet
 from lightning_easgd.lab.recorders import LearningCurve
@@ -759,6 +760,58 @@ def test_fabric(distributed, tmp_path):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
+
+
+def sharded(module, mesh):
+    return fully_shard(module, mesh=mesh["data_parallel"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "count"),
+    [
+        (partial(FabricEASGDModelParallelStrategy, sharded, 2), 1),
+        (partial(FabricEASGDModelParallelStrategy, sharded, 2, save_distributed_checkpoint=False), 1),
+        (partial(FabricEASGDModelParallelStrategy, sharded, 2), 2),
+        (partial(FabricEASGDStrategy, devices_per_worker=2), 1),
+    ],
+    ids=["folder", "file", "two folders", "DDP"],
+)
+def test_what_is_loaded_in_the_middle_of_a_training_is_the_center_too(strategy, count, tmp_path):
+    """Of several modules each has a checkpoint of its own, as Lightning has it where they are sharded."""
+
+    def train():
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy(tau=3, outer_momentum=0.5))
+        fabric.launch()
+        torch.manual_seed(0)
+        pairs = []
+        for _ in range(count):
+            model = fabric.setup_module(torch.nn.Linear(4, 4))
+            pairs.append((model, fabric.setup_optimizers(torch.optim.SGD(model.parameters(), lr=0.05, **SGD))))
+
+        def steps(first, last):
+            for step in range(first, last):
+                for model, optimizer in pairs:
+                    generator = torch.Generator().manual_seed(100 * step + fabric.global_rank)
+                    fabric.backward(model(torch.randn(3, 4, generator=generator)).square().mean())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            worker = whole(parameter for model, _ in pairs for parameter in model.parameters())
+            with fabric.strategy.center_weights():
+                return worker, whole(parameter for model, _ in pairs for parameter in model.parameters())
+
+        def each(act):
+            for number, (model, optimizer) in enumerate(pairs):
+                act(tmp_path / f"{number}.ckpt", {"model": model, "optimizer": optimizer})
+
+        steps(0, 10)
+        each(fabric.save)
+        once = steps(10, 20)
+        each(fabric.load)
+        again = steps(10, 20)
+        fabric.strategy.finalize()
+        return [equal(a, b) for a, b in zip(once, again, strict=True)]
+
+    assert run_ranks(train, 4) == [[True, True]] * 4
 
 
 @pytest.mark.parametrize(

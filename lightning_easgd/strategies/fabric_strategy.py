@@ -208,6 +208,9 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def load_checkpoint(self, path: Any, state: Any = None, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Load a checkpoint on all ranks: each worker goes on where it was, if there are as many as before."""
+        loaded = state.values() if isinstance(state, dict) else (state,)
+        if any(isinstance(each, nn.Module) and self._has(each) for each in loaded):
+            self._end_for_other_weights()
         with self._without_steps():
             remainder = super().load_checkpoint(path, state, *arguments, **keywords)
         saved = remainder.pop(KEY, None) if self.has_center else None
@@ -220,12 +223,18 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def load_module_state_dict(self, module: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> None:
         """Load a module's state on all ranks; the center begins anew there, and the clocks at 0."""
-        if self._session is not None and self._has(module):
-            self._session.averaging.meet(Meeting.CHECKPOINT)
-            self._end()
+        if self._has(module):
+            self._end_for_other_weights()
         super().load_module_state_dict(module, state_dict, strict)
 
     # The parts of the above
+
+    def _end_for_other_weights(self) -> None:
+        """End the averaging, as modules are about to be loaded; those that are not are left at their center."""
+        if self._session is not None:
+            self._session.meet(Meeting.CHECKPOINT)
+            self._session.show_center()
+            self._end()
 
     def _session_of_step(self, optimizer: Optimizer) -> CenterSession | None:
         """The session, which the first step of something that is trained starts."""
