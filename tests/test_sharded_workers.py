@@ -762,6 +762,44 @@ def test_fabric(distributed, tmp_path):
         assert equal(own, again)
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_checkpoint_before_the_first_step_changes_nothing(distributed, tmp_path):
+    """Torch fills an empty state by a step of no size, which Adam would count."""
+
+    class Adam(Sharded):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    class Save(Callback):
+        def on_train_start(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "0.ckpt")
+
+    def fitted(callbacks):
+        strategy = EASGDModelParallelStrategy(2, save_distributed_checkpoint=distributed, **RUN)
+        module = Adam(steps=8)
+        quiet_trainer(strategy=strategy, devices=2, callbacks=callbacks, limit_val_batches=0).fit(module)
+        return parts(module.parameters())
+
+    def looped(saves):
+        strategy = FabricEASGDModelParallelStrategy(sharded, 2, save_distributed_checkpoint=distributed, **RUN)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+        fabric.launch()
+        torch.manual_seed(0)
+        model = fabric.setup(torch.nn.Linear(4, 4))
+        optimizer = fabric.setup_optimizers(torch.optim.Adam(model.parameters()))
+        if saves:
+            fabric.save(tmp_path / "0-fabric.ckpt", {"model": model, "optimizer": optimizer})
+        for step in range(4):
+            fabric.backward(model(torch.full((1, 4), step + 1.0)).square().mean())
+            optimizer.step()
+        return parts(model.parameters())
+
+    def train():
+        return equal(fitted([]), fitted([Save()])), equal(looped(False), looped(True))
+
+    assert run_ranks(train, 2) == [(True, True)] * 2
+
+
 def sharded(module, mesh):
     return fully_shard(module, mesh=mesh["data_parallel"])
 

@@ -99,7 +99,7 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
             return parallelized
 
         def _write_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:
-            with self._without_steps():
+            with self._without_steps(*(each for each in state.values() if isinstance(each, Optimizer))):
                 if arguments or keywords.get("filter") is not None or not self._save_distributed_checkpoint:
                     super()._write_checkpoint(path, state, *arguments, **keywords)
                     return

@@ -409,13 +409,20 @@ class WorkerProcess(_Base):
         return None
 
     @contextmanager
-    def _without_steps(self) -> Iterator[None]:
-        """Context in which a step is none of a worker's: torch makes steps of no size to fill optimizers' states."""
+    def _without_steps(self, *saved: Optimizer) -> Iterator[None]:
+        """Context in which a step is none of a worker's: torch makes steps of no size to fill optimizers' states.
+
+        Args:
+            saved: Optimizers whose state is empty again afterwards, if it was: Adam would count that step.
+        """
+        empty = [optimizer for optimizer in saved if not optimizer.state]
         self._is_saving = True
         try:
             yield
         finally:
             self._is_saving = False
+            for optimizer in empty:
+                optimizer.state.clear()
 
     def _warn_of_arguments(self) -> None:
         """Warn of arguments that do not go with the number of workers, which is known now."""

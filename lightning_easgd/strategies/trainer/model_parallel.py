@@ -160,7 +160,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             """The state of an optimizer; torch may make a step of no size for it, which is none of the worker's."""
             if self._is_alone:
                 return {}
-            with self._without_steps():
+            with self._without_steps(optimizer):
                 state: dict[str, Any] = super().optimizer_state(optimizer)
             return state
 
