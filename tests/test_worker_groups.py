@@ -460,6 +460,34 @@ def test_fabric():
         assert equal(own_center, final)
 
 
+@pytest.mark.parametrize("has_state", [False, True])
+def test_a_communication_hook_with_fabric_reduces_inside_of_a_worker(has_state):
+    """Fabric's own strategy has none, and DDP's constructor takes none."""
+    seen = []
+
+    class State:
+        process_group = None
+
+    def hook(state, bucket):
+        group = state.process_group if has_state else state
+        seen.append(dist.get_process_group_ranks(group))
+        return bf16_compress_hook(group, bucket)
+
+    def train():
+        given = {"ddp_comm_state": State()} if has_state else {}
+        strategy = FabricEASGDStrategy(devices_per_worker=2, ddp_comm_hook=hook, **given, **RUN)
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+        fabric.launch()
+        module = TwoLayers()
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        fabric.backward(model(module.rows(4)[fabric.global_rank][None]))
+        optimizer.step()
+        strategy.finalize()
+        return seen
+
+    assert run_ranks(train, 4) == [[[0, 1]]] * 2 + [[[2, 3]]] * 2
+
+
 @pytest.mark.parametrize("wire_dtype", [None, "int8"])
 def test_parameters_that_come_later(wire_dtype):
     """The slices are cut anew; every rank has the center of the others, and the workers' mean is in it."""

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Meeting, Statistics
@@ -24,6 +25,8 @@ else:
     _Base = object
 
 __all__ = ["FabricStrategy"]
+
+_OF_HOOK = ("hook", "state", "wrapper")
 
 
 class FabricStrategy(WorkerProcess, _Base):
@@ -56,6 +59,8 @@ class FabricStrategy(WorkerProcess, _Base):
                 " strategy.center_weights(module)."
             )
         assert self._timeout is not None
+        # Fabric's strategy hands all that it is given to DDP's constructor.
+        self._hook, *self._of_hook = (self._ddp_kwargs.pop(f"ddp_comm_{name}", None) for name in _OF_HOOK)
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
         self._modules: list[nn.Module] = []
@@ -124,7 +129,12 @@ class FabricStrategy(WorkerProcess, _Base):
             self._backward_sync_control: Any = _NoBackwardSync()
             return module
         with self._wrapping(module):
-            return super().setup_module(module)
+            wrapped = super().setup_module(module)
+        if self._hook is not None:
+            assert self._inside is not None
+            assert isinstance(wrapped, DistributedDataParallel)
+            self._inside.register_hook(wrapped, self._hook, *self._of_hook)
+        return wrapped
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Check an optimizer, and make it what a worker trains with, in place.

@@ -1,11 +1,12 @@
 """The process group of one worker's ranks, where it has several: what they do among themselves alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.transport.channel import OwnGroup
@@ -50,6 +51,26 @@ class WorkerGroup:
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad and name not in ignored:
                 self._unreduced[parameter] = name
+
+    def register_hook(
+        self,
+        model: DistributedDataParallel,
+        hook: Callable[..., Any],
+        state: Any = None,
+        wrapper: Callable[..., Any] | None = None,
+    ) -> None:
+        """Register a communication hook of DDP's, which reduces over these ranks.
+
+        Args:
+            model: What DDP has wrapped.
+            hook: The hook.
+            state: Its state; None for the group. One without a process group is lent it.
+            wrapper: Makes another hook of it.
+        """
+        state = self.group if state is None else state
+        if hasattr(state, "process_group"):
+            self.lend([state])
+        model.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
 
     @property
     def unfrozen(self) -> list[str]:

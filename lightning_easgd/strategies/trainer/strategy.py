@@ -203,12 +203,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         if self._ddp_comm_hook is None:
             return
         assert self._inside is not None
-        state: Any = self._inside.group if self._ddp_comm_state is None else self._ddp_comm_state
-        if hasattr(state, "process_group"):
-            self._inside.lend([state])
-        hook = self._ddp_comm_hook if self._ddp_comm_wrapper is None else self._ddp_comm_wrapper(self._ddp_comm_hook)
         assert isinstance(self.model, DistributedDataParallel)
-        self.model.register_comm_hook(state, hook)
+        self._inside.register_hook(self.model, self._ddp_comm_hook, self._ddp_comm_state, self._ddp_comm_wrapper)
 
     def setup(self, trainer: Any) -> None:
         """Set up as DDPStrategy does; for a fit, let the ranks run freely, and make what averages them.
