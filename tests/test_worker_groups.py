@@ -15,7 +15,7 @@ from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from toys import TwoLayers, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
@@ -277,6 +277,54 @@ def test_ranks_of_a_worker_with_different_numbers_of_batches_are_an_error_and_no
     for outcome in end_ranks(train, 4, timeout=40):
         assert "an epoch has 5 batches on rank 2 and 6 on rank 3, and these are ranks of one worker" in outcome.error
         assert "limit_train_batches=5" in outcome.error
+
+
+class Stream(IterableDataset):
+    """Batches of which nobody knows how many there are."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        yield from self.batches
+
+
+@pytest.mark.parametrize(("sizes", "ended", "more"), [((8, 8, 6, 5), [3], [2]), ((7, 9, 8, 8), [0], [1])])
+def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more):
+    """Where no number is known before. Those of other workers may differ."""
+
+    class Streamed(TwoLayers):
+        def train_dataloader(self):
+            return DataLoader(Stream(self.rows(sizes[self.trainer.global_rank]).split(1)), batch_size=None)
+
+    def train():
+        strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
+        fitted(Streamed(), strategy, 4, limit_val_batches=0)
+
+    at = slice(2, 4) if ended == [3] else slice(2)
+    for outcome in end_ranks(train, 4, timeout=15)[at]:
+        number = min(sizes[at])
+        assert (
+            f"the data of ranks {ended} have ended after {number} batches of the epoch, and ranks {more}, of the"
+            in (outcome.error)
+        )
+        assert f"limit_train_batches={number}" in outcome.error
+
+
+def test_data_of_unknown_length_that_end_together_train_as_others_do():
+    class Streamed(TwoLayers):
+        def train_dataloader(self):
+            return DataLoader(Stream(list(super().train_dataloader())), batch_size=None)
+
+    def train(module):
+        fitted(module, EASGDStrategy(devices_per_worker=2, **RUN), 4, max_epochs=2, limit_val_batches=0)
+        return arrays(module.parameters())
+
+    def both():
+        return train(TwoLayers(steps=6, **SGD)), train(Streamed(steps=6, **SGD))
+
+    for plain, streamed in run_ranks(both, 4):
+        assert equal(plain, streamed)
 
 
 class Stop(Callback):

@@ -22,7 +22,10 @@ _AT_BARRIERS = {"train_dataloader()": Meeting.EPOCH_END, "val_dataloader()": Mee
 class _Ranks(Protocol):
     @property
     def layout(self) -> WorkerLayout: ...
+    @property
+    def ranks_inside(self) -> Sequence[int]: ...
     def gather(self, obj: Any) -> list[Any]: ...
+    def gather_inside(self, obj: Any) -> list[Any]: ...
 
 
 @final
@@ -49,6 +52,9 @@ class Meetings:
         if len(batches) > 1:
             _check_even_inside(type(self._ranks).__name__, batches, self._ranks.layout)
         self._even_batches = len(set(batches)) == 1 and math.isfinite(batches[0])
+        inside = self._ranks.ranks_inside
+        self._counts_batches = len(inside) > 1 and not all(math.isfinite(batches[rank]) for rank in inside)
+        self._batches = 0
         callbacks = self._trainer.callbacks
         self._step_savers = tuple(filter(saves_in_epoch, callbacks))
         # Whether a callback asks for a common clock, and ranks may have different numbers of batches.
@@ -62,6 +68,38 @@ class Meetings:
         """
         if has_new_loader(self._trainer):
             self._look()
+
+    def before_batch(self) -> None:
+        """Raise if another rank of this worker has come to the end of its data, of which nobody knew how much it is.
+
+        Raises:
+            ValueError: On all ranks of the worker: their steps would wait for each other.
+        """
+        self._agree(True)
+        self._batches += 1
+
+    def after_batches(self) -> None:
+        """Raise if another rank of this worker has a batch more.
+
+        Raises:
+            ValueError: As for :meth:`before_batch`.
+        """
+        self._agree(False)
+        self._batches = 0
+
+    def _agree(self, has_batch: bool) -> None:
+        if not self._counts_batches:
+            return
+        inside = self._ranks.ranks_inside
+        answers = dict(zip(inside, self._ranks.gather_inside(has_batch), strict=True))
+        if len(set(answers.values())) > 1:
+            ended = [rank for rank, has_one in answers.items() if not has_one]
+            raise ValueError(
+                f"{type(self._ranks).__name__}: the data of ranks {ended} have ended after {self._batches} batches of"
+                f" the epoch, and ranks {sorted(set(inside) - set(ended))}, of the same worker, have more; ranks of one"
+                " worker make their steps together: give them equally many (Trainer(limit_train_batches="
+                f"{self._batches}), or a data set that ends at the same number on all)."
+            )
 
     @staticmethod
     def at_barrier(name: str | None) -> Meeting | None:

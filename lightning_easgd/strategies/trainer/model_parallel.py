@@ -5,7 +5,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, final
 
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
@@ -143,12 +142,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             super().on_predict_start()
 
         def _check_even(self, limit: str, batches: list[float]) -> None:
-            assert self._inside is not None
-            everyones: list[Any] = [None] * self.layout.per_worker
-            with self._naming_the_missing("gathering"):
-                dist.all_gather_object(everyones, batches, self._inside.group)
-            ranks = self.layout.inside[self.layout.worker_of(self.global_rank)]
-            check_even_evaluation(type(self).__name__, limit, everyones, ranks)
+            check_even_evaluation(type(self).__name__, limit, self.gather_inside(batches), self.ranks_inside)
 
         # Checkpoints
 

@@ -287,7 +287,9 @@ class TrainerStrategy(WorkerProcess, _Base):
             self._wrap()
 
     def on_batch_fetched(self) -> None:
-        """Take notice before a batch is trained on."""
+        """Take notice before a batch is trained on, which all ranks of the worker must have."""
+        if self._training and self._meetings is not None:
+            self._meetings.before_batch()
         if self._checkpoints is not None:
             self._checkpoints.batch_fetched()
 
@@ -337,6 +339,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         """See whether the next epoch trains the worker; let ranks that end an epoch at different times meet."""
         self._replaced = is_without_steps(self._trainer)
         if self._training and self._session is not None and self._meetings is not None:
+            self._meetings.after_batches()
             self._session.check_outside()
             if self._meetings.at_epoch_end(self._session.averaging):
                 self._wait_for_all(Meeting.EPOCH_END)
@@ -543,10 +546,23 @@ class TrainerStrategy(WorkerProcess, _Base):
         """What each rank gives, in the order of the ranks; while an error ends the run what this one gives."""
         if self._is_alone or not dist.is_initialized():
             return [obj]
-        everyones: list[Any] = [None] * self.world_size
+        return self._gathered(obj, self.world_size)
+
+    def gather_inside(self, obj: Any) -> list[Any]:
+        """What each rank of this worker, which has several, gives, in their order."""
+        assert self._inside is not None
+        return self._gathered(obj, self.layout.per_worker, self._inside.group)
+
+    def _gathered(self, obj: Any, ranks: int, group: dist.ProcessGroup | None = None) -> list[Any]:
+        everyones: list[Any] = [None] * ranks
         with self._naming_the_missing("gathering"):
-            dist.all_gather_object(everyones, obj)
+            dist.all_gather_object(everyones, obj, group)
         return everyones
+
+    @property
+    def ranks_inside(self) -> list[int]:
+        """The ranks of this worker."""
+        return self.layout.inside[self.layout.worker_of(self.global_rank)]
 
     def reduce(self, tensor: Any, *args: Any, **kwargs: Any) -> Any:
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
