@@ -17,9 +17,9 @@ from lightning_easgd.lab.data.splits import stratified_split
 pytestmark = pytest.mark.timeout(60)
 
 
-def on_rank(rank: int, **arguments) -> DigitsDataModule:
+def on_rank(rank: int, replica_id: int | None = None, **arguments) -> DigitsDataModule:
     module = DigitsDataModule(**arguments)
-    module.trainer = SimpleNamespace(global_rank=rank)
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=4, strategy=SimpleNamespace(replica_id=replica_id))
     module.setup("fit")
     return module
 
@@ -76,6 +76,12 @@ def test_full_sampling_gives_each_worker_its_own_order_of_the_whole_set():
         assert torch.equal(order, reference) == (key == (0, 0, 0))
         assert torch.equal(order.sum(0), reference.sum(0))  # sums of 1/16ths: exact in float32
     assert torch.equal(drawn(on_rank(0).train_dataloader(), 0), reference)
+
+
+def test_workers_that_come_and_go_draw_orders_of_their_own():
+    """Each is a launch of its own, whose ranks count from 0."""
+    orders = [drawn(on_rank(rank, number).train_dataloader(), 0) for number in (0, 1, 10**7) for rank in (0, 3)]
+    assert len({tuple(order[:, 0].flatten().tolist()) for order in orders}) == len(orders)
 
 
 def test_full_sampler_is_one_that_lightning_leaves_alone():

@@ -14,6 +14,8 @@ from toys import Regression, TwoLayers, fitted
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.lab.data import DynamicShare
+from lightning_easgd.lab.data.randomness import EpochKeys
+from lightning_easgd.strategies.data_loaders import check_loader
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -168,3 +170,12 @@ def test_fabrics_workers_of_several_ranks_are_refused():
 
     for outcome in end_ranks(setup, 2, timeout=30):
         assert "EASGDStrategy with DynamicShare" in outcome.error
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [one_by_one, in_batches, lambda data: DataLoader(data, sampler=EpochKeys(DynamicShare(data, chunk=4), len(data)))],
+)
+def test_workers_that_come_and_go_are_refused_as_they_would_all_draw_the_same(loader):
+    with pytest.raises(TypeError, match=r"^EASGDStrategy\(fault_tolerance=\.\.\.\) with DynamicShare: .*\(group_size"):
+        check_loader("EASGDStrategy", loader(TwoLayers.rows(36)), 1, is_elastic=True)

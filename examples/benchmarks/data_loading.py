@@ -93,7 +93,7 @@ def small_images(count: int, rounds: int, batch_size: int) -> None:
     def batched(crop: BatchCrop, processes: int) -> DataLoader[Any]:
         data = ImageBatches(images, labels, np.arange(count), crop, Normalise(MEAN, STD))
         return augmenting_loader(
-            data, batch_size=batch_size, sampling="full", rank=0, world_size=1, seed=0, num_workers=processes,
+            data, batch_size=batch_size, sampling="full", rank=0, shares={}, seed=0, num_workers=processes,
             collate_fn=keep_batch,
         )  # fmt: skip
 
@@ -134,7 +134,7 @@ def jpeg_files(folder: Path, count: int, rounds: int) -> None:
         def loader(processes: int) -> DataLoader[Any]:
             data = ImageFiles(folder, names, np.zeros(count, np.int64), crop)  # noqa: B023
             return augmenting_loader(
-                data, batch_size=32, sampling="full", rank=0, world_size=1, seed=0, num_workers=processes,
+                data, batch_size=32, sampling="full", rank=0, shares={}, seed=0, num_workers=processes,
                 collate_fn=data.collate(Normalise(MEAN, STD)),
             )  # fmt: skip
 

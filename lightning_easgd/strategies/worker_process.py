@@ -304,9 +304,9 @@ class WorkerProcess(_Base):
         """Take a data loader of a Trainer's or Fabric's, if the ranks of a worker can draw from it.
 
         Raises:
-            TypeError: If each rank would draw as much as it likes, and a worker is several.
+            TypeError: If each rank would draw as much as it likes, and a worker is several, or comes and goes.
         """
-        check_loader(type(self).__name__, dataloader, self.layout.per_worker)
+        check_loader(type(self).__name__, dataloader, self.layout.per_worker, is_elastic=self.elastic is not None)
         return super().process_dataloader(dataloader)
 
     @property

@@ -123,10 +123,15 @@ def test_default_batches_are_the_papers(tmp_path, cls):
     assert standard.image_shape == (3, 32, 32)
 
 
-def batches_of(root, rank=0, epoch=0, **arguments):
-    module = CIFAR10DataModule(root=root, batch_size=8, **arguments)
-    module.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+def on_rank(module, rank, shares=None):
+    shares = shares or {"num_replicas": 2, "rank": rank}
+    module.trainer = SimpleNamespace(global_rank=rank, world_size=2, strategy=None, distributed_sampler_kwargs=shares)
     module.setup("fit")
+    return module
+
+
+def batches_of(root, rank=0, epoch=0, **arguments):
+    module = on_rank(CIFAR10DataModule(root=root, batch_size=8, **arguments), rank)
     loader = module.train_dataloader()
     loader.sampler.set_epoch(epoch)
     return list(loader)
@@ -164,16 +169,17 @@ def test_a_second_epoch_in_living_loader_processes_is_augmented_anew(tmp_path):
 def test_sharded_workers_have_disjoint_parts_and_full_ones_all(tmp_path):
     write_cifar10(tmp_path)
 
-    def seen(rank, sampling):
-        module = plain(root=tmp_path, sampling=sampling)
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=2)
-        module.setup("fit")
+    def seen(rank, sampling, shares=None):
+        module = on_rank(plain(root=tmp_path, sampling=sampling), rank, shares)
         return {image.numpy().tobytes() for images, _ in module.train_dataloader() for image in images}
 
     first, second = seen(0, "sharded"), seen(1, "sharded")
     assert len(first) == len(second) == 50
     assert not first & second
     assert seen(0, "full") == seen(1, "full") == seen(0, "dynamic") == first | second
+    of_four = [seen(0, "sharded", {"num_replicas": 4, "rank": rank}) for rank in range(4)]  # as the strategy says
+    assert [len(part) for part in of_four] == [25] * 4
+    assert set().union(*of_four) == first | second
 
 
 def damaged(root, name, change):

@@ -201,7 +201,9 @@ def test_augmentation_follows_seed_rank_and_epoch_and_not_the_processes(tmp_path
 
     def drawn(rank=0, epoch=0, **arguments):
         module = imagenet(tmp_path, sampling="sharded", **arguments)
-        module.trainer = SimpleNamespace(global_rank=rank, world_size=1)
+        module.trainer = SimpleNamespace(
+            global_rank=rank, world_size=1, strategy=None, distributed_sampler_kwargs={"num_replicas": 1, "rank": 0}
+        )
         loader = module.train_dataloader()
         loader.sampler.set_epoch(epoch)
         return torch.cat([images.sum((1, 2, 3)) for images, _ in loader]).double().sum()

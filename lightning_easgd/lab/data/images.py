@@ -114,8 +114,20 @@ class SplitDataModule(L.LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """The worker's global rank; known only where there is a trainer, which in a spawn parent would say 0."""
-        return self.trainer.global_rank if self.trainer else 0
+        """The number of this rank of all workers'; known only where there is a trainer, which in a spawn parent says 0.
+
+        Of workers that come and go each launch counts its ranks from 0.
+        """
+        if not self.trainer:
+            return 0
+        number = getattr(self.trainer.strategy, "replica_id", None) or 0
+        return number * self.trainer.world_size + self.trainer.global_rank
+
+    @property
+    def shares(self) -> dict[str, Any]:
+        """How the strategy shares data out: arguments of a `DistributedSampler`."""
+        given = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return {"num_replicas": 1, "rank": 0} if given is None else given
 
     def train_evaluation_dataloader(self) -> DataLoader[Any]:
         """Return the training set in its own order and without chance."""
@@ -246,7 +258,7 @@ class ImageDataModule(SplitDataModule):
             batch_size=self.batch_size,
             sampling=self.sampling,
             rank=self.rank,
-            world_size=self.trainer.world_size if self.trainer else 1,
+            shares=self.shares,
             seed=self.seed,
             num_workers=self.num_workers,
             collate_fn=collate,

@@ -1,6 +1,6 @@
 """How the workers share a training set."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import Tensor
@@ -76,7 +76,7 @@ def augmenting_loader(
     batch_size: int,
     sampling: Sampling,
     rank: int,
-    world_size: int,
+    shares: Mapping[str, Any],
     seed: int,
     num_workers: int,
     collate_fn: Callable[[Any], Any],
@@ -85,7 +85,7 @@ def augmenting_loader(
     sampler: DistributedSampler[Any]
     if sampling == "sharded":
         # Lightning's own would not say in which epoch a sample is drawn.
-        sampler = DistributedSampler(dataset, num_replicas=world_size, rank=rank, shuffle=True, seed=seed)
+        sampler = DistributedSampler(dataset, shuffle=True, **{"seed": seed, **shares})
     else:
         sampler = _worker_sampler(dataset, batch_size, sampling, rank, seed)
     keys = EpochKeys(sampler, len(dataset))  # type: ignore[arg-type]  # a Dataset may have no length; these have
