@@ -153,6 +153,15 @@ class TestStrategy:
         for clocks in handed:
             assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
 
+    @pytest.mark.parametrize("theirs", [["b (2,)", "a (2,)"], ["a (2,)", "c (2,)"], ["a (2,)"]])
+    def test_others_of_other_parameters_are_refused_also_where_there_are_as_many_numbers(self, theirs):
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        worker._parameters = ["a (2,)", "b (2,)"]
+        worker._now = {"rates": [], "schedulers": []}
+        worker._check_alike({**worker._now, "parameters": worker._parameters})
+        with pytest.raises(ExchangeError, match=r"other workers average .* where this one has [ab] \(2,\); give all"):
+            worker._check_alike({**worker._now, "parameters": theirs})
+
     def test_a_place_in_an_epoch_that_never_begins_is_not_the_next_fits(self):
         trainer = quiet_trainer(devices=1, max_epochs=3)
         module = Quadratic(record=False)
@@ -166,7 +175,7 @@ class TestStrategy:
         trainer.fit(module)
         loop = trainer.fit_loop.epoch_loop
         assert "reset" in vars(loop)
-        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None))
+        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None), described=list)
         ElasticWorker("EASGDStrategy", HERE).enter(nobody, trainer)  # the next fit of this Trainer
         assert "reset" not in vars(loop)
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
+from itertools import zip_longest
 from typing import Any, final
 
 import torch.distributed as dist
@@ -44,6 +45,7 @@ class ElasticWorker:
         self._trainer: Any = None  # of the fit
         self._now: dict[str, Any] = {}  # the clocks at the last step
         self._session: CenterSession | None = None
+        self._parameters: list[str] = []  # that are averaged
         # Of another worker, which this one is to go on at.
         self._clocks: dict[str, Any] | None = None
         self._values: dict[str, Any] | None = None
@@ -189,6 +191,7 @@ class ElasticWorker:
         """Before the first step: come to the others, and go on with their steps, epochs, schedules and buffers."""
         self._trainer, self._session = trainer, session
         self._clocks = self._values = None
+        self._parameters = session.described()
         begin_epoch_whole(trainer)
         self.note_clocks()
         session.averaging.enter()
@@ -209,10 +212,16 @@ class ElasticWorker:
                     f"{self._strategy}(fault_tolerance=...): the other workers have {theirs} {what}, and this one"
                     f" {ours}; let configure_optimizers return the same in all workers."
                 )
+        for ours, theirs in zip_longest(self._parameters, clocks["parameters"], fillvalue="none"):
+            if ours != theirs:
+                raise ExchangeError(
+                    f"{self._strategy}(fault_tolerance=...): the other workers average {theirs} where this one has"
+                    f" {ours}; give all workers the same parameters, in the same groups."
+                )
 
     def note_clocks(self) -> None:
         """Before each step: keep how far this worker is, for one that comes.
 
         Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together.
         """
-        self._now = clocks_of(self._trainer)
+        self._now = {**clocks_of(self._trainer), "parameters": self._parameters}

@@ -163,6 +163,15 @@ class CenterSession:
             for index, (parameter, value) in enumerate(zip(averager.parameters, averager.center_values(), strict=True))
         }
 
+    def described(self) -> list[str]:
+        """The averaged parameters by name and shape, in the order in which their vectors are laid out."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
+        return [
+            f"{names.get(parameter, 'a parameter')} {tuple(parameter.shape)}"
+            for averager in self.averagers
+            for parameter in averager.parameters
+        ]
+
     def settled_center(self) -> Mapping[str, Tensor]:
         """The same with the exchange under way; read-only."""
         for averager in self.averagers:
