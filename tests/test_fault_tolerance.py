@@ -21,6 +21,7 @@ from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
 from lightning_easgd.averagers.sync.replicated_center import ReplicatedCenter
 from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
+from lightning_easgd.method.rules import NesterovRule
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
@@ -212,6 +213,7 @@ class Others:
         self.has_others = self.counts = True
         self.is_requested = False
         self.missed = self.failed = self.behind = 0
+        self.all_begin, self.awaited = False, None
         self.has_ended, self.is_of_one_rank = False, True
         self.problem = "lost"
         self.states = {}
@@ -231,7 +233,7 @@ class Others:
     def close(self):
         pass
 
-    def request(self):
+    def request(self, **_):
         self.is_requested = True
 
     def has_come(self, seconds):
@@ -256,12 +258,12 @@ class Others:
 class TestSum:
     """x from 8 in steps of -1, center from 8 at first; τ = 2, β = ½."""
 
-    def averaging(self, others, make_pull=PullToOld, tau=2, **settings):
+    def averaging(self, others, make_pull=PullToOld, tau=2, rule=None, **settings):
         self.x = torch.nn.Parameter(torch.tensor([8.0]))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
         make_sum = partial(MembershipSum, members=others, tau=tau, patience=3.0, timeout=1.0, **settings)
         self.whole = SynchronousAveraging(
-            LoneChannel(), make_sum, tau=tau, rates=MovingRates(beta=0.5), make_pull=make_pull
+            LoneChannel(), make_sum, tau=tau, rates=MovingRates(beta=0.5), make_pull=make_pull, rule=rule
         )
         self.whole.start([self.optimizer])
         (self.averager,) = self.whole.averagers.values()
@@ -421,7 +423,7 @@ class TestSum:
         self.averaging(others)
         come = others.request
 
-        def request():
+        def request(**_):
             come()
             others.counts = len(others.waited) == 2
             if others.counts:
@@ -445,6 +447,42 @@ class TestSum:
             ),
         ):
             self.whole.enter()
+
+    def test_who_comes_between_two_exchanges_of_others_waits_for_them(self, monkeypatch):
+        monkeypatch.setattr("lightning_easgd.averagers.sync.membership_sum._PAUSE", 0.0)
+        others = Others(gives=0.0)
+        self.averaging(others)
+        come = others.request
+
+        def request(**_):
+            come()
+            others.counts = len(others.waited) == 20  # as many attempts as it takes
+            others.awaited = None if others.counts else 4
+            if others.counts:
+                others.give([torch.tensor([3.0])], version=4, clock=21)
+
+        others.request = request
+        self.whole.enter()
+        assert self.values == (3.0, 3.0)
+        assert self.averager.clock == 21
+
+    def test_others_that_live_and_never_come_end_the_run(self, monkeypatch):
+        monkeypatch.setattr("lightning_easgd.averagers.sync.membership_sum._PAUSE", 0.3)
+        others = Others()
+        self.averaging(others)
+        others.counts = False
+        others.request = lambda **_: setattr(others, "awaited", 4)
+        with pytest.raises(ExchangeError, match=r"timeout=1 s\): the worker with replica_id=4 lives, and has made no"):
+            self.whole.enter()
+
+    def test_nobody_moves_a_center_to_which_nobody_has_given_anything(self):
+        """As after a checkpoint, where a rule with a memory would move it by that alone."""
+        others = Others(size=1)
+        others.all_begin = True
+        self.averaging(others, rule=NesterovRule(0.9))
+        self.whole.load_center_state_dict({"stores": [[torch.tensor([8.0])], [torch.tensor([2.0])]]})
+        self.whole.enter()
+        assert self.values == (8.0, 8.0)
 
     def test_with_too_few_it_begins(self):
         others = Others()

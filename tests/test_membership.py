@@ -67,6 +67,18 @@ def test_killed_started_again_late_and_frozen(job):
         assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
 
 
+def test_two_that_come_between_two_exchanges_of_one_that_trains(job):
+    """They are enough for the lighthouse to go on without it: more than half of those that live."""
+    slow = {"pace": 0.4, "tau": 10}  # 4 s; the lighthouse waits 2 s for those that are late
+    job.start(0, **slow)
+    job.until(0, lambda line: line["step"] == 11)
+    for number in (1, 2):
+        job.start(number, **slow)
+    for number in (1, 2):
+        assert job.until(number, lambda line: "clock" in line)["clock"] >= 10
+    job.until(0, are(0, 1, 2))
+
+
 @pytest.mark.parametrize(("wire_dtype", "operation"), [(None, "_exchange"), ("int8", "all_gather")])
 def test_killed_inside_of_an_exchange(job, wire_dtype, operation):
     job.start(0, wire_dtype=wire_dtype)

@@ -9,7 +9,7 @@ import torch
 from channels import Hub, on_threads
 
 from lightning_easgd.averagers import ExchangeError
-from lightning_easgd.transport.membership import Membership
+from lightning_easgd.transport.membership import Membership, _Heard
 
 WORKERS, RANKS = 2, 2
 
@@ -301,6 +301,27 @@ def test_of_those_that_begin_together_the_one_that_is_furthest_gives_its_state()
     assert on_threads(begin, WORKERS) == [
         {"own": "own of worker 1, rank 0", "common": "common of worker 1, rank 0"}, {}
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_none_begin_anew_beside_one_that_trains(lives):
+    """They have come between two of its exchanges, and are enough for the lighthouse to go on without it."""
+    insides, commits = ([Hub(RANKS) for _ in range(WORKERS)] for _ in range(2))
+    groups = [Group() for _ in range(RANKS)]
+    others = [_Heard(0, RANKS, 1, "0", 0.1), _Heard(1, RANKS, 1, "1", 0.1), _Heard(4, RANKS, 1, "4", 9.0)]
+
+    def begin(number):
+        worker, rank = divmod(number, RANKS)
+        manager = Manager(worker, ranks=commits[worker].channel(rank))
+        members = member(manager, insides[worker].channel(rank), group=groups[rank].of(worker))
+        has_heard = lives and number == RANKS  # one of them alone
+        members._heard = lambda: [*others, _Heard(5, RANKS, 1, "5", 0.1)] if has_heard else others
+        members.request(comes=True)
+        assert members.has_come(5)
+        members.exchange(lambda: None, int)
+        return members.commit(), members.awaited, members.failed, members.all_begin
+
+    assert on_threads(begin, WORKERS * RANKS) == [(not lives, 5 if lives else None, 0, True)] * WORKERS * RANKS
 
 
 def exchanged(manager, *others, replica_id=0, commits=True):

@@ -8,7 +8,7 @@ import pickle
 import re
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
@@ -30,6 +30,8 @@ _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
+_PERHAPS_ALIVE = 2.0
+_NOBODY = -1
 _FITS = itertools.count(1)  # of this process
 
 
@@ -98,6 +100,8 @@ class Membership:
         living: The numbers of the workers of the last exchange that all came to; at first this worker's.
         missed: Requests that were not answered in time.
         failed: Exchanges that did not count.
+        all_begin: Whether the request that has been answered was the first of all whom it has brought together.
+        awaited: The number of a worker that lives and was not among them, so that they have not begun without it.
     """
 
     def __init__(
@@ -135,6 +139,9 @@ class Membership:
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
         self.living: tuple[int, ...] = (replica_id,)
         self.missed = self.failed = 0
+        self._comes = False  # with the request that has been made
+        self.all_begin = False
+        self.awaited: int | None = None
         _import_quietly()
 
     def check(self) -> None:
@@ -329,9 +336,14 @@ class Membership:
 
     # An exchange
 
-    def request(self) -> None:
-        """Say that this worker is about to exchange."""
+    def request(self, *, comes: bool = False) -> None:
+        """Say that this worker is about to exchange.
+
+        Args:
+            comes: Whether it makes no step before it has been brought together with the others.
+        """
         assert self._request is None
+        self._comes, self.all_begin, self.awaited = comes, False, None
         for state in self._states.values():
             state.received = None
             if state.prepare is not None:
@@ -363,8 +375,8 @@ class Membership:
     def _settle(self) -> None:
         """Take the state that has come, if all ranks have got theirs, else none: they are at one move of the center."""
         self._is_settled = True
-        if self._manager.current_step() == 0 and self.size > 1:
-            self._begin_together()
+        if self._manager.current_step() == 0:
+            self._begin()
         self._has_state = self._have_succeeded()
         if not self._has_state:
             self._manager.load_state_dict(self._before)
@@ -376,15 +388,41 @@ class Membership:
             (given,) = state.received
             state.load(self._from_first(given) if state.is_common else given)
 
-    def _begin_together(self) -> None:
-        """Before the first exchange of all: give the others the state of the one that is furthest.
+    def _begin(self) -> None:
+        """Before the first exchange of all, unless they have come between two exchanges of one that trains.
+
+        They would begin anew beside it, as many as the lighthouse needs to go on without it.
+        """
+        own = torch.tensor([self.progress(), self.replica_id, int(self._comes)])
+        everyones = own.new_zeros(self.size, len(own))
+        self.all_gather(own, everyones)
+        reached, numbers, comes = everyones.T.tolist()
+        self.all_begin = all(comes)
+        if self.all_begin:
+            self.awaited = self._who_lives_beside(numbers)
+        if self.awaited is not None:
+            self._manager.report_error(ExchangeError(f"replica_id={self.awaited} lives, and has not come yet"))
+        elif self.size > 1:
+            self._begin_together(reached.index(max(reached)))
+
+    def _who_lives_beside(self, numbers: Collection[int]) -> int | None:
+        """The number of a living worker that is none of these; the same on all of them, whatever each has heard."""
+        own = torch.tensor([self._of_first(lambda: self._look_beside(numbers))])
+        everyones = own.new_full((self.size, 1), _NOBODY)
+        self.all_gather(own, everyones)
+        found = self._of_first(lambda: int(everyones.max()))
+        return None if found == _NOBODY else found
+
+    def _look_beside(self, numbers: Collection[int]) -> int:
+        alike = [each for each in self._heard() if (each.ranks, each.fit) == (self._inside.size, self._fit)]
+        living = {each.replica_id for each in alike if each.age < _PERHAPS_ALIVE}
+        return min(living.difference(numbers), default=_NOBODY)
+
+    def _begin_together(self, furthest: int) -> None:
+        """Give the others the state of the one that is furthest.
 
         Left to torchft it would be another worker's for each coordinate.
         """
-        own = torch.tensor([self.progress()])
-        reached = own.new_zeros(self.size, 1)
-        self.all_gather(own, reached)
-        furthest = reached.flatten().tolist().index(int(reached.max()))
         gives = self.rank == furthest
         message = _packed({state.key: state.give() for state in self._states.values()} if gives else None)
         length = torch.tensor([len(message)])
@@ -521,7 +559,7 @@ class Membership:
         if self._counts or self._all(bool(self._present)):
             self._note_present()
         if not self._counts:
-            self.failed += 1
+            self.failed += self.awaited is None
             differs = not self._all(not self._differs)  # of several ranks perhaps the slice of one alone
             if differs and self.rank != 0:
                 self._manager.load_state_dict({**self._manager.state_dict(), "step": 0})

@@ -19,6 +19,7 @@ __all__ = ["MembershipSum"]
 
 _ATTEMPTS = 10  # to come to the others
 _AHEAD = 0.1  # seconds
+_PAUSE = 0.2  # seconds between two looks at whether one that lives has come
 
 
 @final
@@ -81,6 +82,7 @@ class MembershipSum(DifferenceSum):
         self._last_step = time.monotonic()
         self._left = 0.0  # of the patience for the request that has been made
         self._is_under_way = False
+        self._deadline = 0.0  # for a worker that lives, and that this one is to come to
         self._received: dict[str, Any] | None = None
         self._received_clock = self._received_due_at = 0
         members.add_state("center", self._state, self._receive)
@@ -151,14 +153,14 @@ class MembershipSum(DifferenceSum):
     @override
     def enter(self, clock: int) -> bool:
         self._clock = clock
-        self._entered += 1
+        self._count_attempt()
         if self._entered > _ATTEMPTS:
             raise ExchangeError(
                 f"{self._strategy}(fault_tolerance=...): the other workers are there, but {_ATTEMPTS} exchanges with"
                 f" them have come to nothing ({self._members.problem}); give FaultTolerance a longer"
                 " process_group_timeout."
             )
-        self._members.request()
+        self._members.request(comes=True)
         if not self._members.has_come(self._timeout):
             raise ExchangeError(
                 f"{self._strategy}(timeout={self._timeout:.0f} s): the lighthouse has not brought this worker together"
@@ -177,6 +179,19 @@ class MembershipSum(DifferenceSum):
                     stacklevel=2,
                 )
         return True
+
+    def _count_attempt(self) -> None:
+        """Count an attempt to come to the others, unless one of them has only not been there."""
+        if self._members.awaited is None:
+            self._entered += 1
+            self._deadline = time.monotonic() + self._timeout
+        elif time.monotonic() > self._deadline:
+            raise ExchangeError(
+                f"{self._strategy}(timeout={self._timeout:.0f} s): the worker with replica_id={self._members.awaited}"
+                " lives, and has made no exchange that this one could begin with; look whether it stands still."
+            )
+        else:
+            time.sleep(_PAUSE)
 
     @property
     @override
@@ -236,6 +251,8 @@ class MembershipSum(DifferenceSum):
     def finish(self) -> None:
         self._is_under_way = False
         self.is_lost = not self._members.commit()
+        if self._members.awaited is not None:
+            return
         if self.is_lost:
             warnings.warn(
                 f"{self._strategy}: an exchange has come to nothing ({self._members.problem}); worker and center are"
@@ -244,8 +261,9 @@ class MembershipSum(DifferenceSum):
                 stacklevel=2,
             )
             return
-        self._addition.move()
-        self.center.end_exchange()
+        if not self._members.all_begin:  # nobody has given anything, and a rule with a memory would move by that alone
+            self._addition.move()
+            self.center.end_exchange()
 
     @override
     def state_dict(self) -> dict[str, Any]:
