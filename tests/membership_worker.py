@@ -17,6 +17,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.tuner import Tuner
 from torch.distributed.fsdp import fully_shard
 from toys import quiet_trainer
 
@@ -37,6 +38,7 @@ SETTINGS = {
     "resumes": None,  # from this checkpoint
     "strays_at": None,  # this step, from the center of the others
     "finds_rate": False,  # which takes a fit of its own
+    "tunes": False,  # in a fit of its own, before the first one
     "fits": 1,  # one after the other, of new modules
 }
 
@@ -147,9 +149,11 @@ if __name__ == "__main__":
             max_epochs=-1,
             max_steps=settings["steps"],
             callbacks=[finder] if settings["finds_rate"] else [],
-            enable_checkpointing=settings["finds_rate"],
+            enable_checkpointing=settings["finds_rate"] or settings["tunes"],
             default_root_dir=folder,
         )
         module = Paced(settings, Path(folder), int(number))
+        if settings["tunes"]:
+            Tuner(trainer).lr_find(module, num_training=10, early_stop_threshold=None, update_attr=False)
         trainer.fit(module, ckpt_path=settings["resumes"])
         module.write(event="ends", step=trainer.global_step)

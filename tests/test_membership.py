@@ -237,6 +237,13 @@ def test_a_worker_may_look_for_its_learning_rate(job):
     assert [line["step"] for line in job.lines(0) if line.get("event") == "ends"] == [30]
 
 
+def test_a_tuners_fit_is_none_of_the_jobs(job):
+    job.start(0, tunes=True)
+    job.until(0, are(0))
+    job.start(1, tunes=True)
+    job.until(1, are(0, 1))
+
+
 def test_the_first_saves_and_all_go_on(job):
     workers = [job.start(number, wire_dtype="int8", saves_at=140, steps=160, pace=0.05) for number in (0, 1)]
     assert [worker.wait(100) for worker in workers] == [0, 0]

@@ -1,7 +1,6 @@
 """The workers that are alive, as torchft's lighthouse counts them, and the exchanges that those of one count make."""
 
 import importlib
-import itertools
 import logging
 import os
 import pickle
@@ -13,7 +12,7 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -32,7 +31,6 @@ _COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _PERHAPS_ALIVE = 2.0
 _NOBODY = -1
-_FITS = itertools.count(1)  # of this process
 
 
 class _State:
@@ -89,7 +87,7 @@ class Membership:
         min_replica_size: How many workers an exchange must have to count.
         timeout: Seconds that a transfer may take.
         patience: Seconds for which workers that are still in an earlier fit are waited for.
-        fit: Which fit of the job this is, from 1 on; None for as many as this process has begun.
+        fit: Which fit of the job this is, from 1 on; None for the one after the last that this process has come to.
         strategy: The strategy's name, for errors.
         inside: The channel of this worker's ranks; None for one rank.
         host: The host of its first rank.
@@ -103,6 +101,8 @@ class Membership:
         all_begin: Whether the request that has been answered was the first of all whom it has brought together.
         awaited: The number of a worker that lives and was not among them, so that they have not begun without it.
     """
+
+    _last_fit: ClassVar[int] = 0  # of this process
 
     def __init__(
         self,
@@ -125,8 +125,7 @@ class Membership:
         self._timeout = timedelta(seconds=timeout)
         self._strategy = strategy
         self._patience = patience
-        begun = next(_FITS)
-        self._fit = fit or begun
+        self._fit = fit or Membership._last_fit + 1
         self._states: dict[str, _State] = {}
         self._manager: Any = None
         self._request: Future[None] | None = None
@@ -184,6 +183,7 @@ class Membership:
         Raises:
             ExchangeError: If another worker of this number has come, or one of another size.
         """
+        Membership._last_fit = self._fit
         port = self._of_first(self._make_store)
         if self._inside.rank == 0:
             self._of_first(partial(self._make_manager, port))
