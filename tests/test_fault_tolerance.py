@@ -1,6 +1,7 @@
 """Workers that come, die and return: what is refused, the sum over those that are there, and real processes."""
 
 import subprocess
+import warnings
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from membership_job import clean_environment
 from preloaded import python
 from ranks import end_ranks
@@ -86,6 +88,17 @@ class TestSettings:
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1)
 
 
+class Scheduled(Quadratic):
+    def training_step(self, batch, index):
+        self.log("steps", float(self.global_step))
+        return super().training_step(batch, index)
+
+    def configure_optimizers(self):
+        sgd = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(sgd)
+        return {"optimizer": sgd, "lr_scheduler": {"scheduler": schedule, "monitor": "steps"}}
+
+
 class TestStrategy:
     @pytest.mark.parametrize(
         ("arguments", "said"),
@@ -162,6 +175,36 @@ class TestStrategy:
         worker._check_alike({**worker._now, "parameters": worker._parameters})
         with pytest.raises(ExchangeError, match=r"other workers average .* where this one has [ab] \(2,\); give all"):
             worker._check_alike({**worker._now, "parameters": theirs})
+
+    def test_the_first_epoch_of_one_that_comes_ends_as_any_other(self):
+        """A schedule that follows a metric is stepped, also where steps alone end the fit; nothing is resumed."""
+        trainer = quiet_trainer(devices=1, max_epochs=-1, max_steps=14)
+        module = Scheduled(steps=6, record=False)
+        module.on_train_start = lambda: go_on_at(trainer, {**clocks_of(trainer), "batch": 2, "batches": 2, "steps": 2})
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "You're resuming from a checkpoint")
+            trainer.fit(module)
+        assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2  # after 6 and 12 steps
+
+    def test_what_swa_has_put_in_place_of_a_schedule_is_each_workers_own(self):
+        trainer = quiet_trainer(devices=1, max_epochs=4, callbacks=[StochasticWeightAveraging(0.1, swa_epoch_start=2)])
+        module = Quadratic(record=False)
+        clocks = []
+        module.on_train_batch_start = lambda *_: clocks.append(clocks_of(trainer))
+        trainer.fit(module)
+        assert [clocks[0]["schedulers"], clocks[-1]["schedulers"]] == [[], None]
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        worker._now = clocks[0]
+        worker._check_alike({**clocks[-1], "parameters": []})
+        go_on_at(trainer, clocks[-1])
+
+    def test_a_schedule_that_nobody_could_get_is_refused_at_once(self):
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        worker._now = {"schedulers": [{"of": lambda step: step}]}
+        with pytest.raises(
+            TypeError, match=r"^EASGDStrategy\(fault_tolerance=\.\.\.\): the state of a scheduler .*lambda"
+        ):
+            worker._check_handed()
 
     def test_a_place_in_an_epoch_that_never_begins_is_not_the_next_fits(self):
         trainer = quiet_trainer(devices=1, max_epochs=3)

@@ -1,6 +1,7 @@
 """A worker among others that come, die and return, as a strategy of a Trainer sees it."""
 
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -194,6 +195,7 @@ class ElasticWorker:
         self._parameters = session.described()
         begin_epoch_whole(trainer)
         self.note_clocks()
+        self._check_handed()
         session.averaging.enter()
         if self._clocks is not None:
             self._check_alike(self._clocks)
@@ -202,12 +204,22 @@ class ElasticWorker:
             session.take_over(self._values)
         self._values = None
 
+    def _check_handed(self) -> None:
+        """Raise if no worker that comes could get the schedules: it would only hear that it has got nothing."""
+        try:
+            pickle.dumps(self._now)
+        except Exception as error:
+            raise TypeError(
+                f"{self._strategy}(fault_tolerance=...): the state of a scheduler goes to workers that come, and cannot"
+                f" be pickled ({error}); leave what is no number out of its state_dict()."
+            ) from error
+
     def _check_alike(self, clocks: dict[str, Any]) -> None:
         for what, ours, theirs in (
             ("parameter groups", *([len(groups) for groups in each["rates"]] for each in (self._now, clocks))),
-            ("schedulers", len(self._now["schedulers"]), len(clocks["schedulers"])),
+            ("schedulers", *(each["schedulers"] and len(each["schedulers"]) for each in (self._now, clocks))),
         ):
-            if ours != theirs:
+            if theirs is not None and ours != theirs:
                 raise ExchangeError(
                     f"{self._strategy}(fault_tolerance=...): the other workers have {theirs} {what}, and this one"
                     f" {ours}; let configure_optimizers return the same in all workers."

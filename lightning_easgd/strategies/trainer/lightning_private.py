@@ -140,8 +140,16 @@ def clocks_of(trainer: Any) -> dict[str, Any]:
             ]
             for optimizer in trainer.optimizers
         ],
-        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        "schedulers": _schedulers_of(trainer),
     }
+
+
+def _schedulers_of(trainer: Any) -> list[dict[str, Any]] | None:
+    """The states of a fit's schedulers; None once SWA's own has taken their place, as it does in each worker."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if any(type(scheduler).__name__ == "SWALR" for scheduler in schedulers):
+        return None
+    return [scheduler.state_dict() for scheduler in schedulers]
 
 
 def _kept(rate: Any) -> Any:
@@ -156,7 +164,7 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
     """
     fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     _set(fit_loop.epoch_progress, clocks["epoch"], clocks["epoch"])
-    fit_loop.restarting = False
+    fit_loop._restarting = loop.restarting = False  # its own setter makes it True where steps alone end the fit
     for each in (fit_loop, loop, loop.val_loop):
         each._loaded_from_state_dict = each._resuming_from_checkpoint = False
         each.reset_restart_stage()
@@ -171,8 +179,9 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
-    for config, state in zip(trainer.lr_scheduler_configs, clocks["schedulers"], strict=True):
-        config.scheduler.load_state_dict(state)
+    if clocks["schedulers"] is not None:
+        for config, state in zip(trainer.lr_scheduler_configs, clocks["schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
 
 
 def _set(progress: Any, current: int, total: int) -> None:
