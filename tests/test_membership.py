@@ -237,6 +237,18 @@ def test_a_worker_may_look_for_its_learning_rate(job):
     assert [line["step"] for line in job.lines(0) if line.get("event") == "ends"] == [30]
 
 
+def test_a_proxy_is_not_between_workers(job, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://localhost:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    job.start(0)
+    job.until(0, are(0))
+    job.start(1)
+    job.until(1, are(0, 1))
+    assert job.start(1).wait(60) != 0
+    assert "a worker with replica_id=1 is alive already" in job.said(1)
+
+
 def test_a_tuners_fit_is_none_of_the_jobs(job):
     job.start(0, tunes=True)
     job.until(0, are(0))

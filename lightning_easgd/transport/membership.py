@@ -31,6 +31,7 @@ _COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _PERHAPS_ALIVE = 2.0
 _NOBODY = -1
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # workers do not find each other by a proxy
 
 
 class _State:
@@ -220,6 +221,7 @@ class Membership:
             store_port=port,
             lighthouse_addr=self._address,
             replica_id=_named(self.replica_id, self._inside.size, self._fit),
+            checkpoint_transport=_make_transport(self._timeout),
             init_sync=False,
             quorum_retries=_RETRIES,
         )
@@ -271,7 +273,7 @@ class Membership:
     def _heard(self) -> list["_Heard"]:
         """The workers that the lighthouse has heard of."""
         page = ""
-        with suppress(OSError), urllib.request.urlopen(f"{self._address}/status", timeout=2) as answer:
+        with suppress(OSError), _DIRECT.open(f"{self._address}/status", timeout=2) as answer:
             page = answer.read().decode()
         found = re.findall(r"\b(?:(\d+)x)?(\d{6,})(?:f(\d+))?:([0-9a-f-]+): seen ([0-9.]+)s ago", page)
         return [
@@ -611,6 +613,19 @@ def _unpacked(message: Tensor) -> Any:
 def _named(replica_id: int, ranks: int, fit: int) -> str:
     """A worker's name for the lighthouse, which puts those of one size and fit in the order of their numbers."""
     return ("" if ranks == 1 else f"{ranks}x") + f"{replica_id:06d}" + ("" if fit == 1 else f"f{fit}")
+
+
+def _make_transport(timeout: timedelta) -> Any:
+    """What a worker that comes gets the others' state by; torchft's own would ask the proxy of the environment."""
+    from torchft.checkpointing import http_transport  # noqa: PLC0415 - an extra
+
+    class Direct(http_transport.HTTPTransport[Any]):  # type: ignore[misc]
+        @classmethod
+        def _load_from_address(cls, address: str, timeout: timedelta) -> object:
+            with _DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
+                return http_transport._streaming_load(answer, weights_only=False)
+
+    return Direct(timeout=timeout, num_chunks=0)
 
 
 def _import_quietly() -> None:
