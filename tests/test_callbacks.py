@@ -19,6 +19,7 @@ from lightning_easgd.callbacks import (
     ddp_bytes,
 )
 from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -129,6 +130,19 @@ def test_monitor_starts_again_with_a_second_fit(tmp_path):
     fit(Elastic(), monitor)
     fit(Elastic(), monitor)
     assert len(rows(tmp_path / "elastic" / "rank_0.csv")) == 6
+
+
+def test_monitor_counts_a_workers_own_steps(tmp_path):
+    """One that comes to others goes on at theirs when training has started, after the callbacks' hook."""
+
+    class Comes(Elastic):
+        def on_train_start(self):
+            super().on_train_start()
+            trainer = self.lightning_module.trainer
+            go_on_at(trainer, {**clocks_of(trainer), "steps": 1000})
+
+    fit(Comes(), First(), ElasticMonitor(directory=tmp_path), Last())
+    assert [row["steps"] for row in rows(tmp_path / "communication.csv")] == ["12"]
 
 
 def test_monitor_refuses_zero():

@@ -49,7 +49,7 @@ class ElasticMonitor(Callback):
             )
         self.every_n_exchanges = every_n_exchanges
         self.directory = directory
-        self._first_step = 0
+        self._first_step: int | None = None  # of the first batch: a worker that comes to others goes on at their steps
         self._recorded = 0
         self._rows: list[list[Any]] = []
 
@@ -59,12 +59,23 @@ class ElasticMonitor(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Starts a new file, so that a second `fit` does not repeat the rows of the first."""
-        self._first_step = trainer.global_step  # not 0 in a run that resumes another
+        self._first_step = None
         self._recorded = 0
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
             header = ["step", "distance", "exchanges", "bytes_sent", "seconds_waited", "staleness"]
             write_csv(self._path(trainer), [*header, *_of_membership(trainer.strategy)], [])
+
+    def on_train_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,  # noqa: ARG002
+        batch: Any,  # noqa: ARG002
+        batch_idx: int,  # noqa: ARG002
+    ) -> None:
+        """Notes where this worker's own steps begin: not at 0 in a run that resumes another."""
+        if self._first_step is None:
+            self._first_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -110,7 +121,7 @@ class ElasticMonitor(Callback):
             return
         counts = strategy.communication
         gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        steps = trainer.global_step - self._first_step
+        steps = 0 if self._first_step is None else trainer.global_step - self._first_step
         ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
         totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
