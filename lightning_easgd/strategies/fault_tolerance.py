@@ -1,6 +1,5 @@
 """Workers that come, die and return: what a user says about them, and what it means in this process."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Literal, final
 __all__ = ["FaultTolerance", "as_fault_tolerance"]
 
 _LIGHTHOUSE, _ID = "TORCHFT_LIGHTHOUSE", "REPLICA_GROUP_ID"
+_LONGEST = 365 * 86_400.0  # seconds
 
 
 @final
@@ -163,8 +163,8 @@ def _check_int(name: str, value: object, least: int) -> None:
 def _check_time(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float | timedelta):
         raise TypeError(f"FaultTolerance({name}={value!r}): give seconds, or a datetime.timedelta.")
-    if not 0 < _seconds(value) < math.inf:
-        raise ValueError(f"FaultTolerance({name}={value}): a time to wait is positive and finite.")
+    if not 0 < _seconds(value) <= _LONGEST:
+        raise ValueError(f"FaultTolerance({name}={value}): a time to wait is positive, and a year at most.")
 
 
 def _seconds(value: float | timedelta) -> float:
