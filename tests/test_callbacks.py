@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_easgd.callbacks import (
     ElasticMonitor,
     ElasticStrategy,
+    LocalEnergyMonitor,
     TimeSplit,
     WorkerEvaluation,
     ddp_bytes,
@@ -166,6 +167,16 @@ def test_worker_evaluation_scores_center_and_worker_on_the_same_data(tmp_path):
     assert right > 0.5
     # All logits equal: the argmax is class 0.
     assert evaluation.last_scores["center"] == pytest.approx((labels == 0).float().mean().item())
+
+
+@pytest.mark.parametrize(("replica_id", "number"), [(None, 0), (7, 7)])
+def test_a_worker_that_comes_and_goes_is_named_by_its_number(replica_id, number, tmp_path):
+    strategy = Elastic()
+    strategy.replica_id = replica_id
+    evaluation, energy = WorkerEvaluation(), LocalEnergyMonitor(sigmas=(0.0,), draws=1, batches=1)
+    fit(strategy, evaluation, energy, ElasticMonitor(directory=tmp_path), limit_train_batches=2)
+    assert set(evaluation.last_scores) == set(energy.last_energies) == {"center", f"worker_{number}"}
+    assert [row["worker"] for row in rows(tmp_path / "communication.csv")] == [str(number)]
 
 
 def test_worker_evaluation_leaves_the_mode_of_the_module(tmp_path):

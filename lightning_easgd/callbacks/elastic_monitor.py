@@ -12,6 +12,7 @@ from lightning_easgd.callbacks.recording import (
     ddp_bytes,
     gather,
     layout_of,
+    number_of,
     write_csv,
 )
 
@@ -125,12 +126,12 @@ class ElasticMonitor(Callback):
         ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
         totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
-            number, layout = getattr(strategy, "replica_id", None), layout_of(trainer)
+            layout = layout_of(trainer)
             write_csv(
                 Path(self.directory) / COMMUNICATION_FILE,
                 ["rank", "worker", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
                 (
-                    [rank, layout.worker_of(rank) if number is None else number, *map(int, row[:-1]), row[-1]]
+                    [rank, number_of(trainer, layout.worker_of(rank)), *map(int, row[:-1]), row[-1]]
                     for rank, row in enumerate(totals)
                 ),
             )

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_easgd.callbacks.recording import ElasticStrategy, gather, own_weights, write_csv
+from lightning_easgd.callbacks.recording import ElasticStrategy, gather, number_of, own_weights, write_csv
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 from lightning_easgd.strategies.worker_state import random_state, set_random_state
@@ -141,7 +141,7 @@ class LocalEnergyMonitor(Callback):
         every = {"center": total}
         if workers:
             layout = getattr(strategy, "layout", None) or WorkerLayout(world)
-            every |= {f"worker_{number}": each[ranks[0]] for number, ranks in enumerate(layout.inside)}
+            every |= {f"worker_{number_of(trainer, i)}": each[ranks[0]] for i, ranks in enumerate(layout.inside)}
         self._record(trainer, every)
 
     def _training_batches(self, trainer: L.Trainer) -> list[Any]:

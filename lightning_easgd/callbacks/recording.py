@@ -11,7 +11,16 @@ import torch
 
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
-__all__ = ["Communication", "ElasticStrategy", "ddp_bytes", "gather", "layout_of", "own_weights", "write_csv"]
+__all__ = [
+    "Communication",
+    "ElasticStrategy",
+    "ddp_bytes",
+    "gather",
+    "layout_of",
+    "number_of",
+    "own_weights",
+    "write_csv",
+]
 
 
 class Communication(Protocol):
@@ -66,6 +75,17 @@ def layout_of(trainer: L.Trainer) -> WorkerLayout:
         trainer: The trainer.
     """
     return getattr(trainer.strategy, "layout", None) or WorkerLayout(trainer.world_size)
+
+
+def number_of(trainer: L.Trainer, worker: int) -> int:
+    """Returns a worker's number in the job: where workers come and go each launch is one, and has been given its own.
+
+    Args:
+        trainer: The trainer.
+        worker: The worker's place among those of this launch.
+    """
+    given: int | None = getattr(trainer.strategy, "replica_id", None)
+    return worker if given is None else given
 
 
 def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:

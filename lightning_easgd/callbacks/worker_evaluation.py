@@ -14,6 +14,7 @@ from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
     gather,
     layout_of,
+    number_of,
     own_weights,
     write_csv,
 )
@@ -100,7 +101,7 @@ class WorkerEvaluation(Callback):
         model_sum, model_count = sum(row[2] for row in gathered), sum(row[3] for row in gathered)
         scores = {"center": model_sum / model_count}
         rows = [gathered[ranks[0]] for ranks in layout.inside]
-        scores |= {f"worker_{i}": row[0] / row[1] for i, row in enumerate(rows)}
+        scores |= {f"worker_{number_of(trainer, i)}": row[0] / row[1] for i, row in enumerate(rows)}
         self.last_scores = scores
         self._record(trainer, stage, scores)
 
