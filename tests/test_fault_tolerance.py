@@ -168,6 +168,15 @@ class TestStrategy:
         for clocks in handed:
             assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
 
+    def test_a_number_that_is_not_known_yet(self, monkeypatch):
+        monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
+        monkeypatch.setenv("REPLICA_GROUP_ID", "3")
+        strategy = EASGDStrategy(fault_tolerance=True)
+        with pytest.raises(RuntimeError, match=r"^EASGDStrategy\.replica_id: it is known once a Trainer has"):
+            _ = strategy.replica_id
+        quiet_trainer(strategy=strategy, devices=1)
+        assert strategy.replica_id == 3
+
     @pytest.mark.parametrize("theirs", [["b (2,)", "a (2,)"], ["a (2,)", "c (2,)"], ["a (2,)"]])
     def test_others_of_other_parameters_are_refused_also_where_there_are_as_many_numbers(self, theirs):
         worker = ElasticWorker("EASGDStrategy", HERE)

@@ -73,8 +73,16 @@ class ElasticWorker:
 
     @property
     def replica_id(self) -> int:
-        """This worker's number."""
-        assert self._settings.replica_id is not None
+        """This worker's number.
+
+        Raises:
+            RuntimeError: If it is not known yet.
+        """
+        if self._settings.replica_id is None:
+            raise RuntimeError(
+                f"{self._strategy}.replica_id: it is known once a Trainer has this strategy; before, only where"
+                " FaultTolerance(replica_id=...) gives it."
+            )
         return self._settings.replica_id
 
     @property
