@@ -39,6 +39,7 @@ SETTINGS = {
     "strays_at": None,  # this step, from the center of the others
     "finds_rate": False,  # which takes a fit of its own
     "tunes": False,  # in a fit of its own, before the first one
+    "start_method": "popen",
     "fits": 1,  # one after the other, of new modules
 }
 
@@ -141,7 +142,8 @@ if __name__ == "__main__":
         if settings["is_sharded"]:
             strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
         else:
-            strategy = EASGDStrategy(devices_per_worker=settings["ranks"], **arguments)
+            method = settings["start_method"]
+            strategy = EASGDStrategy(devices_per_worker=settings["ranks"], start_method=method, **arguments)
         finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
         trainer = quiet_trainer(
             strategy=strategy,

@@ -197,6 +197,14 @@ def test_workers_of_different_fits_are_not_averaged(job):
     assert [worker.wait(60) for worker in workers] == [0, 0]
 
 
+def test_fits_whose_ranks_are_forked_are_not_averaged_either(job):
+    for number, pace in ((0, 0.01), (1, 0.25)):  # the first one does not wait for five steps of the other
+        job.start(number, fits=2, steps=50, pace=pace, start_method="fork")
+    begins = job.until(0, lambda line: True, since=job.started_again(0))
+    (ended,) = [line for line in job.steps(1) if line["step"] == 50]
+    assert ended["time"] < begins["time"]
+
+
 def test_one_who_was_told_something_else_is_refused(job):
     first = job.start(0)
     job.until(0, are(0))

@@ -1,5 +1,6 @@
 """A worker among others that come, die and return, as a strategy of a Trainer sees it."""
 
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Mapping
@@ -26,6 +27,8 @@ from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = ["ElasticWorker"]
 
+_LAUNCHES = itertools.count(1)  # of fits, whose ranks this process spawns or forks
+
 _APART = 1_000_003
 """Between the seeds of two workers: more than a fit has epochs."""
 
@@ -42,6 +45,7 @@ class ElasticWorker:
     def __init__(self, strategy: str, settings: FaultTolerance) -> None:
         self._strategy = strategy
         self._settings = settings
+        self._launch: int | None = None
         self._members: Membership | None = None
         self._trainer: Any = None  # of the fit
         self._now: dict[str, Any] = {}  # the clocks at the last step
@@ -70,6 +74,10 @@ class ElasticWorker:
                 f" {layout.per_worker} device{'s' if layout.per_worker > 1 else ''}; start each worker by itself, or"
                 f" make all {layout.ranks} ranks one worker ({as_one})."
             )
+
+    def count_launch(self) -> None:
+        """Before a fit's ranks are spawned or forked: each of them begins to count fits anew."""
+        self._launch = next(_LAUNCHES)
 
     @property
     def replica_id(self) -> int:
@@ -157,7 +165,7 @@ class ElasticWorker:
             timeout=settings.process_group_timeout,
             strategy=self._strategy,
             patience=timeout.total_seconds(),
-            fit=settings.fit,
+            fit=settings.fit or self._launch,
             inside=inside,
             host="localhost" if is_alone else host,
         )

@@ -35,6 +35,8 @@ class RankLauncher(_Base):
     def launch(self, function: Callable[..., Any], *arguments: Any, trainer: Any = None, **keywords: Any) -> Any:
         if isinstance(self._strategy, CenterMethod) and trainer is not None and trainer.state.fn == "fit":
             self._strategy.take_launched(None)  # of an earlier fit
+            if self._strategy.elastic is not None:
+                self._strategy.elastic.count_launch()
         return super().launch(function, *arguments, trainer=trainer, **keywords)
 
     @override
