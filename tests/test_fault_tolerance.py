@@ -275,9 +275,10 @@ class Others:
     def add_state(self, key, state, load, **_):
         self.states[key] = state, load
 
-    def give(self, stores, version, clock, due_at=0):
+    def give(self, stores, version, clock, due_at=0, begun_as=None):
         """What another worker is at."""
-        self.states["center"][1]({"stores": stores, "version": version, "in_common": {}})
+        begun_as = begun_as or self.states["center"][0]()["begun_as"]
+        self.states["center"][1]({"stores": stores, "version": version, "in_common": {}, "begun_as": begun_as})
         self.states["clock"][1]((clock, due_at))
 
     def open(self):
@@ -462,6 +463,28 @@ class TestSum:
         assert self.averager.clock == before + 1
         assert self.values == values  # from (4, 10), α = β = ½; or from (10, 10)
         assert self.averager.center.version == 8
+
+    def test_who_has_begun_beside_the_others_does_not_pull_their_center_back(self):
+        """They were frozen as it came, and had been given up."""
+        others = Others(size=1)
+        self.averaging(others)
+        self.whole.enter()
+        self.step(4)
+        others.give([torch.tensor([10.0])], version=7, clock=90, begun_as="theirs")
+        with pytest.warns(
+            RuntimeWarning, match="has begun anew where the others could not .* they are at step 90, and"
+        ):
+            self.step()
+        assert self.values == (9.0, 10.0)
+
+    @pytest.mark.filterwarnings("error::RuntimeWarning")
+    def test_who_comes_has_not_begun_beside_the_others(self):
+        others = Others(size=1)
+        self.averaging(others)
+        others.give([torch.tensor([10.0])], version=7, clock=21, begun_as="theirs")
+        self.whole.enter()
+        self.step(1)
+        assert self.averager.clock == 22
 
     def test_who_comes_starts_at_the_center_and_its_clock(self):
         others = Others(gives=2.0)

@@ -1,6 +1,7 @@
 """The sum over the workers that are alive, of which some may be lost in the middle of it, or come later."""
 
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -83,6 +84,8 @@ class MembershipSum(DifferenceSum):
         self._left = 0.0  # of the patience for the request that has been made
         self._is_under_way = False
         self._deadline = 0.0  # for a worker that lives, and that this one is to come to
+        self._begun_as = uuid.uuid4().hex  # goes to all that come: who has another one has begun anew beside them
+        self._is_in = False  # once it has entered
         self._received: dict[str, Any] | None = None
         self._received_clock = self._received_due_at = 0
         members.add_state("center", self._state, self._receive)
@@ -135,6 +138,7 @@ class MembershipSum(DifferenceSum):
     @override
     def is_due(self, clock: int, tau: int) -> bool:
         self._clock = clock
+        self._is_in = True
         if not self._members.is_requested or clock < self._due_at:
             return False
         return self._have_come()
@@ -206,7 +210,7 @@ class MembershipSum(DifferenceSum):
         stores = [
             store.clone() if store.untyped_storage().nbytes() > store.nbytes else store for store in state["stores"]
         ]
-        return {**state, "stores": stores, "in_common": self._in_common}
+        return {**state, "stores": stores, "in_common": self._in_common, "begun_as": self._begun_as}
 
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state
@@ -230,9 +234,21 @@ class MembershipSum(DifferenceSum):
             )
         missed = self._members.behind
         self.center.load_state_dict(state)
-        return Restored(
-            self._received_clock, self._restart_after_missed is not None and missed >= self._restart_after_missed
-        )
+        restarts = self._restart_after_missed is not None and missed >= self._restart_after_missed
+        return Restored(self._received_clock, restarts or self._has_begun_beside(state["begun_as"]))
+
+    def _has_begun_beside(self, begun_as: str) -> bool:
+        """Whether this worker has trained, and none of it is in the center that it has got."""
+        is_beside, self._begun_as = self._is_in and begun_as != self._begun_as, begun_as
+        if is_beside:
+            warnings.warn(
+                f"{self._strategy}(fault_tolerance=...): this worker has begun anew where the others could not be"
+                f" reached, and starts again at their center; they are at step {self._received_clock}, and its learning"
+                " rate and epochs are those of its own steps. Start it once more to have it go on at theirs.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return is_beside
 
     # An exchange
 
