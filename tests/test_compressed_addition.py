@@ -137,6 +137,10 @@ def exchange_through_torchft(wire_dtype, numel):
         total = MembershipSum(center, members, tau=1, patience=20.0, timeout=20.0, make_addition=make)
         total.enter(0)
         total.take_restored()
+        total.start([0.5])  # of nothing yet
+        total.finish()
+        members.request()
+        assert members.has_come(20)
         total.wire.flat.copy_(torch.randn(numel))
         nbytes = total.nbytes
         if barrier.wait() == 0:
