@@ -208,6 +208,14 @@ class TestStrategy:
         worker._check_alike({**clocks[-1], "parameters": []})
         go_on_at(trainer, clocks[-1])
 
+    def test_others_of_another_number_of_schedulers_are_refused(self):
+        worker = ElasticWorker("EASGDStrategy", HERE)
+        worker._now = {"rates": [], "schedulers": [{}]}
+        with pytest.raises(
+            ExchangeError, match="the other workers have 0 schedulers, and this one 1; let configure_opt"
+        ):
+            worker._check_alike({"rates": [], "schedulers": []})
+
     def test_a_schedule_that_nobody_could_get_is_refused_at_once(self):
         worker = ElasticWorker("EASGDStrategy", HERE)
         worker._now = {"schedulers": [{"of": lambda step: step}]}

@@ -3,7 +3,7 @@
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from datetime import timedelta
 from functools import partial
 from itertools import zip_longest
@@ -233,7 +233,7 @@ class ElasticWorker:
     def _check_alike(self, clocks: dict[str, Any]) -> None:
         for what, ours, theirs in (
             ("parameter groups", *([len(groups) for groups in each["rates"]] for each in (self._now, clocks))),
-            ("schedulers", *(each["schedulers"] and len(each["schedulers"]) for each in (self._now, clocks))),
+            ("schedulers", *(_number(each["schedulers"]) for each in (self._now, clocks))),
         ):
             if theirs is not None and ours != theirs:
                 raise ExchangeError(
@@ -253,3 +253,7 @@ class ElasticWorker:
         Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together.
         """
         self._now = {**clocks_of(self._trainer), "parameters": self._parameters}
+
+
+def _number(schedulers: Sized | None) -> int | None:
+    return None if schedulers is None else len(schedulers)

@@ -164,10 +164,10 @@ class CenterSession:
         }
 
     def described(self) -> list[str]:
-        """The averaged parameters by name and shape, in the order in which their vectors are laid out."""
+        """The averaged parameters by name, dtype and shape, in the order in which their vectors are laid out."""
         names: dict[Tensor, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         return [
-            f"{names.get(parameter, 'a parameter')} {tuple(parameter.shape)}"
+            f"{names.get(parameter, 'a parameter')} ({parameter.dtype}, {tuple(parameter.shape)})"
             for averager in self.averagers
             for parameter in averager.parameters
         ]
