@@ -111,5 +111,6 @@ def test_shared_memory_keeps_up_with_memcpy():
 
 
 def test_sockets_keep_up_with_a_raw_socket():
+    """0.45 to 0.8 by machine, less beside other tests; waiting for an acknowledgement once would be 0.2."""
     torch.set_num_threads(1)
-    assert max(socket_ratio() for _ in range(3)) > 0.6
+    assert max(socket_ratio() for _ in range(3)) > 0.25
