@@ -282,6 +282,18 @@ def test_the_first_saves_and_all_go_on(job):
     assert "saved by workers that come and go, of which this is number 0" in job.said(1)
 
 
+def test_a_checkpoint_between_a_death_and_the_next_exchange_is_written(job):
+    """Kind: what the dead worker would have done is nobody's until it is missed."""
+    settings = {"saves_at": 38, "tau": 20, "pace": 0.2}
+    job.start(0, **settings)
+    job.start(1, **settings)
+    job.until(1, lambda line: line["step"] == 21 and line["living"] == [0, 1])
+    job.signal(0, signal.SIGKILL)
+    last = job.until(1, lambda line: line["step"] == 39)
+    assert last["living"] == [0, 1]  # as of the last exchange
+    assert (job.folder / "of_1.ckpt").exists()
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_workers_of_two_ranks_save_and_go_on(job, is_sharded):
     settings = {"ranks": 2, "is_sharded": is_sharded, "pace": 0.02}

@@ -396,3 +396,21 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
         return members.living
 
     assert on_threads(exchange, RANKS) == [(1,) if deaf else (0, 1)] * RANKS
+
+
+@pytest.mark.parametrize(
+    ("heard", "ranks", "is_first"),
+    [
+        ({0: 0.1, 2: 0.1}, 1, False),
+        ({0: 9.0, 2: 0.1}, 1, True),
+        ({2: 0.1}, 1, True),
+        ({}, 1, False),  # no lighthouse: as of the last exchange
+        ({0: 9.0, 2: 0.1}, RANKS, False),  # ranks that save together do not look each for itself
+    ],
+)
+def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first):
+    members = member(Manager(0), Hub(ranks).channel(0))
+    members.replica_id, members.living = 2, (0, 2)
+    seen = [_Heard(number, ranks, 1, "name", age) for number, age in heard.items()]
+    monkeypatch.setattr(members, "_heard", lambda: seen)
+    assert members.is_first() == is_first

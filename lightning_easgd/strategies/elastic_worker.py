@@ -101,7 +101,7 @@ class ElasticWorker:
     @property
     def is_saver(self) -> bool:
         """Whether it writes checkpoints, as the living worker of the smallest number does."""
-        return self._members is None or self.replica_id == min(self._members.living)
+        return self._members is None or self._members.is_first()
 
     def sampler_arguments(self, inside: Mapping[str, int], *, training: bool) -> dict[str, int]:
         """How data are shared out: each worker trains on its own share, or order, and validates on all.

@@ -144,6 +144,19 @@ class Membership:
         self.awaited: int | None = None
         _import_quietly()
 
+    def is_first(self) -> bool:
+        """Whether this worker is the one of the smallest number that lives.
+
+        Of those that took part in the last exchange, one that the lighthouse has not heard of for two seconds is dead:
+        it would be missed at the next exchange only. Ranks of one worker, which save together, do not look.
+        """
+        before = {number for number in self.living if number < self.replica_id}
+        if before and self.is_of_one_rank and self._manager is not None:
+            heard = self._heard()
+            if heard:  # else there is no lighthouse
+                before &= {each.replica_id for each in heard if each.age < _PERHAPS_ALIVE}
+        return not before
+
     def check(self) -> None:
         """Raise if there is nobody to find the others with, or a worker is alive that this one cannot be beside.
 
