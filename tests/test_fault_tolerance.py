@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from membership_job import clean_environment
 from preloaded import python
 from ranks import end_ranks
@@ -25,6 +25,7 @@ from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import NesterovRule
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
+from lightning_easgd.strategies.trainer.launching import RankLauncher
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
@@ -264,6 +265,25 @@ class TestStrategy:
         )
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("is_tuner", "counted"), [(False, [1]), (True, [])])
+def test_a_tuners_fit_is_no_launch_of_the_jobs(is_tuner, counted):
+    """Kind: a fit that a Tuner calls is counted, here where ranks are spawned."""
+
+    class Launches:
+        def launch(self, function, *arguments, trainer=None):
+            return function
+
+    class Launcher(RankLauncher, Launches):
+        _strategy = EASGDStrategy(fault_tolerance=HERE)
+
+    launches = []
+    Launcher._strategy.elastic.count_launch = lambda: launches.append(1)
+    finder = LearningRateFinder()
+    finder._early_exit = is_tuner  # as the Tuner sets it
+    Launcher().launch(str, trainer=SimpleNamespace(state=SimpleNamespace(fn="fit"), callbacks=[finder]))
+    assert launches == counted
 
 
 class Others:

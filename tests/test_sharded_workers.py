@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import BaseFinetuning, Callback, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from lightning.pytorch.strategies import Strategy
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
-from toys import Regression, TwoLayers, quiet_trainer
+from toys import Regression, Thaw, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
 from lightning_easgd.callbacks import ElasticMonitor
@@ -265,17 +265,6 @@ def test_sharded_workers_are_pulled_to_the_new_center():
     for rank, (worker, own_center) in enumerate(run_ranks(train, 4)):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
-
-
-class Thaw(BaseFinetuning):
-    """Adds a group to the optimizer in the second epoch."""
-
-    def freeze_before_training(self, module):
-        self.freeze(module.net.first)
-
-    def finetune_function(self, module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(module.net.first, optimizer, initial_denom_lr=1.0)
 
 
 class ThawAt(Callback):

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
-from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
-from toys import TwoLayers, fitted, quiet_trainer
+from toys import Thaw, TwoLayers, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
@@ -568,15 +568,6 @@ class Frozen(TwoLayers):
     def configure_optimizers(self):
         trained = filter(lambda parameter: parameter.requires_grad, self.parameters())
         return torch.optim.SGD(trained, lr=self.lr)
-
-
-class Thaw(BaseFinetuning):
-    def freeze_before_training(self, module):
-        self.freeze(module.net.first)
-
-    def finetune_function(self, module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(module.net.first, optimizer, initial_denom_lr=1.0)
 
 
 class ThawAt(Callback):

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
@@ -147,3 +148,14 @@ class TwoLayers(L.LightningModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.rows(8)[4:], batch_size=1)  # type: ignore[arg-type]
+
+
+class Thaw(BaseFinetuning):
+    """Freezes the first layer of TwoLayers; its parameters become a group of the optimizer in the second epoch."""
+
+    def freeze_before_training(self, module: L.LightningModule) -> None:
+        self.freeze(module.net.first)
+
+    def finetune_function(self, module: L.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net.first, optimizer, initial_denom_lr=1.0)

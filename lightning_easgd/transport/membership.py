@@ -29,8 +29,8 @@ _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
-_PERHAPS_ALIVE = 2.0
-_NOBODY = -1
+_PERHAPS_ALIVE = 2.0  # where a heartbeat may be late, and to be wrong is worse than to wait
+_NOBODY = -1  # in place of a replica_id
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # workers do not find each other by a proxy
 
 

@@ -19,7 +19,7 @@ from lightning_easgd.transport.membership import Membership
 __all__ = ["MembershipSum"]
 
 _ATTEMPTS = 10  # to come to the others
-_AHEAD = 0.1  # seconds
+_AHEAD = 0.1  # seconds before an exchange is due in which it may be asked for, if that is more than a step
 _PAUSE = 0.2  # seconds between two looks at whether one that lives has come
 
 
@@ -122,8 +122,8 @@ class MembershipSum(DifferenceSum):
         self._clock = clock
         now = time.monotonic()
         last_step, self._last_step = now - self._last_step, now
-        begun = max(clock, self._due_at)
-        next_due_at = begun + self._tau - begun % self._tau
+        reached = max(clock, self._due_at)  # an exchange that others had asked for counts as made
+        next_due_at = reached + self._tau - reached % self._tau
         steps = next_due_at - clock
         if self._is_under_way and (steps == 1 or self._members.has_ended):
             complete()

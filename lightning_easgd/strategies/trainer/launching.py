@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from lightning_easgd.averagers import Statistics
 from lightning_easgd.strategies.center_method import CenterMethod
+from lightning_easgd.strategies.trainer.lightning_private import is_tuning
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class RankLauncher(_Base):
     def launch(self, function: Callable[..., Any], *arguments: Any, trainer: Any = None, **keywords: Any) -> Any:
         if isinstance(self._strategy, CenterMethod) and trainer is not None and trainer.state.fn == "fit":
             self._strategy.take_launched(None)  # of an earlier fit
-            if self._strategy.elastic is not None:
+            if self._strategy.elastic is not None and not is_tuning(trainer):
                 self._strategy.elastic.count_launch()
         return super().launch(function, *arguments, trainer=trainer, **keywords)
 

@@ -211,6 +211,11 @@ def is_search(trainer: Any) -> bool:
     return any(type(callback).__name__ == "_LRCallback" for callback in trainer.callbacks)
 
 
+def is_tuning(trainer: Any) -> bool:
+    """Whether a ``Tuner`` has called fit, which ends before the first step."""
+    return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)
+
+
 def begins_epoch(trainer: Any) -> bool:
     """Whether a resumed fit, its loops restored, goes on with a new epoch."""
     epochs = trainer.fit_loop.epoch_progress.current

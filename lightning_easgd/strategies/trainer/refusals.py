@@ -27,13 +27,14 @@ def check_callbacks(strategy: str, trainer: Any, synchronous: str) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for callback in trainer.callbacks:
-        if _is_a("BaseFinetuning", callback):
-            raise ValueError(
-                f"{strategy} with {type(callback).__name__}: a finetuning callback gives the optimizer parameters while"
-                f" it trains, and a served center has a fixed size. Use {synchronous}, or give the"
-                " optimizer all parameters at the start and switch their requires_grad in a callback of your own."
-            )
+    _refuse(
+        strategy,
+        trainer,
+        "BaseFinetuning",
+        "a finetuning callback gives the optimizer parameters while it trains, and a served center has a fixed size."
+        f" Use {synchronous}, or give the optimizer all parameters at the start and switch their requires_grad in a"
+        " callback of your own.",
+    )
 
 
 def check_sharded_callbacks(strategy: str, trainer: Any) -> None:
@@ -46,13 +47,13 @@ def check_sharded_callbacks(strategy: str, trainer: Any) -> None:
     Raises:
         ValueError: If there is one.
     """
-    for callback in trainer.callbacks:
-        if _is_a("StochasticWeightAveraging", callback):
-            raise ValueError(
-                f"{strategy} with {type(callback).__name__}: its average is a copy of the module of before"
-                " configure_model, and takes no shards; leave it out, as the center is an average already, or use"
-                " EASGDStrategy."
-            )
+    _refuse(
+        strategy,
+        trainer,
+        "StochasticWeightAveraging",
+        "its average is a copy of the module of before configure_model, and takes no shards; leave it out, as the"
+        " center is an average already, or use EASGDStrategy.",
+    )
 
 
 def warn_of_layer_sync(strategy: str, *, per_worker: int, is_sharded: bool) -> None:
@@ -102,6 +103,12 @@ def warn_without_exchange(strategy: str, tau: int, session: CenterSession) -> No
         f" the workers have trained apart; the module holds {held}. Make more than {tau} steps of every optimizer, or"
         " lower tau."
     )
+
+
+def _refuse(strategy: str, trainer: Any, kind: str, why: str) -> None:
+    for callback in trainer.callbacks:
+        if _is_a(kind, callback):
+            raise ValueError(f"{strategy} with {type(callback).__name__}: {why}")
 
 
 def _is_a(name: str, callback: Any) -> bool:
