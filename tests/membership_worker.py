@@ -30,6 +30,7 @@ SETTINGS = {
     "pace": 0.01,  # seconds of a step
     "tau": 5,
     "ranks": 1,  # of a worker
+    "device": "cpu",  # or a CUDA device, which all share
     "is_sharded": False,
     "wire_dtype": None,
     "dies_in": None,  # an operation of its exchanges, in its own of this number
@@ -65,7 +66,7 @@ class Paced(L.LightningModule):
         if self.made == self.settings["raises_at"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             raise RuntimeError("as the test has it")
         generator = torch.Generator().manual_seed(self.global_step * 97 + self.number + 31 * self.global_rank)
-        x = torch.randn(8, 50, generator=generator)
+        x = torch.randn(8, 50, generator=generator).to(self.device)
         return (self.net(self.norm(x)) - x[:, :2]).square().mean()
 
     def configure_optimizers(self):
@@ -101,7 +102,7 @@ class Paced(L.LightningModule):
             epoch=self.current_epoch,
             lr=self.optimizers().param_groups[0]["lr"],
             version=center.version,
-            center=hashlib.blake2b(center.flat.numpy().tobytes(), digest_size=8).hexdigest(),
+            center=hashlib.blake2b(center.flat.cpu().numpy().tobytes(), digest_size=8).hexdigest(),
             weight=local(self.net.weight)[0, 0].item(),
             center_weight=local(of_weight)[0, 0].item(),
             living=members.living,
@@ -138,6 +139,12 @@ if __name__ == "__main__":
         die_in(*settings["dies_in"])
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))
     arguments = {"tau": settings["tau"], "wire_dtype": settings["wire_dtype"], "fault_tolerance": tolerance}
+    places = {"devices": settings["ranks"]}
+    if settings["device"] != "cpu":
+        devices = [torch.device(settings["device"])] * settings["ranks"]
+        arguments |= {"parallel_devices": devices, "process_group_backend": "gloo"}
+        places = {"accelerator": "auto", "devices": "auto"}
+        os.environ["NCCL_HOSTID"] = f"{number}.{os.environ.get('RANK', '0')}"  # else it refuses to share a GPU
     for _ in range(settings["fits"]):
         if settings["is_sharded"]:
             strategy = EASGDModelParallelStrategy(data_parallel_size=settings["ranks"], **arguments)
@@ -147,7 +154,7 @@ if __name__ == "__main__":
         finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
         trainer = quiet_trainer(
             strategy=strategy,
-            devices=settings["ranks"],
+            **places,
             max_epochs=-1,
             max_steps=settings["steps"],
             callbacks=[finder] if settings["finds_rate"] else [],

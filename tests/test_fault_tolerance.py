@@ -2,6 +2,7 @@
 
 import subprocess
 import warnings
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,6 @@ class TestSettings:
             ({"process_group_timeout": timedelta(-1)}, ValueError, r"process_group_timeout=-1 day.*positive"),
             ({"process_group_timeout": float("nan")}, ValueError, r"process_group_timeout=nan\): .*positive"),
             ({"quorum_timeout": 1e12}, ValueError, r"quorum_timeout=1000000000000.0\): .*a year at most"),
-            ({"process_group": "nccl"}, ValueError, r"process_group='nccl'\): .*use 'gloo'"),
             ({"process_group": "mpi"}, ValueError, r"process_group='mpi'\): unknown; use 'gloo'"),
             ({"restart_after_missed": 0}, ValueError, r"restart_after_missed=0\): it is at least 1"),
         ],
@@ -106,11 +106,21 @@ class TestStrategy:
         ("arguments", "said"),
         [
             ({"mode": "async"}, r"mode='async', fault_tolerance=\.\.\.\): a served center"),
+            (
+                {"center_device": "cpu", "fault_tolerance": FaultTolerance(process_group="nccl")},
+                r"center_device='cpu', fault_tolerance=FaultTolerance\(process_group='nccl'\)\): .*leave center_device",
+            ),
         ],
     )
     def test_what_does_not_go_with_it_is_refused(self, arguments, said):
         with pytest.raises(ValueError, match=rf"^EASGDStrategy\({said}"):
-            EASGDStrategy(fault_tolerance=True, **arguments)
+            EASGDStrategy(**{"fault_tolerance": True, **arguments})
+
+    def test_nccl_needs_a_gpu(self):
+        strategy = EASGDStrategy(fault_tolerance=FaultTolerance("http://localhost:1", 0, process_group="nccl"))
+        said = r"^EASGDStrategy\(fault_tolerance=.*process_group='nccl'\)\): .*trains on cpu; use 'gloo'"
+        with pytest.raises(ValueError, match=said):
+            quiet_trainer(strategy=strategy, devices=1)
 
     def test_what_is_no_setting_is_refused(self):
         with pytest.raises(TypeError, match=r"^EASGDStrategy\(fault_tolerance='yes'\): give True"):
@@ -311,6 +321,12 @@ class Others:
 
     def open(self):
         pass
+
+    def follow(self):
+        pass
+
+    def beside(self):
+        return nullcontext()
 
     def close(self):
         pass

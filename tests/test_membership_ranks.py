@@ -1,7 +1,9 @@
 """A worker of several ranks among others that come and go: all of its ranks are told the same; threads, no torchft."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from channels import Hub, on_threads
 
 from lightning_easgd.averagers import ExchangeError
+from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.membership import Membership, _Heard
 
 WORKERS, RANKS = 2, 2
@@ -29,6 +32,9 @@ class Group:
 class _Member:
     def __init__(self, group, worker):
         self.group, self.worker = group, worker
+
+    def errored(self):
+        return None
 
     def broadcast(self, tensors, options):
         (tensor,) = tensors
@@ -57,6 +63,9 @@ class Alone:
 
     def __init__(self, worker, *others):
         self.worker, self.others = worker, list(others)
+
+    def errored(self):
+        return None
 
     def allgather(self, lists, tensors, options):
         (rows,), (own,) = lists, tensors
@@ -216,6 +225,58 @@ def test_what_one_rank_has_lost_all_have():
         return members.commit(), members.has_failed, members.failed
 
     assert on_threads(exchange, RANKS) == [(False, True, 1)] * RANKS
+
+
+class Stuck(HostQueue):
+    """A device that does not get on with an exchange, until it is ended; or not even then."""
+
+    is_ended, ends = False, True
+
+    @property
+    def has_come(self):
+        return self.is_ended and self.ends
+
+
+class NCCL(Alone):
+    """Of a worker whose device is stuck; it may know that another worker is lost."""
+
+    error = None
+
+    def errored(self):
+        return self.error
+
+    def abort(self):
+        self.members._queue.is_ended = True
+
+
+def exchange_of_a_stuck_device(ends=True, error=None):
+    channel = Hub(1).channel(0)
+    manager = Manager(0, step=3, ranks=channel)
+    group = NCCL(0, [1, 0, 0])
+    members = met(manager, channel, group=group)
+    members._timeout = timedelta(seconds=0.3)
+    members._queue, group.members, group.error = Stuck(), members, error
+    members._queue.ends = ends
+    began = time.monotonic()
+    members.exchange(lambda: None, int)
+    return members.commit(), members.problem, time.monotonic() - began
+
+
+def test_what_does_not_end_on_a_device_is_lost_in_time():
+    counts, problem, seconds = exchange_of_a_stuck_device()
+    assert (counts, problem) == (False, "it has not ended on the GPU within 0.3 s")
+    assert 0.3 <= seconds < 2
+
+
+def test_a_worker_that_nccl_knows_to_be_lost_is_not_waited_for():
+    counts, problem, seconds = exchange_of_a_stuck_device(error=RuntimeError("NCCL has lost another worker"))
+    assert (counts, problem) == (False, "NCCL has lost another worker")
+    assert seconds < 0.25
+
+
+def test_a_device_that_never_gets_on_ends_the_run():
+    with pytest.raises(ExchangeError, match=r"^S: an exchange that has been lost .* does not end on the GPU; start"):
+        exchange_of_a_stuck_device(ends=False)
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -218,7 +218,7 @@ class EASGDMethod(CenterMethod):
         check_center_device(name, center_device, mode)
         settings = as_fault_tolerance(name, fault_tolerance)
         if settings is not None:
-            check_elastic(name, mode, self.may_come_and_go)
+            check_elastic(name, mode, settings, center_device, may=self.may_come_and_go)
             self.elastic = ElasticWorker(name, settings)
         check_momentum(name, momentum)
         check_center_rule(name, center_rule)
@@ -363,11 +363,10 @@ class EASGDMethod(CenterMethod):
             is_sharded=self.is_sharded,
             judges_together=self._judges_together,
             host=self.cluster_environment.main_address,
+            device=self.root_device,
             who_is_missing=self._who_is_missing,
         )
-        # Other workers may be anywhere, and what goes through gloo is on the host.
-        center_device = None if self.root_device.type == "cpu" else "cpu"
-        return self._synchronous_averaging(control, make_sum, worker, center_device)
+        return self._synchronous_averaging(control, make_sum, worker, elastic.center_device(self.root_device))
 
     @property
     def _told_alike(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import pickle
 from lightning_easgd.method.rates import check_number
 from lightning_easgd.method.rule_check import check_rule
 from lightning_easgd.method.rules import CenterRule
+from lightning_easgd.strategies.fault_tolerance import FaultTolerance
 
 __all__ = [
     "check_center_device",
@@ -120,7 +121,7 @@ def check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
         )
 
 
-def check_elastic(strategy: str, mode: str, may: bool) -> None:
+def check_elastic(strategy: str, mode: str, settings: FaultTolerance, center_device: str | None, *, may: bool) -> None:
     """Refuse what workers that come and go cannot have."""
     if not may:
         raise ValueError(
@@ -130,6 +131,11 @@ def check_elastic(strategy: str, mode: str, may: bool) -> None:
         raise ValueError(
             f"{strategy}(mode='async', fault_tolerance=...): a served center goes with the ranks that hold it; use"
             " mode='sync'."
+        )
+    if settings.process_group == "nccl" and center_device is not None:
+        raise ValueError(
+            f"{strategy}(center_device={center_device!r}, fault_tolerance=FaultTolerance(process_group='nccl')): NCCL"
+            " adds up what is on the GPU, and the center with it; leave center_device out, or use 'gloo'."
         )
 
 

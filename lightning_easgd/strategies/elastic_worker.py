@@ -9,6 +9,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, final
 
+import torch
 import torch.distributed as dist
 
 from lightning_easgd.averagers.sync.addition import ExactAddition
@@ -56,18 +57,24 @@ class ElasticWorker:
         self._values: dict[str, Any] | None = None
         self._to_hand_over: HandedValues | None = None
 
-    def resolve(self, layout: WorkerLayout, as_one: str) -> None:
+    def resolve(self, layout: WorkerLayout, as_one: str, device: torch.device) -> None:
         """Find out what the environment says; before anything starts.
 
         Args:
             layout: Of the ranks of this launch.
             as_one: The argument that makes them one worker, for the error.
+            device: Where they train.
 
         Raises:
             ModuleNotFoundError: If torchft is not installed.
-            ValueError: If something is missing, or there is more than one worker.
+            ValueError: If something is missing, or there is more than one worker, or no GPU for NCCL.
         """
         self._settings = self._settings.resolved()
+        if self._settings.process_group == "nccl" and device.type != "cuda":
+            raise ValueError(
+                f"{self._strategy}(fault_tolerance=FaultTolerance(process_group='nccl')): NCCL adds up what is on a"
+                f" GPU, and this worker trains on {device}; use 'gloo'."
+            )
         if layout.workers != 1:
             raise ValueError(
                 f"{self._strategy}(fault_tolerance=...): a launch is one worker, and this one has {layout.workers} of"
@@ -78,6 +85,13 @@ class ElasticWorker:
     def count_launch(self) -> None:
         """Before a fit's ranks are spawned or forked: each of them begins to count fits anew."""
         self._launch = next(_LAUNCHES)
+
+    def center_device(self, device: torch.device) -> str | None:
+        """Where the center is of a worker that trains on this device; None for there.
+
+        Other workers may be anywhere, and what goes through gloo is on the host.
+        """
+        return None if device.type == "cpu" or self._settings.process_group == "nccl" else "cpu"
 
     @property
     def replica_id(self) -> int:
@@ -128,6 +142,7 @@ class ElasticWorker:
         is_sharded: bool,
         judges_together: bool,
         host: str,
+        device: torch.device,
         who_is_missing: Callable[[], str],
     ) -> tuple[Channel, MakeSum, WorkerRanks]:
         """Find the lighthouse, and open the channels of this worker's ranks; all of them call it at the same point.
@@ -140,6 +155,7 @@ class ElasticWorker:
             is_sharded: As for :class:`WorkerRanks`.
             judges_together: As for :class:`WorkerRanks`.
             host: Of this worker's first rank.
+            device: Where this rank trains.
             who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
 
         Returns:
@@ -154,8 +170,8 @@ class ElasticWorker:
         assert isinstance(settings.process_group_timeout, float)
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
 
-        def channel() -> Channel:
-            return LoneChannel() if is_alone else ProcessGroupChannel("gloo", timeout, self._strategy, who_is_missing)
+        def channel(backend: str = "gloo") -> Channel:
+            return LoneChannel() if is_alone else ProcessGroupChannel(backend, timeout, self._strategy, who_is_missing)
 
         inside = channel()
         self._members = members = Membership(
@@ -168,6 +184,8 @@ class ElasticWorker:
             fit=settings.fit or self._launch,
             inside=inside,
             host="localhost" if is_alone else host,
+            kind=settings.process_group,
+            device=device,
         )
         members.check()
         members.add_state("clocks", lambda: self._now, self._receive_clocks, is_common=True)
@@ -181,12 +199,16 @@ class ElasticWorker:
             patience=settings.quorum_timeout,
             timeout=timeout.total_seconds(),
             restart_after_missed=settings.restart_after_missed,
-            in_common={**in_common, "group_size": f"FaultTolerance(group_size={settings.group_size})"},
+            in_common={
+                **in_common,
+                "group_size": f"FaultTolerance(group_size={settings.group_size})",
+                "process_group": f"FaultTolerance(process_group={settings.process_group!r})",
+            },
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )
         if not (is_alone or is_sharded):
-            make_sum = sliced_sums(channel_joins(channel), make_sum)
+            make_sum = sliced_sums(channel_joins(partial(channel, settings.process_group)), make_sum)
         return channel(), make_sum, WorkerRanks(LoneChannel(), inside, is_sharded, judges_together)
 
     def _receive_clocks(self, clocks: dict[str, Any]) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Literal, final
+from typing import final
+
+from lightning_easgd.transport.member_groups import GroupKind
 
 __all__ = ["FaultTolerance", "as_fault_tolerance"]
 
@@ -32,7 +34,9 @@ class FaultTolerance:
             not come to it. Then it trains on, and makes the exchange when they have come.
         process_group_timeout: Seconds, or a ``timedelta``: how long the transfer of an exchange may take before it has
             failed.
-        process_group: What the differences travel through: "gloo". "nccl" is refused, as it has not been tried.
+        process_group: What the differences travel through: "gloo", with the center in host memory, which leaves the
+            GPU to the steps; or "nccl", with the center on the GPU, where the network is as fast as that needs. The
+            same in all workers.
         restart_after_missed: A living worker that has missed so many moves of the center starts again at the center
             when it finds the others; None lets it keep where it is.
         fit: Which fit of the job this is, from 1 on; None for as many as this process has made. Workers of different
@@ -50,7 +54,7 @@ class FaultTolerance:
     min_replica_size: int = 1
     quorum_timeout: float | timedelta = 2.0
     process_group_timeout: float | timedelta = 10.0
-    process_group: Literal["gloo", "nccl"] = "gloo"
+    process_group: GroupKind = "gloo"
     restart_after_missed: int | None = None
     fit: int | None = None
 
@@ -67,13 +71,8 @@ class FaultTolerance:
         _check_int("fit", self.fit, 1)
         for name in ("quorum_timeout", "process_group_timeout"):
             _check_time(name, getattr(self, name))
-        if self.process_group == "nccl":
-            raise ValueError(
-                "FaultTolerance(process_group='nccl'): it has not been tried; use 'gloo', through which the center,"
-                " in host memory, is averaged beside the steps."
-            )
-        if self.process_group != "gloo":
-            raise ValueError(f"FaultTolerance(process_group={self.process_group!r}): unknown; use 'gloo'.")
+        if self.process_group not in ("gloo", "nccl"):
+            raise ValueError(f"FaultTolerance(process_group={self.process_group!r}): unknown; use 'gloo' or 'nccl'.")
         if self.replica_id is not None and self.group_size is not None:
             _check_share(self.replica_id, self.group_size, f"replica_id={self.replica_id}")
 

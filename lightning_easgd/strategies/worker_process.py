@@ -396,7 +396,7 @@ class WorkerProcess(_Base):
                 )
         layout = self.layout  # before any process starts
         if self.elastic is not None:
-            self.elastic.resolve(layout, self._as_one)
+            self.elastic.resolve(layout, self._as_one, self.root_device)
         super()._configure_launcher()
         self._check_interactive()
         launcher = self._make_launcher()

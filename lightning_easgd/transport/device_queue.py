@@ -39,6 +39,11 @@ class SideQueue(ABC):
     def wait(self) -> None:
         """Let the calling thread wait until the queue has come to the last mark; it sleeps, as others need its core."""
 
+    @property
+    @abstractmethod
+    def has_come(self) -> bool:
+        """Whether the queue has come to the last mark."""
+
 
 @final
 class HostQueue(SideQueue):
@@ -64,6 +69,11 @@ class HostQueue(SideQueue):
     @override
     def wait(self) -> None:
         pass
+
+    @property
+    @override
+    def has_come(self) -> bool:
+        return True
 
 
 @final
@@ -102,6 +112,11 @@ class DeviceQueue(SideQueue):
     @override
     def wait(self) -> None:
         self._mark.synchronize()
+
+    @property
+    @override
+    def has_come(self) -> bool:
+        return bool(self._mark.query())
 
 
 def make_queue(device: torch.device) -> SideQueue:

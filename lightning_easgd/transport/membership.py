@@ -7,9 +7,9 @@ import pickle
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -21,6 +21,9 @@ from torch.distributed import ReduceOp
 
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 from lightning_easgd.transport.daemon import Daemon
+from lightning_easgd.transport.device_queue import make_queue
+from lightning_easgd.transport.member_groups import GroupKind, make_group
+from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["Membership"]
 
@@ -31,6 +34,7 @@ _COMMIT = 4
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _PERHAPS_ALIVE = 2.0  # where a heartbeat may be late, and to be wrong is worse than to wait
 _NOBODY = -1  # in place of a replica_id
+_CPU = torch.device("cpu")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # workers do not find each other by a proxy
 
 
@@ -92,6 +96,8 @@ class Membership:
         strategy: The strategy's name, for errors.
         inside: The channel of this worker's ranks; None for one rank.
         host: The host of its first rank.
+        kind: What the vectors of an exchange travel through.
+        device: Where this rank trains.
 
     Attributes:
         replica_id: As given.
@@ -117,9 +123,13 @@ class Membership:
         fit: int | None = None,
         inside: Channel | None = None,
         host: str = "localhost",
+        kind: GroupKind = "gloo",
+        device: torch.device = _CPU,
     ) -> None:
         self._inside = inside or LoneChannel()
         self._host = host
+        self._kind: GroupKind = kind
+        self._queue = make_queue(device)
         self._address = lighthouse
         self.replica_id = replica_id
         self._min_replica_size = min_replica_size
@@ -217,9 +227,9 @@ class Membership:
         return int(self._store.port)
 
     def _make_manager(self, port: int) -> int:
-        from torchft import Manager, ProcessGroupGloo  # noqa: PLC0415 - an extra
+        from torchft import Manager  # noqa: PLC0415 - an extra
 
-        self._group = ProcessGroupGloo(timeout=self._timeout)
+        self._group = make_group(self._kind, self._timeout)
         self._manager = Manager(
             pg=self._group,
             load_state_dict=None,
@@ -487,15 +497,33 @@ class Membership:
             common: Gives a checksum of what all workers must have in common, in the same thread, before the first.
         """
         self._request = None
+        self.follow()
         self._under_way = self._thread.submit(self._exchange, add_up, common)
 
+    def follow(self) -> None:
+        """Let what is done in :meth:`beside` from here on come after what the device's current queue holds now."""
+        self._queue.follow()
+        self._queue.mark()
+
+    @contextmanager
+    def beside(self) -> Iterator[None]:
+        """Do what is in the block beside the steps, on the device, too."""
+        self._queue.wait()  # no deadline of the exchange runs meanwhile
+        with self._queue.beside():
+            yield
+
     def _exchange(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
+        with self.beside():
+            return self._exchange_beside(add_up, common)
+
+    def _exchange_beside(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
         self._present = self._all_present(common())
         if len({each.replica_id for each in self._present}) < len(self._present):
             self._manager.report_error(ExchangeError("two workers have one replica_id"))
         elif self._differs:
             self._manager.report_error(ExchangeError("the workers' centers differ; they go on from the first one's"))
         add_up()
+        self._await_device()
         try:
             # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
             return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout))
@@ -505,6 +533,23 @@ class Membership:
                 f" {_COMMIT} times FaultTolerance(process_group_timeout={self._timeout.total_seconds():g}). Cause:"
                 f" {error}"
             ) from error
+
+    def _await_device(self) -> None:
+        """Wait for the device's part of the exchange; one that does not end is ended."""
+        self._queue.mark()
+        seconds = self._timeout.total_seconds()
+        error: Exception | None = TimeoutError(f"it has not ended on the GPU within {seconds:g} s")
+        if wait_until(lambda: self._queue.has_come or self._group.errored() is not None, seconds):
+            error = self._group.errored()
+        if error is None:
+            return
+        self._manager.report_error(error)
+        self._group.abort()
+        if not wait_until(lambda: self._queue.has_come, seconds):
+            raise ExchangeError(
+                f"{self._strategy}: an exchange that has been lost ({error}) does not end on the GPU; start this worker"
+                " again, or give FaultTolerance(process_group='gloo')."
+            )
 
     def _all_present(self, common: int) -> tuple[_Present, ...]:
         """Those that take part, by rank; none if one of them has not been heard."""
