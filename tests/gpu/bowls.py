@@ -1,15 +1,20 @@
 """½‖x - b_i‖² under a Trainer, and the rows that the ranks leave, to compare with the recursions."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+import torch.distributed as dist
 from devices import fit
 from ranks import run_ranks
 from recursions import SIZE, minima
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -36,9 +41,12 @@ class Bowls(L.LightningModule):
         self.trace: list[list[np.ndarray]] = []
         self.seen = 0
 
+    def minimum(self) -> Tensor:
+        """b_i of this rank's data."""
+        return torch.from_numpy(minima(4)[self.trainer.distributed_sampler_kwargs["rank"]])
+
     def loss(self, parts: Any) -> Tensor:
-        b = torch.from_numpy(minima(3)[self.trainer.global_rank]).to(self.x[0])
-        pairs = zip(self.x, torch.split(b, [2, SIZE - 2]), strict=True)
+        pairs = zip(self.x, torch.split(self.minimum().to(self.x[0]), [2, SIZE - 2]), strict=True)
         terms = [0.5 * (x - part.view_as(x)).square().sum() for x, part in pairs]
         return sum(terms[number] for number in parts)
 
@@ -61,7 +69,8 @@ class Bowls(L.LightningModule):
         return self.optimizer([{"params": [x], "lr": lr} for x, lr in zip(self.x, self.lrs, strict=True)])
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(torch.zeros(self.steps * self.trainer.world_size), batch_size=1)
+        replicas = self.trainer.distributed_sampler_kwargs["num_replicas"]
+        return DataLoader(torch.zeros(self.steps * replicas), batch_size=1)
 
     def position(self) -> np.ndarray:
         """x, which with Nesterov momentum is y + ηδb."""
@@ -90,8 +99,57 @@ class Bowls(L.LightningModule):
             strategy.barrier()
 
 
+class Columns(nn.Module):
+    """Weights of one column each, which are x: layers as the plans of tensor parallelism know them."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(1, size, bias=False) for size in sizes])
+        for layer in self.layers:
+            nn.init.ones_(layer.weight)
+
+    def forward(self, b: Tensor) -> Tensor:
+        parts = torch.split(b, [layer.out_features for layer in self.layers])
+        columns = [layer(b.new_ones(1, 1))[0] for layer in self.layers]
+        return sum(0.5 * (x - part).square().sum() for x, part in zip(columns, parts, strict=True))
+
+
+class ShardedBowls(Bowls):
+    """The same where x can be in shards, and is under ``EASGDModelParallelStrategy``.
+
+    Args:
+        steps: Batches.
+        sizes: Rows of the two weights: over two ranks a shard of one row is empty on the second.
+        arguments: As for ``Bowls``.
+    """
+
+    def __init__(self, steps=9, sizes=(2, SIZE - 2), **arguments) -> None:
+        super().__init__(steps, **arguments)
+        self.x = Columns(sizes)
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh
+        if mesh is None:
+            return
+        data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
+        if tensor.size() > 1:
+            plan = {f"layers.{number}": ColwiseParallel(output_layouts=Replicate()) for number in range(2)}
+            parallelize_module(self.x, tensor, plan)
+        if data.size() > 1 or tensor.size() == 1:
+            for part in (self.x.layers[0], self.x):  # the root holds the second layer
+                fully_shard(part, mesh=data)
+                if dist.get_backend(data.get_group()) == "gloo":  # of some torch it adds up for a mean: pytorch#162338
+                    part.set_force_sum_reduction_for_comms(True)
+        assert all(isinstance(x, DTensor) for x in self.parameters())
+
+    def loss(self, parts: Any) -> Tensor:
+        return self.x(self.minimum().to(self.device, torch.float32))
+
+
 def flat(tensors: Any) -> np.ndarray:
-    return torch.cat([tensor.detach().double().cpu().flatten() for tensor in tensors]).numpy()
+    """All elements in a row; the ranks of a worker whose shards they are call it together."""
+    wholes = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return torch.cat([whole.detach().double().cpu().flatten() for whole in wholes]).numpy()
 
 
 def leave_rows(make_module: Any, make_strategy: Any, trainer: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:

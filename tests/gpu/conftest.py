@@ -1,8 +1,12 @@
 """The marks of the GPU tests, in one place, and what they are skipped for."""
 
+import fcntl
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from devices import count_cuda_devices, on_gpu
 
 FOLDER = Path(__file__).parent
@@ -29,6 +33,19 @@ def cuda():
     """For tests that make no sense on the CPU."""
     if not on_gpu():
         pytest.skip("a dry run on the CPU has no CUDA device")
+
+
+@pytest.fixture
+def nccl(cuda, request):
+    """One test of several ranks at a time: on one GPU their kernels wait for each other, and hold up all others'."""
+    if not torch.distributed.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    if hasattr(request.node, "callspec") and request.node.callspec.params.get("ranks") == 1:
+        yield
+        return
+    with Path(tempfile.gettempdir(), f"easgd-test-nccl-{os.getuid()}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Where the GPU tests run: ranks share the first GPU over gloo, in a dry run the CPU; NCCL where it can be."""
+"""Where the GPU tests run: ranks share the first GPU over gloo or NCCL, in a dry run the CPU over gloo."""
 
 import multiprocessing
 import os
@@ -38,19 +38,36 @@ def device() -> torch.device:
 
 
 def shared(cls=EASGDStrategy, *, ranks: int = 2, where: torch.device | None = None, **arguments: Any):
-    """A strategy whose ranks all use one device; NCCL refuses to share, gloo does not."""
-    return cls(parallel_devices=[where or device()] * ranks, process_group_backend="gloo", **arguments)
+    """A strategy whose ranks all use one device, over gloo."""
+    return _on([where or device()] * ranks, cls, process_group_backend="gloo", **arguments)
 
 
-def own_devices(cls=EASGDStrategy, *, ranks: int = 1, **arguments: Any):
-    """A strategy whose ranks have a GPU each, over NCCL."""
-    return cls(parallel_devices=[torch.device("cuda", rank) for rank in range(ranks)], **arguments)
+def over_nccl(cls=EASGDStrategy, *, ranks: int = 1, **arguments: Any):
+    """A strategy over NCCL, made in a rank's process: a GPU for each rank, or several ranks on one if there are fewer.
+
+    NCCL refuses two ranks of one host on one GPU, so each is told that it is a host of its own; sockets join them.
+    """
+    devices = count_cuda_devices()
+    if devices < ranks:
+        os.environ |= {
+            "NCCL_HOSTID": f"easgd-test-{os.environ['RANK']}",
+            "NCCL_NET": "Socket",
+            "NCCL_IB_DISABLE": "1",
+            "NCCL_SOCKET_IFNAME": "lo",
+        }
+    return _on([torch.device("cuda", rank % devices) for rank in range(ranks)], cls, **arguments)
 
 
-def fit(module: Any, strategy: Any, **trainer: Any) -> Any:
+def _on(devices: list[torch.device], cls: Any, **arguments: Any):
+    strategy = cls(**arguments)
+    strategy.parallel_devices = devices  # no argument of EASGDModelParallelStrategy's
+    return strategy
+
+
+def fit(module: Any, strategy: Any, ckpt_path: Any = None, **trainer: Any) -> Any:
     """Fit on the devices that the strategy names, in a process that :func:`ranks.run_ranks` made."""
     accelerator = {"accelerator": "auto", "devices": "auto"}
-    quiet_trainer(strategy=strategy, **accelerator, **trainer).fit(module)
+    quiet_trainer(strategy=strategy, **accelerator, **trainer).fit(module, ckpt_path=ckpt_path)
     return module
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 SIZE = 5  # elements of x
-_CENTERS = (2.0, -3.0, 1.0)
+_CENTERS = (2.0, -3.0, 1.0, -0.5)
 
 
 def minima(ranks: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A GPU for each rank, over NCCL: one rank wherever there is a GPU, two where there are two."""
+"""Over NCCL: one rank, and two, with a GPU for each where there are two."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from bowls import SGD, Bowls, flat, rows
-from devices import fit, in_precision, own_devices
+from devices import fit, in_precision, over_nccl
 from lightning.pytorch.callbacks import Callback
 from ranks import run_ranks
 from recursions import Adam, Sgd, downpour, minima, post_local, round_robin, synchronous
@@ -15,6 +15,7 @@ from toys import Regression
 from lightning_easgd import DownpourStrategy, LocalStrategy
 from lightning_easgd.lab.baselines.post_local_sgd import PostLocalSGDStrategy
 
+pytestmark = pytest.mark.usefixtures("nccl")
 STEPS = 11
 SINGLE = {"rtol": 1e-6, "atol": 1e-6}
 IN_TURN = {"mode": "async", "order": "round_robin"}
@@ -42,21 +43,12 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def enough_devices(request):
-    """As many as the test has ranks."""
-    ranks = request.node.callspec.params.get("ranks", 2) if hasattr(request.node, "callspec") else 2
-    request.getfixturevalue("two_cuda_devices" if ranks == 2 else "cuda")
-    if not torch.distributed.is_nccl_available():
-        pytest.skip("this torch has no NCCL")
-
-
 @ranks_of
 @pytest.mark.parametrize("case", CASES)
 def test_traces(case, ranks):
     strategy, reference = CASES[case]
     reads = "in turn" if "mode" in strategy else "center"
-    found, end = rows(partial(Bowls, STEPS, reads=reads), partial(own_devices, ranks=ranks, **strategy), ranks)
+    found, end = rows(partial(Bowls, STEPS, reads=reads), partial(over_nccl, ranks=ranks, **strategy), ranks)
     expected = reference(minima(ranks))
     np.testing.assert_allclose(found, expected, **SINGLE)
     np.testing.assert_allclose(end, expected[-1, -1], **SINGLE)
@@ -65,7 +57,7 @@ def test_traces(case, ranks):
 @ranks_of
 @pytest.mark.parametrize("tau", [1, 5])
 def test_exchanges_left_under_way(tau, ranks):
-    make = partial(own_devices, ranks=ranks, tau=tau, alpha=0.2)
+    make = partial(over_nccl, ranks=ranks, tau=tau, alpha=0.2)
     adam = partial(torch.optim.Adam, lr=0.1)
     found, end = rows(partial(Bowls, STEPS, optimizer=adam, reads="worker"), make, ranks)
     expected = synchronous(minima(ranks), STEPS, tau, 0.2, ranks * 0.2, lambda _: Adam())
@@ -75,7 +67,7 @@ def test_exchanges_left_under_way(tau, ranks):
 
 @ranks_of
 def test_downpour(ranks):
-    make = partial(own_devices, DownpourStrategy, ranks=ranks, order="round_robin", tau=2)
+    make = partial(over_nccl, DownpourStrategy, ranks=ranks, order="round_robin", tau=2)
     found, _ = rows(partial(Bowls, STEPS, reads="in turn"), make, ranks)
     np.testing.assert_allclose(found, downpour(minima(ranks), STEPS, 2, lambda _: Sgd()), **SINGLE)
 
@@ -85,7 +77,7 @@ def test_downpour(ranks):
 def test_two_optimizers_of_different_rhythm(mode, ranks):
     """Each has its channel: NCCL would hang, or mix up their sums, if ranks started them in another order."""
     order = {"order": "round_robin"} if mode == "async" else {}
-    make = partial(own_devices, ranks=ranks, mode=mode, tau=2, alpha=0.2, **order)
+    make = partial(over_nccl, ranks=ranks, mode=mode, tau=2, alpha=0.2, **order)
     found, end = rows(partial(Bowls, STEPS, by_hand=True, reads="worker"), make, ranks)
     for part, steps in ((slice(0, 2), STEPS), (slice(2, 5), STEPS // 2)):
         b = minima(ranks)[:, part]
@@ -101,7 +93,7 @@ def test_two_optimizers_of_different_rhythm(mode, ranks):
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "int8"])
 def test_compressed_differences(wire_dtype, center_device, ranks):
     """Next to the exact recursion: what rounding drops is sent later."""
-    make = partial(own_devices, ranks=ranks, tau=2, alpha=0.3, wire_dtype=wire_dtype, center_device=center_device)
+    make = partial(over_nccl, ranks=ranks, tau=2, alpha=0.3, wire_dtype=wire_dtype, center_device=center_device)
     found, _ = rows(partial(Bowls, STEPS), make, ranks)
     exact = synchronous(minima(ranks), STEPS, 2, 0.3, ranks * 0.3, lambda _: Sgd())
     quantum = {"bfloat16": 2.0**-8, "int8": 1 / 127}[wire_dtype]
@@ -111,7 +103,7 @@ def test_compressed_differences(wire_dtype, center_device, ranks):
 
 @ranks_of
 def test_post_local_sgd(ranks):
-    make = partial(own_devices, PostLocalSGDStrategy, ranks=ranks, tau=3, warmup_steps=2)
+    make = partial(over_nccl, PostLocalSGDStrategy, ranks=ranks, tau=3, warmup_steps=2)
     found, end = rows(partial(Bowls, STEPS, reads="worker"), make, ranks)
     expected = post_local(minima(ranks), STEPS, 3, 2)
     np.testing.assert_allclose(found, expected[:, :-1], **SINGLE)
@@ -130,8 +122,8 @@ def test_mixed_precision(mode, ranks):
     def run():
         results = []
         for make in (
-            partial(own_devices, tau=2, alpha=0, beta=0.5, **mode),
-            partial(own_devices, LocalStrategy),
+            partial(over_nccl, tau=2, alpha=0, beta=0.5, **mode),
+            partial(over_nccl, LocalStrategy),
         ):
             torch.manual_seed(0)
             module, last = Regression(batches=12), Last()
@@ -150,12 +142,13 @@ def test_mixed_precision(mode, ranks):
         assert abs(worker - center).max() > 1e-4
 
 
+@pytest.mark.usefixtures("two_cuda_devices")
 @pytest.mark.parametrize("mode", [{}, IN_TURN, {"center_device": "cpu"}], ids=["sync", "async", "center on the CPU"])
 def test_rank_1_makes_no_context_on_device_0(mode):
     """Its threads begin on device 0; a context there would cost half a gigabyte for each rank of a node."""
 
     def run():
-        fit(Bowls(STEPS, optimizer=SGD, reads="worker"), own_devices(ranks=2, tau=2, **mode))
+        fit(Bowls(STEPS, optimizer=SGD, reads="worker"), over_nccl(ranks=2, tau=2, **mode))
         return [torch._C._cuda_hasPrimaryContext(number) for number in range(2)]
 
     first, second = run_ranks(run, 2, timeout=150)
