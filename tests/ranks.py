@@ -98,6 +98,8 @@ def _warm_up() -> None:
 
     It imports and caches (also which packages are installed), and leaves the generators as they were.
     """
+    if torch.cuda.is_available():  # a fit would start CUDA, which no forked rank could use then
+        return
     lightning_registry.entry_points = functools.cache(lightning_registry.entry_points)
 
     class Logs(BoringModel):  # the first log looks through the metadata of torch
