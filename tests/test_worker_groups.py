@@ -14,11 +14,13 @@ from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from toys import Thaw, TwoLayers, fitted, quiet_trainer
 
-from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd import DownpourStrategy, EASGDModelParallelStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd.fabric import EASGDModelParallelStrategy as FabricEASGDModelParallelStrategy
 from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -506,6 +508,45 @@ def test_fabric():
         assert close(own_center, center)
         assert equal(own_center, state)
         assert equal(own_center, final)
+
+
+PLACES = {
+    "DDP": (EASGDStrategy, {"devices_per_worker": 2}),
+    "DDP, Fabric": (FabricEASGDStrategy, {"devices_per_worker": 2}),
+    "FSDP2": (EASGDModelParallelStrategy, {"data_parallel_size": 2}),
+    "FSDP2, Fabric": (FabricEASGDModelParallelStrategy, {"parallelize_fn": id, "data_parallel_size": 2}),
+}
+
+
+class Shardable(TwoLayers):
+    def configure_model(self):
+        if self.device_mesh is not None:
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gloo_that_lightning_has_bound_to_a_gpu_makes_groups_of_some_ranks(place, monkeypatch):
+    """Of a bound group torch makes them by splitting it, which gloo cannot."""
+    cls, arguments = PLACES[place]
+    init = dist.init_process_group
+
+    def init_bound(*arguments, **keywords):
+        init(*arguments, **keywords)
+        dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+
+    monkeypatch.setattr(dist, "init_process_group", init_bound)
+
+    def train():
+        strategy = cls(process_group_backend="gloo", **arguments)
+        if not place.endswith("Fabric"):
+            fitted(Shardable(), strategy, 4, max_steps=2)
+            return
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+        fabric.launch()
+        dist.new_subgroups(2)
+        fabric.barrier()
+
+    run_ranks(train, 4)
 
 
 @pytest.mark.parametrize("has_state", [False, True])

@@ -89,6 +89,7 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
         def _set_up_groups(self) -> None:
             super(base, self).setup_environment()
             self._setup_distributed()
+            self._unbind_group()
             self._set_up_mesh()
 
         def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
@@ -212,6 +212,15 @@ class WorkerProcess(_Base):
     def _set_up_groups(self) -> None:
         """Set up the process group, and what else Lightning's strategy below makes of the ranks."""
         super().setup_environment()
+        self._unbind_group()
+
+    def _unbind_group(self) -> None:
+        """Take gloo's process group from the GPU that Lightning has bound it to.
+
+        Of a bound one torch makes the groups of some ranks by splitting it, which gloo cannot (torch 2.11).
+        """
+        if dist.is_initialized() and "nccl" not in self._get_process_group_backend():
+            _get_default_group().bound_device_id = None
 
     # What a method says
 

@@ -44,7 +44,7 @@ def set_up_group(
         rank=rank,
         world_size=size,
         timeout=timeout,
-        device_id=None if device.type == "cpu" else device,
+        device_id=device if device.type != "cpu" and "nccl" in backend else None,
     )
     if "nccl" in backend:
         atexit.register(_leave)  # as Lightning does where it makes the group

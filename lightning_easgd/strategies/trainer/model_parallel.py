@@ -112,6 +112,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
 
         def _set_up_groups(self) -> None:
             self._setup_distributed()
+            self._unbind_group()
             self._set_up_mesh()
             give_mesh(self.lightning_module, self._device_mesh)
 
