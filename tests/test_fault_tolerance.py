@@ -30,6 +30,7 @@ from lightning_easgd.strategies.trainer.launching import RankLauncher
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 HERE_ON_DISK = Path(__file__).parent
 HERE = FaultTolerance("http://localhost:1", 0)
@@ -110,17 +111,24 @@ class TestStrategy:
                 {"center_device": "cpu", "fault_tolerance": FaultTolerance(process_group="nccl")},
                 r"center_device='cpu', fault_tolerance=FaultTolerance\(process_group='nccl'\)\): .*leave center_device",
             ),
+            (
+                {"wire_dtype": "int8", "fault_tolerance": FaultTolerance(process_group="nccl")},
+                r"wire_dtype='int8', fault_tolerance=FaultTolerance\(process_group='nccl'\)\): .*leave wire_dtype out",
+            ),
         ],
     )
     def test_what_does_not_go_with_it_is_refused(self, arguments, said):
         with pytest.raises(ValueError, match=rf"^EASGDStrategy\({said}"):
             EASGDStrategy(**{"fault_tolerance": True, **arguments})
 
-    def test_nccl_needs_a_gpu(self):
-        strategy = EASGDStrategy(fault_tolerance=FaultTolerance("http://localhost:1", 0, process_group="nccl"))
-        said = r"^EASGDStrategy\(fault_tolerance=.*process_group='nccl'\)\): .*trains on cpu; use 'gloo'"
-        with pytest.raises(ValueError, match=said):
-            quiet_trainer(strategy=strategy, devices=1)
+    @pytest.mark.parametrize(
+        ("device", "per_worker", "said"),
+        [("cpu", 1, "trains on cpu; use 'gloo'"), ("cuda:0", 2, "on 2 GPUs, which")],
+    )
+    def test_nccl_needs_a_gpu_and_has_one(self, device, per_worker, said):
+        worker = ElasticWorker("EASGDStrategy", FaultTolerance("http://localhost:1", 0, process_group="nccl"))
+        with pytest.raises(ValueError, match=rf"^EASGDStrategy\(fault_tolerance=.*process_group='nccl'\)\): .*{said}"):
+            worker.resolve(WorkerLayout(per_worker, per_worker), "devices_per_worker=2", torch.device(device))
 
     def test_what_is_no_setting_is_refused(self):
         with pytest.raises(TypeError, match=r"^EASGDStrategy\(fault_tolerance='yes'\): give True"):

@@ -36,6 +36,7 @@ from lightning_easgd.strategies.easgd_arguments import (
     check_elastic,
     check_mode,
     check_momentum,
+    check_nccl,
     check_outer,
     check_pickled,
     check_pull,
@@ -218,7 +219,8 @@ class EASGDMethod(CenterMethod):
         check_center_device(name, center_device, mode)
         settings = as_fault_tolerance(name, fault_tolerance)
         if settings is not None:
-            check_elastic(name, mode, settings, center_device, may=self.may_come_and_go)
+            check_elastic(name, mode, self.may_come_and_go)
+            check_nccl(name, settings, center_device, wire_dtype)
             self.elastic = ElasticWorker(name, settings)
         check_momentum(name, momentum)
         check_center_rule(name, center_rule)

@@ -121,7 +121,7 @@ def check_worker(strategy: str, devices_per_worker: object, mode: str) -> None:
         )
 
 
-def check_elastic(strategy: str, mode: str, settings: FaultTolerance, center_device: str | None, *, may: bool) -> None:
+def check_elastic(strategy: str, mode: str, may: bool) -> None:
     """Refuse what workers that come and go cannot have."""
     if not may:
         raise ValueError(
@@ -132,11 +132,19 @@ def check_elastic(strategy: str, mode: str, settings: FaultTolerance, center_dev
             f"{strategy}(mode='async', fault_tolerance=...): a served center goes with the ranks that hold it; use"
             " mode='sync'."
         )
-    if settings.process_group == "nccl" and center_device is not None:
-        raise ValueError(
-            f"{strategy}(center_device={center_device!r}, fault_tolerance=FaultTolerance(process_group='nccl')): NCCL"
-            " adds up what is on the GPU, and the center with it; leave center_device out, or use 'gloo'."
-        )
+
+
+def check_nccl(strategy: str, settings: FaultTolerance, center_device: str | None, wire_dtype: str | None) -> None:
+    """Refuse what does not go through NCCL where workers come and go."""
+    for name, value, why in (
+        ("center_device", center_device, "NCCL adds up what is on the GPU, and the center with it"),
+        ("wire_dtype", wire_dtype, "compressed messages through NCCL have not been shown to work"),
+    ):
+        if settings.process_group == "nccl" and value is not None:
+            raise ValueError(
+                f"{strategy}({name}={value!r}, fault_tolerance=FaultTolerance(process_group='nccl')): {why}; leave"
+                f" {name} out, or use 'gloo'."
+            )
 
 
 def check_wire_dtype(strategy: str, wire_dtype: object) -> None:

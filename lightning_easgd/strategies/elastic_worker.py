@@ -70,10 +70,13 @@ class ElasticWorker:
             ValueError: If something is missing, or there is more than one worker, or no GPU for NCCL.
         """
         self._settings = self._settings.resolved()
-        if self._settings.process_group == "nccl" and device.type != "cuda":
+        if self._settings.process_group == "nccl" and (device.type != "cuda" or layout.per_worker > 1):
+            place = (
+                device if device.type != "cuda" else f"{layout.per_worker} devices, which has not been shown to work"
+            )
             raise ValueError(
                 f"{self._strategy}(fault_tolerance=FaultTolerance(process_group='nccl')): NCCL adds up what is on a"
-                f" GPU, and this worker trains on {device}; use 'gloo'."
+                f" GPU, and this worker trains on {place}; use 'gloo'."
             )
         if layout.workers != 1:
             raise ValueError(
@@ -170,8 +173,8 @@ class ElasticWorker:
         assert isinstance(settings.process_group_timeout, float)
         is_alone = not dist.is_initialized() or dist.get_world_size() == 1
 
-        def channel(backend: str = "gloo") -> Channel:
-            return LoneChannel() if is_alone else ProcessGroupChannel(backend, timeout, self._strategy, who_is_missing)
+        def channel() -> Channel:
+            return LoneChannel() if is_alone else ProcessGroupChannel("gloo", timeout, self._strategy, who_is_missing)
 
         inside = channel()
         self._members = members = Membership(
@@ -208,7 +211,7 @@ class ElasticWorker:
             strategy=self._strategy,
         )
         if not (is_alone or is_sharded):
-            make_sum = sliced_sums(channel_joins(partial(channel, settings.process_group)), make_sum)
+            make_sum = sliced_sums(channel_joins(channel), make_sum)
         return channel(), make_sum, WorkerRanks(LoneChannel(), inside, is_sharded, judges_together)
 
     def _receive_clocks(self, clocks: dict[str, Any]) -> None:

@@ -544,7 +544,7 @@ class Membership:
         if error is None:
             return
         self._manager.report_error(error)
-        self._group.abort()
+        Daemon("easgd_abort").submit(self._group.abort)
         if not wait_until(lambda: self._queue.has_come, seconds):
             raise ExchangeError(
                 f"{self._strategy}: an exchange that has been lost ({error}) does not end on the GPU; start this worker"

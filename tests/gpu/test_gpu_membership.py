@@ -13,7 +13,6 @@ if find_spec("torchft") is None:  # not imported: it starts CUDA, and the ranks 
 pytestmark = pytest.mark.timeout(150)
 LOST = {"gloo": TRANSFER, "nccl": 6.0}  # seconds; to make a communicator takes longer on a GPU that many share
 between = pytest.mark.parametrize("process_group", ["gloo", "nccl"])
-compressed = pytest.mark.parametrize("wire_dtype", [None, "int8"])
 
 
 @pytest.fixture
@@ -33,13 +32,19 @@ def check_steps(job, number, since=0.0):
     assert clocks == list(range(clocks[0], clocks[0] + len(clocks)))
 
 
-@between
-@compressed
-def test_killed_inside_of_an_exchange_and_started_again(job, wire_dtype, process_group):
+@pytest.mark.parametrize(
+    ("process_group", "wire_dtype", "dies_in"),
+    [
+        ("gloo", None, ["all_reduce", 10]),
+        ("gloo", "int8", ["all_gather", 20]),
+        ("nccl", None, ["_exchange", 10]),
+        ("nccl", None, ["all_reduce", 10]),  # the others' kernel waits for it
+    ],
+)
+def test_killed_inside_of_an_exchange_and_started_again(job, process_group, wire_dtype, dies_in):
     first = job.start(0, wire_dtype=wire_dtype)
     job.until(0, are(0))
-    operation = ["_exchange", 10] if wire_dtype is None else ["all_gather", 20]
-    one = job.start(1, wire_dtype=wire_dtype, dies_in=operation)
+    one = job.start(1, wire_dtype=wire_dtype, dies_in=dies_in)
     assert one.wait(60) == -signal.SIGKILL
     last = job.steps(1)[-1]
     alone = job.until(0, are(0), since=last["time"])
@@ -81,9 +86,8 @@ def test_killed_between_exchanges_frozen_and_late(job, process_group):
         check_steps(job, number, since)
 
 
-@between
-@compressed
-def test_workers_of_two_ranks(job, wire_dtype):
+@pytest.mark.parametrize(("process_group", "wire_dtype"), [("gloo", None), ("gloo", "int8")])
+def test_workers_of_two_ranks(job, process_group, wire_dtype):
     torchrun = "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.1"
     where = "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"
     for number in (0, 1):
