@@ -7,7 +7,7 @@ import shutil
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
+from functools import partial, partialmethod
 
 import jsonargparse
 import lightning as L
@@ -146,6 +146,40 @@ def test_sharded_workers_are_those_of_the_reference(count, shape, backend):
         assert distance**2 == pytest.approx(sum(square.sum() for square in squares))
     # Center and wire of all ranks: as many elements as the parameters of all workers have.
     assert sum(elements[0] for *_, elements, _, _ in results) == 21 * count
+
+
+class Single(Sharded):
+    """In float32, of which FSDP2 asks the process group for the mean; in double it divides the sum."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.net.float()
+
+    @staticmethod
+    def rows(count):
+        return TwoLayers.rows(count).float()
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_the_gradient_is_the_mean_where_the_process_group_gives_the_sum_for_it(sums, monkeypatch):
+    """As gloo does in torch 2.8, in silence."""
+
+    def sum_for_mean(reduce_scatter, group, output, shards, options):
+        options.reduceOp = dist.ReduceOp.SUM
+        return reduce_scatter(group, output, shards, options)
+
+    for name in ("_reduce_scatter_base", "reduce_scatter_single"):  # the second one since torch 2.13
+        if sums and hasattr(dist.ProcessGroup, name):
+            method = partialmethod(partial(sum_for_mean, getattr(dist.ProcessGroup, name)))
+            monkeypatch.setattr(dist.ProcessGroup, name, method)
+
+    def train():  # clipped it would be the same
+        end, _ = fit((2, 1), module=Single(accumulate=2, **SGD), gradient_clip_val=None)
+        return end.center
+
+    _, _, center = reference(2, 2, clip=None)
+    for own_center in run_ranks(train, 4, timeout=110):
+        assert close(own_center, center, 1e-5)
 
 
 def test_parameters_that_no_data_parallel_rank_shares_are_warned_of():

@@ -14,7 +14,14 @@ from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.tensors.buffers import can_be_written
 from lightning_easgd.tensors.shards import is_shard, local
 
-__all__ = ["broadcast_parts", "broadcast_states", "check_alike", "check_whole", "warn_of_unreduced"]
+__all__ = [
+    "average_by_sum",
+    "broadcast_parts",
+    "broadcast_states",
+    "check_alike",
+    "check_whole",
+    "warn_of_unreduced",
+]
 
 _BROADCAST_BYTES = 250 * 1024 * 1024
 
@@ -125,6 +132,31 @@ def warn_of_unreduced(strategy: str, module: nn.Module, group: dist.ProcessGroup
             " fully_shard(..., mesh=self.device_mesh['data_parallel']) take in the module that has them, unless they"
             " are reduced by other means."
         )
+
+
+def average_by_sum(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let FSDP2 divide the sum of the gradients itself where the process group gives a sum for their mean.
+
+    gloo does in torch 2.8, in silence (pytorch#162338); asked is the group, as nobody says where it has been mended.
+    All data-parallel ranks call it.
+
+    Args:
+        module: The module, parallelized.
+        group: This worker's data-parallel ranks that this one is of.
+    """
+    from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - it takes its time
+
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    if not sharded or dist.get_backend(group) == "nccl":
+        return
+    device = local(next(sharded[0].parameters())).device
+    mean, ones = torch.zeros(1, device=device), torch.ones(dist.get_world_size(group), device=device)
+    options = dist.ReduceScatterOptions()
+    options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
+    group._reduce_scatter_base(mean, ones, options).wait()
+    if float(mean) != 1.0:
+        for part in sharded:
+            part.set_force_sum_reduction_for_comms(True)
 
 
 def _ranks_of(parameter: Any) -> set[int]:

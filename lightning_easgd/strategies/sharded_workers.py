@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
-from lightning_easgd.strategies.common_start import broadcast_parts, warn_of_unreduced
+from lightning_easgd.strategies.common_start import average_by_sum, broadcast_parts, warn_of_unreduced
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
 from lightning_easgd.tensors.shards import is_shard, local, sharded_like
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -251,6 +251,7 @@ class _ShardedRanks(WorkerProcess):
         """Give the ranks of each coordinate what the one in worker 0 has; let BatchNorm be synchronized inside."""
         group = self.mesh.get_group("data_parallel")
         warn_of_unreduced(type(self).__name__, module, group)
+        average_by_sum(module, group)
         assert self._inside is not None
         self._inside.synchronize(module, group)  # the ranks of tensor parallelism draw the same data
         if self.layout.workers > 1:
