@@ -123,7 +123,7 @@ class TestStrategy:
 
     @pytest.mark.parametrize(
         ("device", "per_worker", "said"),
-        [("cpu", 1, "trains on cpu; use 'gloo'"), ("cuda:0", 2, "on 2 GPUs, which")],
+        [("cpu", 1, "this one has 1 of the type cpu; use 'gloo'"), ("cuda:0", 2, "this one has 2 of the type cuda")],
     )
     def test_nccl_needs_a_gpu_and_has_one(self, device, per_worker, said):
         worker = ElasticWorker("EASGDStrategy", FaultTolerance("http://localhost:1", 0, process_group="nccl"))

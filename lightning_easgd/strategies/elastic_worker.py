@@ -71,12 +71,9 @@ class ElasticWorker:
         """
         self._settings = self._settings.resolved()
         if self._settings.process_group == "nccl" and (device.type != "cuda" or layout.per_worker > 1):
-            place = (
-                device if device.type != "cuda" else f"{layout.per_worker} devices, which has not been shown to work"
-            )
             raise ValueError(
-                f"{self._strategy}(fault_tolerance=FaultTolerance(process_group='nccl')): NCCL adds up what is on a"
-                f" GPU, and this worker trains on {place}; use 'gloo'."
+                f"{self._strategy}(fault_tolerance=FaultTolerance(process_group='nccl')): NCCL is for workers of one"
+                f" GPU so far, and this one has {layout.per_worker} of the type {device.type}; use 'gloo'."
             )
         if layout.workers != 1:
             raise ValueError(

@@ -127,8 +127,10 @@ def make_mesh(device: torch.device, layout: WorkerLayout, shape: Sequence[int], 
 
 
 def inside(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh of this rank's worker."""
-    return mesh[_INSIDE]
+    """The mesh of this rank's worker; one of its own, as a part of a mesh has no parts in torch 2.8."""
+    groups = [mesh.get_group(name) for name in _INSIDE]
+    own = mesh.mesh[mesh.get_local_rank("workers")]
+    return DeviceMesh.from_group(groups, mesh.device_type, own, mesh_dim_names=_INSIDE)
 
 
 def sampler_arguments(mesh: DeviceMesh, layout: WorkerLayout, rank: int) -> dict[str, int]:
