@@ -12,7 +12,8 @@ from channels import Hub, on_threads
 
 from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.transport.device_queue import HostQueue
-from lightning_easgd.transport.membership import Membership, _Heard
+from lightning_easgd.transport.lighthouse import Heard
+from lightning_easgd.transport.membership import Membership
 
 WORKERS, RANKS = 2, 2
 
@@ -369,14 +370,14 @@ def test_none_begin_anew_beside_one_that_trains(lives):
     """They have come between two of its exchanges, and are enough for the lighthouse to go on without it."""
     insides, commits = ([Hub(RANKS) for _ in range(WORKERS)] for _ in range(2))
     groups = [Group() for _ in range(RANKS)]
-    others = [_Heard(0, RANKS, 1, "0", 0.1), _Heard(1, RANKS, 1, "1", 0.1), _Heard(4, RANKS, 1, "4", 9.0)]
+    others = [Heard(0, RANKS, 1, "0", 0.1), Heard(1, RANKS, 1, "1", 0.1), Heard(4, RANKS, 1, "4", 9.0)]
 
     def begin(number):
         worker, rank = divmod(number, RANKS)
         manager = Manager(worker, ranks=commits[worker].channel(rank))
         members = member(manager, insides[worker].channel(rank), group=groups[rank].of(worker))
         has_heard = lives and number == RANKS  # one of them alone
-        members._heard = lambda: [*others, _Heard(5, RANKS, 1, "5", 0.1)] if has_heard else others
+        members._lighthouse.heard = lambda: [*others, Heard(5, RANKS, 1, "5", 0.1)] if has_heard else others
         members.request(comes=True)
         assert members.has_come(5)
         members.exchange(lambda: None, int)
@@ -472,6 +473,6 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
 def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first):
     members = member(Manager(0), Hub(ranks).channel(0))
     members.replica_id, members.living = 2, (0, 2)
-    seen = [_Heard(number, ranks, 1, "name", age) for number, age in heard.items()]
-    monkeypatch.setattr(members, "_heard", lambda: seen)
+    seen = [Heard(number, ranks, 1, "name", age) for number, age in heard.items()]
+    monkeypatch.setattr(members._lighthouse, "heard", lambda: seen)
     assert members.is_first() == is_first

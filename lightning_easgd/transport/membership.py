@@ -4,12 +4,9 @@ import importlib
 import logging
 import os
 import pickle
-import re
-import time
-import urllib.request
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -22,20 +19,17 @@ from torch.distributed import ReduceOp
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 from lightning_easgd.transport.daemon import Daemon
 from lightning_easgd.transport.device_queue import make_queue
+from lightning_easgd.transport.lighthouse import CONNECTING, DIRECT, Lighthouse
 from lightning_easgd.transport.member_groups import GroupKind, make_group
 from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["Membership"]
 
-_CONNECTING = timedelta(seconds=10)  # to the lighthouse, at the start
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
-_ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
-_PERHAPS_ALIVE = 2.0  # where a heartbeat may be late, and to be wrong is worse than to wait
 _NOBODY = -1  # in place of a replica_id
 _CPU = torch.device("cpu")
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # workers do not find each other by a proxy
 
 
 class _State:
@@ -63,16 +57,6 @@ class _Present(NamedTuple):
     replica_id: int
     common: int  # the checksum of what all must have in common
     behind: int
-
-
-class _Heard(NamedTuple):
-    """A worker that the lighthouse has heard of."""
-
-    replica_id: int
-    ranks: int
-    fit: int
-    name: str  # of this launch of it
-    age: float  # seconds since its last sign of life
 
 
 @final
@@ -130,13 +114,13 @@ class Membership:
         self._host = host
         self._kind: GroupKind = kind
         self._queue = make_queue(device)
-        self._address = lighthouse
         self.replica_id = replica_id
         self._min_replica_size = min_replica_size
         self._timeout = timedelta(seconds=timeout)
         self._strategy = strategy
         self._patience = patience
         self._fit = fit or Membership._last_fit + 1
+        self._lighthouse = Lighthouse(lighthouse, replica_id, self._inside.size, self._fit, strategy)
         self._states: dict[str, _State] = {}
         self._manager: Any = None
         self._request: Future[None] | None = None
@@ -162,9 +146,9 @@ class Membership:
         """
         before = {number for number in self.living if number < self.replica_id}
         if before and self.is_of_one_rank and self._manager is not None:
-            heard = self._heard()
+            heard = self._lighthouse.heard()
             if heard:  # else there is no lighthouse
-                before &= {each.replica_id for each in heard if each.age < _PERHAPS_ALIVE}
+                before &= {each.replica_id for each in heard if each.may_live}
         return not before
 
     def check(self) -> None:
@@ -173,33 +157,7 @@ class Membership:
         Raises:
             ExchangeError: If it is so.
         """
-        self._of_first(self._check)
-
-    def _check(self) -> int:
-        from torchft.coordination import LighthouseClient  # noqa: PLC0415 - an extra
-
-        try:
-            LighthouseClient(self._address, connect_timeout=_CONNECTING)
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"{self._strategy}: there is no lighthouse at {self._address}; start torchft_lighthouse there, or"
-                f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
-            ) from None
-        self._await_others()
-        self._refuse_others("")
-        return 0
-
-    def _await_others(self) -> None:
-        """Wait until no worker is in an earlier fit than this one: what belongs to two fits is not averaged."""
-        deadline = time.monotonic() + self._patience
-        while others := [each for each in self._heard() if each.age < _ALIVE and each.fit < self._fit]:
-            if time.monotonic() > deadline:
-                raise ExchangeError(
-                    f"{self._strategy}(timeout={self._patience:.0f} s): this is fit {self._fit} of the job, and the"
-                    f" worker with replica_id={others[0].replica_id} is still in fit {others[0].fit}; wait longer, or"
-                    " give FaultTolerance(fit=...) of all workers the same number."
-                )
-            time.sleep(_ALIVE / 5)
+        self._of_first(partial(self._lighthouse.check, self._patience))
 
     def open(self) -> None:
         """Come to the others: from now on they hear of this worker.
@@ -216,7 +174,7 @@ class Membership:
             self._make_manager(port)
         self._thread = Daemon("easgd_membership")
         try:
-            self._of_first(self._look_round)
+            self._of_first(lambda: self._lighthouse.refuse_others(self._own_name()))
         except ExchangeError:
             self.close()
             raise
@@ -226,7 +184,7 @@ class Membership:
         self._store = TCPStore(self._host, 0, is_master=True, wait_for_workers=False)
         return int(self._store.port)
 
-    def _make_manager(self, port: int) -> int:
+    def _make_manager(self, port: int) -> None:
         from torchft import Manager  # noqa: PLC0415 - an extra
 
         self._group = make_group(self._kind, self._timeout)
@@ -237,13 +195,13 @@ class Membership:
             min_replica_size=self._min_replica_size,
             use_async_quorum=False,  # it is asynchronous here; so one who returns takes part at once
             timeout=self._timeout,
-            connect_timeout=_CONNECTING,
+            connect_timeout=CONNECTING,
             rank=self._inside.rank,
             world_size=self._inside.size,
             store_addr=self._host,
             store_port=port,
-            lighthouse_addr=self._address,
-            replica_id=_named(self.replica_id, self._inside.size, self._fit),
+            lighthouse_addr=self._lighthouse.address,
+            replica_id=self._lighthouse.name,
             checkpoint_transport=_make_transport(self._timeout),
             init_sync=False,
             quorum_retries=_RETRIES,
@@ -253,56 +211,10 @@ class Membership:
         self._manager._executor = Daemon("torchft_quorum")
         for state in self._states.values():
             self._manager.register_state_dict_fn(state.key, state.keep, state.give)
-        return 0
 
-    def _look_round(self) -> int:
-        self._refuse_others(self._store.get("replica_id").decode().partition(":")[2])
-        return 0
-
-    def _refuse_others(self, own: str) -> None:
-        """Raise if another worker of this number is alive, one that has come before this one; or one of another size.
-
-        Args:
-            own: What the lighthouse tells this process by; empty if it does not know it.
-        """
-        deadline = time.monotonic() + 4 * _ALIVE
-        while others := [each for each in self._heard() if each.age < _ALIVE and self._is_refused(each, own)]:
-            if time.monotonic() > deadline:
-                raise ExchangeError(f"{self._strategy}: {self._why_refused(others[0])}")
-            time.sleep(_ALIVE / 5)
-
-    def _is_refused(self, other: "_Heard", own: str) -> bool:
-        is_earlier = not (own and other.name >= own)
-        is_alike = other.ranks == self._inside.size and other.fit <= self._fit
-        return is_earlier and (not is_alike or other.replica_id == self.replica_id)
-
-    def _why_refused(self, other: "_Heard") -> str:
-        if other.fit > self._fit:
-            return (
-                f"the worker with replica_id={other.replica_id} is in fit {other.fit} of the job, and this one begins"
-                f" fit {self._fit}, which is over; leave it out, and tell the next one by"
-                f" FaultTolerance(fit={other.fit})."
-            )
-        if other.ranks != self._inside.size:
-            return (
-                f"the worker with replica_id={other.replica_id} has {other.ranks} ranks, and this one"
-                f" {self._inside.size}; give all workers the same number of devices."
-            )
-        return (
-            f"a worker with replica_id={self.replica_id} is alive already ({other.name}); give each worker a number of"
-            " its own, by FaultTolerance(replica_id=...) or REPLICA_GROUP_ID."
-        )
-
-    def _heard(self) -> list["_Heard"]:
-        """The workers that the lighthouse has heard of."""
-        page = ""
-        with suppress(OSError), _DIRECT.open(f"{self._address}/status", timeout=2) as answer:
-            page = answer.read().decode()
-        found = re.findall(r"\b(?:(\d+)x)?(\d{6,})(?:f(\d+))?:([0-9a-f-]+): seen ([0-9.]+)s ago", page)
-        return [
-            _Heard(int(number), int(ranks or 1), int(fit or 1), name, float(age))
-            for ranks, number, fit, name, age in found
-        ]
+    def _own_name(self) -> str:
+        """What torchft has added to the name for this launch."""
+        return str(self._store.get("replica_id").decode().partition(":")[2])
 
     def add_state(
         self,
@@ -333,12 +245,12 @@ class Membership:
         self._inside.sum(holding).wait()
         return int(holding) == self._inside.size
 
-    def _of_first(self, act: Callable[[], int]) -> int:
+    def _of_first(self, act: Callable[[], int | None]) -> int:
         """What an action of this worker's first rank gives; if it fails, all of them do."""
         given, problem = 0, None
         if self._inside.rank == 0:
             try:
-                given = act()
+                given = act() or 0
             except Exception as error:
                 problem = error
         said = torch.tensor([given, int(problem is not None)])
@@ -432,16 +344,11 @@ class Membership:
 
     def _who_lives_beside(self, numbers: Collection[int]) -> int | None:
         """The number of a living worker that is none of these; the same on all of them, whatever each has heard."""
-        own = torch.tensor([self._of_first(lambda: self._look_beside(numbers))])
+        own = torch.tensor([self._of_first(lambda: min(self._lighthouse.living_beside(numbers), default=_NOBODY))])
         everyones = own.new_full((self.size, 1), _NOBODY)
         self.all_gather(own, everyones)
         found = self._of_first(lambda: int(everyones.max()))
         return None if found == _NOBODY else found
-
-    def _look_beside(self, numbers: Collection[int]) -> int:
-        alike = [each for each in self._heard() if (each.ranks, each.fit) == (self._inside.size, self._fit)]
-        living = {each.replica_id for each in alike if each.age < _PERHAPS_ALIVE}
-        return min(living.difference(numbers), default=_NOBODY)
 
     def _begin_together(self, furthest: int) -> None:
         """Give the others the state of the one that is furthest.
@@ -668,11 +575,6 @@ def _unpacked(message: Tensor) -> Any:
     return pickle.loads(message.numpy().data)
 
 
-def _named(replica_id: int, ranks: int, fit: int) -> str:
-    """A worker's name for the lighthouse, which puts those of one size and fit in the order of their numbers."""
-    return ("" if ranks == 1 else f"{ranks}x") + f"{replica_id:06d}" + ("" if fit == 1 else f"f{fit}")
-
-
 def _make_transport(timeout: timedelta) -> Any:
     """What a worker that comes gets the others' state by; torchft's own would ask the proxy of the environment."""
     from torchft.checkpointing import http_transport  # noqa: PLC0415 - an extra
@@ -680,7 +582,7 @@ def _make_transport(timeout: timedelta) -> Any:
     class Direct(http_transport.HTTPTransport[Any]):  # type: ignore[misc]
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> object:
-            with _DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
+            with DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
                 return http_transport._streaming_load(answer, weights_only=False)
 
     return Direct(timeout=timeout, num_chunks=0)
