@@ -15,10 +15,11 @@ CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 JOBS ?= $(shell echo $$(($(CORES) + 2)))
 FAST_JOBS ?= $(CORES)
 
-# The oldest Lightning that pyproject.toml admits; it needs older versions of some that constraints.txt pins.
+# The oldest Lightning and torch that pyproject.toml admits; they need older versions of some that constraints.txt pins.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 OLDEST_LIGHTNING := 2.5.0
+OLDEST_TORCH := 2.8.0
 
 # Libraries that train with Lightning, and what they need.
 CLIENTS := .venv-clients
@@ -35,7 +36,7 @@ help:
 	@echo 'make docs    the documentation site, in site/'
 	@echo 'make test    lint, types, all tests; on JOBS processes, $(JOBS) unless you say otherwise'
 	@echo 'make test-fast  the tests that start no processes; two minutes'
-	@echo 'make test-oldest  all tests with the oldest supported Lightning, in a venv of its own'
+	@echo 'make test-oldest  all tests with the oldest supported Lightning and torch, in a venv of its own'
 	@echo 'make test-clients  real libraries with strategy="ddp" and "easgd", in a venv of their own'
 	@echo 'make test-gpu  tests and benchmarks on a GPU, without network, with the python3 that is there'
 	@echo 'make gpu-wheels  fetch what that python3 may lack, into $(GPU_WHEELS); carry it there'
@@ -76,9 +77,10 @@ test-fast: $(STAMP)
 
 $(OLDEST_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(lightning|pytorch-lightning|fsspec|packaging|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(torch|lightning|pytorch-lightning|fsspec|packaging|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
-		lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) --editable '.[dev,docs,release]'
+		torch==$(OLDEST_TORCH) lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) \
+		--editable '.[dev,docs,release]'
 	@touch $@
 
 test-oldest: $(OLDEST_STAMP)

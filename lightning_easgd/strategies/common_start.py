@@ -1,6 +1,6 @@
 """The point from which all workers start: rank 0's; and what all must have been told alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) ->
         for name, buffer in buffers.items()
         if all(each.get(name) == own[1][name] for _, each in everyones) and can_be_written(buffer)
     ]
-    _sync_params_and_buffers(_get_default_group(), [*parameters.values(), *common], _BROADCAST_BYTES, 0)
+    _sync_params_and_buffers(_get_default_group(), _as_real([*parameters.values(), *common]), _BROADCAST_BYTES, 0)
 
 
 def check_whole(strategy: str, module: nn.Module) -> None:
@@ -177,7 +177,12 @@ def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
     named = (*module.named_parameters(), *module.named_buffers())
     tensors = [local(tensor).detach() for name, tensor in named if name not in ignored]
     tensors = [tensor for tensor in tensors if tensor.numel() and can_be_written(tensor)]
-    _sync_params_and_buffers(group, tensors, _BROADCAST_BYTES, 0)
+    _sync_params_and_buffers(group, _as_real(tensors), _BROADCAST_BYTES, 0)
+
+
+def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same memory without complex numbers, which gloo does not take in torch 2.8."""
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 
 def _described(tensors: dict[str, Tensor]) -> dict[str, str]:
