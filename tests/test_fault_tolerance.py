@@ -261,7 +261,7 @@ class TestStrategy:
         assert "reset" not in vars(loop)
 
     def test_nothing_listens(self, monkeypatch):
-        monkeypatch.setattr("lightning_easgd.transport.membership._CONNECTING", timedelta(seconds=0.5))
+        monkeypatch.setattr("lightning_easgd.transport.lighthouse.CONNECTING", timedelta(seconds=0.5))
 
         def fit():  # in a process of its own, which is left with a process group
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1).fit(Quadratic())

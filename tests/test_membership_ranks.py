@@ -3,6 +3,8 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -12,7 +14,7 @@ from channels import Hub, on_threads
 
 from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.transport.device_queue import HostQueue
-from lightning_easgd.transport.lighthouse import Heard
+from lightning_easgd.transport.lighthouse import Heard, Lighthouse
 from lightning_easgd.transport.membership import Membership
 
 WORKERS, RANKS = 2, 2
@@ -97,6 +99,9 @@ class Manager:
             self.step, states = self.gives
             for key, value in states.items():
                 self.loads[key](value)
+
+    def shutdown(self, wait):
+        pass
 
     def state_dict(self):
         return {"step": self.step}
@@ -275,6 +280,48 @@ def test_a_worker_that_nccl_knows_to_be_lost_is_not_waited_for():
     assert seconds < 0.25
 
 
+def test_a_group_that_has_an_error_before_an_exchange_makes_none():
+    channel = Hub(1).channel(0)
+    manager = Manager(0, step=3, ranks=channel)
+    group = NCCL(0, [1, 0, 0])
+    members = met(manager, channel, group=group)
+    members._queue, group.members, group.error = Stuck(), members, RuntimeError("it was aborted")
+    asked = []
+    group.allgather = lambda *_: asked.append(1)
+    members.exchange(lambda: None, int)
+    assert (members.commit(), members.problem, asked) == (False, "it was aborted", [])
+
+
+def test_who_leaves_ends_what_its_device_does_with_the_others():
+    channel = Hub(1).channel(0)
+    group = NCCL(0, [1, 0, 0])
+    members = met(Manager(0, step=3, ranks=channel), channel, group=group)
+    members._kind, members._queue, group.members = "nccl", Stuck(), members
+    members.close()
+    assert members._queue.is_ended
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "said"),
+    [
+        (Heard(0, kind="nccl"), Heard(1), r"replica_id=1 has .*process_group='gloo'\), and this one 'nccl'; give all"),
+        (Heard(0), Heard(1, kind="nccl"), r"replica_id=1 has .*process_group='nccl'\), and this one 'gloo'; give all"),
+        (Heard(0, 2), Heard(1), r"replica_id=1 has 1 ranks, and this one 2"),
+        (Heard(3), Heard(3), r"replica_id=3 is alive already \(11-a\)"),
+        (Heard(0), Heard(1, fit=2), r"replica_id=1 is in fit 2 of the job"),
+        (Heard(0, 8, 2, "nccl"), Heard(1234567, 8, 2, "nccl"), None),
+    ],
+)
+def test_beside_whom_a_worker_cannot_be(own, other, said, monkeypatch):
+    page = f"<li>{other.name}:11-a: seen 0.1s ago</li>"
+    assert Heard.all_on(page) == [replace(other, launch="11-a", age=0.1)]
+    lighthouse = Lighthouse("http://none", own, "S")
+    monkeypatch.setattr(lighthouse, "heard", lambda: Heard.all_on(page))
+    monkeypatch.setattr("lightning_easgd.transport.lighthouse._LOOKS", 0.0)
+    with pytest.raises(ExchangeError, match=said) if said else nullcontext():
+        lighthouse.refuse_others("")
+
+
 def test_a_device_that_never_gets_on_ends_the_run():
     with pytest.raises(ExchangeError, match=r"^S: an exchange that has been lost .* does not end on the GPU; start"):
         exchange_of_a_stuck_device(ends=False)
@@ -370,14 +417,18 @@ def test_none_begin_anew_beside_one_that_trains(lives):
     """They have come between two of its exchanges, and are enough for the lighthouse to go on without it."""
     insides, commits = ([Hub(RANKS) for _ in range(WORKERS)] for _ in range(2))
     groups = [Group() for _ in range(RANKS)]
-    others = [Heard(0, RANKS, 1, "0", 0.1), Heard(1, RANKS, 1, "1", 0.1), Heard(4, RANKS, 1, "4", 9.0)]
+    others = [
+        Heard(0, RANKS, 1, "gloo", "0", 0.1),
+        Heard(1, RANKS, 1, "gloo", "1", 0.1),
+        Heard(4, RANKS, 1, "gloo", "4", 9.0),
+    ]
 
     def begin(number):
         worker, rank = divmod(number, RANKS)
         manager = Manager(worker, ranks=commits[worker].channel(rank))
         members = member(manager, insides[worker].channel(rank), group=groups[rank].of(worker))
         has_heard = lives and number == RANKS  # one of them alone
-        members._lighthouse.heard = lambda: [*others, Heard(5, RANKS, 1, "5", 0.1)] if has_heard else others
+        members._lighthouse.heard = lambda: [*others, Heard(5, RANKS, 1, "gloo", "5", 0.1)] if has_heard else others
         members.request(comes=True)
         assert members.has_come(5)
         members.exchange(lambda: None, int)
@@ -473,6 +524,6 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
 def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first):
     members = member(Manager(0), Hub(ranks).channel(0))
     members.replica_id, members.living = 2, (0, 2)
-    seen = [Heard(number, ranks, 1, "name", age) for number, age in heard.items()]
+    seen = [Heard(number, ranks, 1, "gloo", "name", age) for number, age in heard.items()]
     monkeypatch.setattr(members._lighthouse, "heard", lambda: seen)
     assert members.is_first() == is_first

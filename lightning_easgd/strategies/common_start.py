@@ -147,10 +147,9 @@ def average_by_sum(module: nn.Module, group: dist.ProcessGroup) -> None:
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 - it takes its time
 
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    if not sharded or dist.get_backend(group) == "nccl":
+    if not sharded or "gloo" not in dist.get_backend(group):
         return
-    device = local(next(sharded[0].parameters())).device
-    mean, ones = torch.zeros(1, device=device), torch.ones(dist.get_world_size(group), device=device)
+    mean, ones = torch.zeros(1), torch.ones(dist.get_world_size(group))
     options = dist.ReduceScatterOptions()
     options.reduceOp = dist.ReduceOp(dist.ReduceOp.AVG)
     group._reduce_scatter_base(mean, ones, options).wait()

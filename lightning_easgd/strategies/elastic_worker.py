@@ -199,11 +199,7 @@ class ElasticWorker:
             patience=settings.quorum_timeout,
             timeout=timeout.total_seconds(),
             restart_after_missed=settings.restart_after_missed,
-            in_common={
-                **in_common,
-                "group_size": f"FaultTolerance(group_size={settings.group_size})",
-                "process_group": f"FaultTolerance(process_group={settings.process_group!r})",
-            },
+            in_common={**in_common, "group_size": f"FaultTolerance(group_size={settings.group_size})"},
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
             strategy=self._strategy,
         )

@@ -33,10 +33,10 @@ class FaultTolerance:
         quorum_timeout: Seconds, or a ``timedelta``: how long a worker stands still at an exchange for others that have
             not come to it. Then it trains on, and makes the exchange when they have come.
         process_group_timeout: Seconds, or a ``timedelta``: how long the transfer of an exchange may take before it has
-            failed.
+            failed; through "nccl" twice that, where its kernel has to be aborted.
         process_group: What the differences travel through: "gloo", with the center in host memory, which leaves the
-            GPU to the steps; or "nccl", with the center on the GPU, where the network is as fast as that needs. The
-            same in all workers.
+            GPU to the steps; or "nccl", with the center on the GPU, where the network is as fast as that needs, for
+            workers of one GPU without ``wire_dtype``. The same in all workers.
         restart_after_missed: A living worker that has missed so many moves of the center starts again at the center
             when it finds the others; None lets it keep where it is.
         fit: Which fit of the job this is, from 1 on; None for as many as this process has made. Workers of different

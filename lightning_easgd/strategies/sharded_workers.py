@@ -1,6 +1,7 @@
 """Workers whose parameters are sharded over their ranks, under a Trainer and under Fabric."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.imports import compare_version
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -127,7 +129,11 @@ def make_mesh(device: torch.device, layout: WorkerLayout, shape: Sequence[int], 
 
 
 def inside(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh of this rank's worker; one of its own, as a part of a mesh has no parts in torch 2.8."""
+    """The mesh of this rank's worker."""
+    if compare_version("torch", operator.ge, "2.9.0", use_base_version=True):
+        return mesh[_INSIDE]
+    # Before, a part of a mesh had no parts. Of one that is no part torch makes further groups (``_flatten``) without
+    # the ranks of the other workers, under the same names as theirs.
     groups = [mesh.get_group(name) for name in _INSIDE]
     own = mesh.mesh[mesh.get_local_rank("workers")]
     return DeviceMesh.from_group(groups, mesh.device_type, own, mesh_dim_names=_INSIDE)
@@ -135,11 +141,9 @@ def inside(mesh: DeviceMesh) -> DeviceMesh:
 
 def sampler_arguments(mesh: DeviceMesh, layout: WorkerLayout, rank: int) -> dict[str, int]:
     """How data are shared out: data-parallel ranks draw their own, and those of tensor parallelism the same."""
-    data = mesh["data_parallel"]
-    return {
-        "num_replicas": layout.workers * data.size(),
-        "rank": layout.worker_of(rank) * data.size() + data.get_local_rank(),
-    }
+    # Not by way of mesh["data_parallel"]: in torch 2.8 the last slice of a mesh is whose part an equal one is.
+    place, size = mesh.get_local_rank("data_parallel"), mesh.size(1)
+    return {"num_replicas": layout.workers * size, "rank": layout.worker_of(rank) * size + place}
 
 
 def parts_of(state: Any) -> Any:

@@ -1,5 +1,6 @@
 """What torchft's lighthouse has heard of the workers of a job, and beside whom this one cannot be."""
 
+import math
 import re
 import time
 import urllib.request
@@ -7,9 +8,10 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import final
+from typing import Final, final
 
 from lightning_easgd.transport.channel import ExchangeError
+from lightning_easgd.transport.member_groups import GroupKind
 
 __all__ = ["CONNECTING", "DIRECT", "Heard", "Lighthouse"]
 
@@ -19,26 +21,45 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _PERHAPS_ALIVE = 2.0  # where a heartbeat may be late, and to be wrong is worse than to wait
 _LOOKS = 4 * _ALIVE  # seconds
+_KINDS: Final[dict[GroupKind, str]] = {"gloo": "", "nccl": "n"}
 
 
 @final
 @dataclass(frozen=True)
 class Heard:
-    """A worker that the lighthouse has heard of.
+    """A worker that the lighthouse has heard of, or will.
 
     Attributes:
         replica_id: Its number.
         ranks: How many it has.
         fit: Which fit of the job it is in.
-        name: Of this launch of it.
+        kind: What it exchanges through.
+        launch: The name of this launch of it.
         age: Seconds since its last sign of life.
     """
 
     replica_id: int
-    ranks: int
-    fit: int
-    name: str
-    age: float
+    ranks: int = 1
+    fit: int = 1
+    kind: GroupKind = "gloo"
+    launch: str = ""
+    age: float = math.inf
+
+    @property
+    def name(self) -> str:
+        """What it is called there, where those of one size, fit and kind are put in the order of their numbers."""
+        size = "" if self.ranks == 1 else f"{self.ranks}x"
+        return f"{size}{self.replica_id:06d}{'' if self.fit == 1 else f'f{self.fit}'}{_KINDS[self.kind]}"
+
+    @classmethod
+    def all_on(cls, page: str) -> list["Heard"]:
+        """All that a page of the lighthouse names, with their ages."""
+        found = re.findall(r"\b(?:(\d+)x)?(\d{6,})(?:f(\d+))?(n?):([0-9a-f-]+): seen ([0-9.]+)s ago", page)
+        kinds: dict[str, GroupKind] = {letter: kind for kind, letter in _KINDS.items()}
+        return [
+            cls(int(number), int(ranks or 1), int(fit or 1), kinds[letter], launch, float(age))
+            for ranks, number, fit, letter, launch, age in found
+        ]
 
     @property
     def lives(self) -> bool:
@@ -57,37 +78,29 @@ class Lighthouse:
 
     Args:
         address: Its address.
-        replica_id: The worker's number.
-        ranks: How many it has.
-        fit: Which fit of the job it is in.
+        own: The worker.
         strategy: The strategy's name, for errors.
 
     Attributes:
         address: As given.
-        name: What the worker is to be called there.
+        own: As given.
     """
 
-    def __init__(self, address: str, replica_id: int, ranks: int, fit: int, strategy: str) -> None:
+    def __init__(self, address: str, own: Heard, strategy: str) -> None:
         self.address = address
-        self._replica_id, self._ranks, self._fit = replica_id, ranks, fit
+        self.own = own
         self._strategy = strategy
-        # Those of one size and fit are put in the order of their numbers by it.
-        self.name = ("" if ranks == 1 else f"{ranks}x") + f"{replica_id:06d}" + ("" if fit == 1 else f"f{fit}")
 
     def heard(self) -> list[Heard]:
         """The workers that it has heard of; none if it is away."""
         page = ""
         with suppress(OSError), DIRECT.open(f"{self.address}/status", timeout=2) as answer:
             page = answer.read().decode()
-        found = re.findall(r"\b(?:(\d+)x)?(\d{6,})(?:f(\d+))?:([0-9a-f-]+): seen ([0-9.]+)s ago", page)
-        return [
-            Heard(int(number), int(ranks or 1), int(fit or 1), name, float(age))
-            for ranks, number, fit, name, age in found
-        ]
+        return Heard.all_on(page)
 
     def living_beside(self, numbers: Collection[int]) -> set[int]:
         """The numbers of those of this worker's size and fit that may live, but for these."""
-        alike = [each for each in self.heard() if (each.ranks, each.fit) == (self._ranks, self._fit)]
+        alike = [each for each in self.heard() if (each.ranks, each.fit) == (self.own.ranks, self.own.fit)]
         return {each.replica_id for each in alike if each.may_live}.difference(numbers)
 
     def check(self, patience: float) -> None:
@@ -110,10 +123,10 @@ class Lighthouse:
                 f"{self._strategy}: there is no lighthouse at {self.address}; start torchft_lighthouse there, or"
                 f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
             ) from None
-        earlier = self._who_stays(lambda other: other.fit < self._fit, patience)
+        earlier = self._who_stays(lambda other: other.fit < self.own.fit, patience)
         if earlier is not None:
             raise ExchangeError(
-                f"{self._strategy}(timeout={patience:.0f} s): this is fit {self._fit} of the job, and the"
+                f"{self._strategy}(timeout={patience:.0f} s): this is fit {self.own.fit} of the job, and the"
                 f" worker with replica_id={earlier.replica_id} is still in fit {earlier.fit}; wait longer, or"
                 " give FaultTolerance(fit=...) of all workers the same number."
             )
@@ -142,23 +155,28 @@ class Lighthouse:
         return None
 
     def _is_refused(self, other: Heard, own: str) -> bool:
-        is_earlier = not (own and other.name >= own)
-        is_alike = other.ranks == self._ranks and other.fit <= self._fit
-        return is_earlier and (not is_alike or other.replica_id == self._replica_id)
+        is_earlier = not (own and other.launch >= own)
+        is_alike = (other.ranks, other.kind) == (self.own.ranks, self.own.kind) and other.fit <= self.own.fit
+        return is_earlier and (not is_alike or other.replica_id == self.own.replica_id)
 
     def _why_refused(self, other: Heard) -> str:
-        if other.fit > self._fit:
+        if other.fit > self.own.fit:
             return (
                 f"the worker with replica_id={other.replica_id} is in fit {other.fit} of the job, and this one begins"
-                f" fit {self._fit}, which is over; leave it out, and tell the next one by"
+                f" fit {self.own.fit}, which is over; leave it out, and tell the next one by"
                 f" FaultTolerance(fit={other.fit})."
             )
-        if other.ranks != self._ranks:
+        if other.ranks != self.own.ranks:
             return (
                 f"the worker with replica_id={other.replica_id} has {other.ranks} ranks, and this one"
-                f" {self._ranks}; give all workers the same number of devices."
+                f" {self.own.ranks}; give all workers the same number of devices."
+            )
+        if other.kind != self.own.kind:
+            return (
+                f"the worker with replica_id={other.replica_id} has FaultTolerance(process_group={other.kind!r}), and"
+                f" this one {self.own.kind!r}; give all the same."
             )
         return (
-            f"a worker with replica_id={self._replica_id} is alive already ({other.name}); give each worker a number of"
-            " its own, by FaultTolerance(replica_id=...) or REPLICA_GROUP_ID."
+            f"a worker with replica_id={self.own.replica_id} is alive already ({other.launch}); give each worker a"
+            " number of its own, by FaultTolerance(replica_id=...) or REPLICA_GROUP_ID."
         )

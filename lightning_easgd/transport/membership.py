@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import pickle
+import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch.distributed import ReduceOp
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 from lightning_easgd.transport.daemon import Daemon
 from lightning_easgd.transport.device_queue import make_queue
-from lightning_easgd.transport.lighthouse import CONNECTING, DIRECT, Lighthouse
+from lightning_easgd.transport.lighthouse import CONNECTING, DIRECT, Heard, Lighthouse
 from lightning_easgd.transport.member_groups import GroupKind, make_group
 from lightning_easgd.transport.waiting import wait_until
 
@@ -120,7 +121,8 @@ class Membership:
         self._strategy = strategy
         self._patience = patience
         self._fit = fit or Membership._last_fit + 1
-        self._lighthouse = Lighthouse(lighthouse, replica_id, self._inside.size, self._fit, strategy)
+        own = Heard(replica_id, self._inside.size, self._fit, kind)
+        self._lighthouse = Lighthouse(lighthouse, own, strategy)
         self._states: dict[str, _State] = {}
         self._manager: Any = None
         self._request: Future[None] | None = None
@@ -201,7 +203,7 @@ class Membership:
             store_addr=self._host,
             store_port=port,
             lighthouse_addr=self._lighthouse.address,
-            replica_id=self._lighthouse.name,
+            replica_id=self._lighthouse.own.name,
             checkpoint_transport=_make_transport(self._timeout),
             init_sync=False,
             quorum_retries=_RETRIES,
@@ -210,7 +212,11 @@ class Membership:
         self._manager._executor.shutdown()
         self._manager._executor = Daemon("torchft_quorum")
         for state in self._states.values():
-            self._manager.register_state_dict_fn(state.key, state.keep, state.give)
+            self._manager.register_state_dict_fn(state.key, state.keep, partial(self._give, state))
+
+    def _give(self, state: _State) -> Any:
+        with self._beside():
+            return state.give()
 
     def _own_name(self) -> str:
         """What torchft has added to the name for this launch."""
@@ -281,6 +287,7 @@ class Membership:
         """
         assert self._request is None
         self._comes, self.all_begin, self.awaited = comes, False, None
+        self._follow()
         for state in self._states.values():
             state.received = None
             if state.prepare is not None:
@@ -404,26 +411,29 @@ class Membership:
             common: Gives a checksum of what all workers must have in common, in the same thread, before the first.
         """
         self._request = None
-        self.follow()
+        self._follow()
         self._under_way = self._thread.submit(self._exchange, add_up, common)
 
-    def follow(self) -> None:
-        """Let what is done in :meth:`beside` from here on come after what the device's current queue holds now."""
+    def _follow(self) -> None:
+        """Let what is done in :meth:`_beside` from here on come after what the device's current queue holds now."""
         self._queue.follow()
         self._queue.mark()
 
     @contextmanager
-    def beside(self) -> Iterator[None]:
+    def _beside(self) -> Iterator[None]:
         """Do what is in the block beside the steps, on the device, too."""
         self._queue.wait()  # no deadline of the exchange runs meanwhile
         with self._queue.beside():
             yield
 
     def _exchange(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
-        with self.beside():
+        with self._beside():
             return self._exchange_beside(add_up, common)
 
     def _exchange_beside(self, add_up: Callable[[], None], common: Callable[[], int]) -> bool:
+        problem = self._group.errored()  # of a group that was made before
+        if problem is not None:
+            self._manager.report_error(problem)
         self._present = self._all_present(common())
         if len({each.replica_id for each in self._present}) < len(self._present):
             self._manager.report_error(ExchangeError("two workers have one replica_id"))
@@ -450,13 +460,18 @@ class Membership:
             error = self._group.errored()
         if error is None:
             return
-        self._manager.report_error(error)
-        Daemon("easgd_abort").submit(self._group.abort)
-        if not wait_until(lambda: self._queue.has_come, seconds):
+        if not self._abort():
             raise ExchangeError(
                 f"{self._strategy}: an exchange that has been lost ({error}) does not end on the GPU; start this worker"
                 " again, or give FaultTolerance(process_group='gloo')."
             )
+        self._manager.report_error(error)
+
+    def _abort(self) -> bool:
+        """End what the device does with the others; whether it has ended, in the time of a transfer."""
+        aborts = threading.Thread(target=self._group.abort, name="easgd_abort", daemon=True)
+        aborts.start()
+        return wait_until(lambda: self._queue.has_come and not aborts.is_alive(), self._timeout.total_seconds())
 
     def _all_present(self, common: int) -> tuple[_Present, ...]:
         """Those that take part, by rank; none if one of them has not been heard."""
@@ -557,12 +572,14 @@ class Membership:
         return str(error.original_exception).partition("\n")[0]
 
     def close(self) -> None:
-        """Leave the others, perhaps to :meth:`open` again; nothing is waited for."""
+        """Leave the others, perhaps to :meth:`open` again; they are not waited for."""
         manager, self._manager, self._request = self._manager, None, None
         if manager is not None:
             manager.shutdown(wait=False)
             manager._manager = None  # its connections end with it alone
             self._thread.shutdown()
+            if self._kind == "nccl":  # a kernel that waits for them would hold up all that is done on the device
+                self._abort()
 
 
 def _packed(value: Any) -> Tensor:

@@ -88,7 +88,7 @@ class MembershipSum(DifferenceSum):
         self._is_in = False  # once it has entered
         self._received: dict[str, Any] | None = None
         self._received_clock = self._received_due_at = 0
-        members.add_state("center", self._state, self._receive, prepare=members.follow)
+        members.add_state("center", self._state, self._receive)
         members.add_state("clock", lambda: (self._clock, self._due_at), self._receive_clock, is_common=True)
         members.progress = lambda: self._clock
         members.open()
@@ -206,8 +206,7 @@ class MembershipSum(DifferenceSum):
 
     def _state(self) -> dict[str, Any]:
         state = self.center.state_dict()
-        with self._members.beside():
-            stores = [_alone_on_host(store) for store in state["stores"]]
+        stores = [_alone_on_host(store) for store in state["stores"]]
         return {**state, "stores": stores, "in_common": self._in_common, "begun_as": self._begun_as}
 
     def _receive(self, state: dict[str, Any]) -> None:
