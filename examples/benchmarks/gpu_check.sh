@@ -145,7 +145,8 @@ for each in $parts; do
             if [ "${found[3]}" = 1 ]; then
                 parallel=(-n "${WORKERS:-$([ "$device" = cuda ] && echo 8 || nproc)}")
             fi
-            part tests "${LIMIT_TESTS:-240}" "${pytest[@]}" -m "$marks" tests/gpu ${parallel[@]+"${parallel[@]}"} \
+            rm -f "$OUT/failures.txt"
+            EASGD_GPU_FAILURES="$OUT/failures.txt" part tests "${LIMIT_TESTS:-360}" "${pytest[@]}" -m "$marks" tests/gpu ${parallel[@]+"${parallel[@]}"} \
                 --junitxml "$OUT/tests.xml"
             ;;
         benchmark)

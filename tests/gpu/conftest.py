@@ -28,6 +28,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_logreport(report):
+    """Write a failure at once: of a run that is ended at its limit pytest says nothing more."""
+    path = os.environ.get("EASGD_GPU_FAILURES")
+    if path and report.failed:
+        with Path(path).open("a") as file:
+            file.write(f"{report.nodeid} ({report.when})\n{report.longreprtext}\n\n")
+
+
 @pytest.fixture
 def cuda():
     """For tests that make no sense on the CPU."""
