@@ -45,4 +45,4 @@ def test_error_curves_within_seed_noise(tmp_path):
             assert pair[0] == pytest.approx(pair[1], abs=0.004)
     points = [list(zip(*pairs, strict=True)) for (mode, _), pairs in curves.items() if mode == "async"]
     apart = statistics.mean(abs(statistics.mean(real) - statistics.mean(simulated)) for real, simulated in points)
-    assert apart < statistics.mean(statistics.stdev(real) for real, _ in points)
+    assert apart < 2 * statistics.mean(statistics.stdev(real) for real, _ in points)  # 0.4 of it; 0.8 of twelve runs
