@@ -237,11 +237,12 @@ TOO_LARGE = {("imagenet", model) for model in ("convnet7", "resnet18_small", "re
 def test_a_model_is_built_for_the_data(tmp_path, data, model):
     config = composed(tmp_path, f"data={data}", f"model={model}")
     module = instantiate(config.data)
-    built = build_model(config)
-    assert built.num_classes == built.network.num_classes == module.num_classes
-    built.check_data(module)
-    built.eval()
-    assert built(torch.zeros(1, *module.image_shape)).shape == (1, module.num_classes)
+    with torch.device("meta"):  # shapes alone, without numbers
+        built = build_model(config)
+        assert built.num_classes == built.network.num_classes == module.num_classes
+        built.check_data(module)
+        built.eval()
+        assert built(torch.zeros(1, *module.image_shape)).shape == (1, module.num_classes)
 
 
 @pytest.mark.parametrize(("data", "model"), sorted(TOO_SMALL))
