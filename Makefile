@@ -77,7 +77,7 @@ test-fast: $(STAMP)
 
 $(OLDEST_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -vE '^(torch|lightning|pytorch-lightning|fsspec|packaging|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -vE '^(torch|lightning|pytorch-lightning|fsspec|packaging|twine|virtualenv)==' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --constraint $(OLDEST)/constraints.txt \
 		torch==$(OLDEST_TORCH) lightning==$(OLDEST_LIGHTNING) pytorch-lightning==$(OLDEST_LIGHTNING) \
 		--editable '.[dev,docs,release]'
