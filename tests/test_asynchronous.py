@@ -167,8 +167,8 @@ class Slow(Callback):
         self.seconds = time.monotonic() - self.started
 
 
-def seconds(pause, free=True):
-    slow = Slow(1, pause)
+def seconds(free):
+    slow = Slow(1, 0.02)
     strategy = EASGDStrategy(mode="async", tau=4)
     if not free:
         strategy.setup = lambda trainer: (EASGDStrategy.setup(strategy, trainer), strategy._ranks.end())[0]
@@ -178,13 +178,12 @@ def seconds(pause, free=True):
 
 @pytest.mark.serial
 def test_a_slow_rank_does_not_slow_the_other():
-    def fastest(*arguments):  # of two: the machine may be busy with something else
-        return min(run_ranks(seconds, 2, *arguments)[0] for _ in range(2))
+    def share(free):  # the smaller of two: the machine may be busy with something else
+        return min(fast / slow for fast, slow in (run_ranks(seconds, 2, free) for _ in range(2)))
 
-    together = fastest(0.003)
-    assert fastest(0.02) < 1.25 * together
+    assert share(True) < 0.5
     if BROADCASTS:
-        assert fastest(0.02, False) > 2 * together
+        assert share(False) > 0.8
 
 
 @pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async", tau=2), DownpourStrategy(tau=2)])

@@ -1,5 +1,6 @@
 """The largest curvature at the center: power iteration, the callback, and its verdict."""
 
+import itertools
 import math
 import random
 import warnings
@@ -239,6 +240,26 @@ def test_a_loss_without_second_derivative_turns_it_off(outer):
         assert watch(Single()) == []
     (text,) = about_the_monitor(caught)
     assert "it is off, as the loss cannot be examined at step 1" in text
+
+
+@pytest.mark.parametrize("seed", [0, 5, 8])
+def test_kinks_do_not_turn_it_off(seed):
+    """Some of the ReLUs jump between any two points: compared with a difference of gradients, 16 of 40 had it off."""
+
+    class Deep(Bowl):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(seed)
+            layers = [(nn.Linear(features, 64), nn.BatchNorm1d(64), nn.ReLU()) for features in (32, 64, 64)]
+            self.net = nn.Sequential(*itertools.chain.from_iterable(layers), nn.Linear(64, 10))
+            self.batch = torch.randn(8, 32), torch.randint(10, (8,))
+            self.groups = [{"params": list(self.net.parameters()), "lr": 0.01}]
+
+        def training_step(self, batch):
+            inputs, targets = self.batch
+            return nn.functional.cross_entropy(self.net(inputs), targets)
+
+    assert len(watch(Deep(), CurvatureMonitor(every_n_steps=4))) == 3
 
 
 def test_a_linear_loss_has_no_curvature():

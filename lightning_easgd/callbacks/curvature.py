@@ -7,6 +7,7 @@ from typing import TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 __all__ = ["Estimate", "HessianProduct", "PowerIteration", "Product"]
 
@@ -77,15 +78,20 @@ class HessianProduct:
 
     @torch.no_grad()
     def check(self, vector: list[Tensor]) -> None:
-        """Compare the product with a vector with a difference of two gradients; it takes up to three gradients.
+        """Compare the product with a vector with a difference of two gradients, where the loss calls for it.
 
         A backward pass that is not differentiable (of a ``torch.autograd.Function``) may come without an error: the
-        curvature behind it then looks like zero.
+        curvature behind it then looks like zero. torch's own are differentiable or raise one, and a loss of these alone
+        is not compared: at kinks (of ReLUs, near any point of a wide network) gradients jump, by what no second
+        derivative has. Elsewhere it takes up to three gradients.
 
         Raises:
             RuntimeError: If they have nothing in common, whichever the distance of the two points, and do not come
                 closer as it shrinks.
         """
+        with torch.enable_grad():
+            if not _has_foreign_backward(self._loss(self._at)):
+                return
         product = self(vector)
         direction = list(torch._foreach_mul(vector, self._roots))
         size = math.sqrt(_dot(self._variables, self._variables) / max(_dot(direction, direction), 1e-30))
@@ -202,6 +208,20 @@ class PowerIteration:
 def _gradient(loss: Callable[[Mapping[str, Tensor]], Tensor], at: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         return torch.autograd.grad(loss(at), list(at.values()), create_graph=True, materialize_grads=True)
+
+
+def _has_foreign_backward(loss: Tensor) -> bool:
+    """Whether a backward pass on the way to a loss is written outside of torch, in Python or in C++."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction) or "CppNode" in node.name():
+            return True
+        seen.add(node)
+        waiting += [source for source, _ in node.next_functions]
+    return False
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
