@@ -341,7 +341,7 @@ class EASGDMethod(CenterMethod):
             _get_default_store(),
             self._timeout,
             name,
-            self._who_is_missing,
+            self._groups.who_is_missing,
             layout=self.layout,
             rank=self.global_rank,
             is_sharded=self.is_sharded,
@@ -366,7 +366,7 @@ class EASGDMethod(CenterMethod):
             judges_together=self._judges_together,
             host=self.cluster_environment.main_address,
             device=self.root_device,
-            who_is_missing=self._who_is_missing,
+            who_is_missing=self._groups.who_is_missing,
         )
         return self._synchronous_averaging(control, make_sum, worker, elastic.center_device(self.root_device))
 

@@ -15,6 +15,7 @@ from lightning_easgd.strategies.center_method import OnNonFinite
 from lightning_easgd.strategies.ddp_arguments import names_its_class
 from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fabric_strategy import FabricStrategy
+from lightning_easgd.strategies.process_groups import unbind_group
 from lightning_easgd.strategies.sharded_workers import DOCUMENTATION, Size, of_sharded_workers, resolve_sizes
 from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
@@ -89,7 +90,7 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
         def _set_up_groups(self) -> None:
             super(base, self).setup_environment()
             self._setup_distributed()
-            self._unbind_group()
+            unbind_group(self._get_process_group_backend())
             self._set_up_mesh()
 
         def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]

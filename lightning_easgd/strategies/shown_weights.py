@@ -1,8 +1,9 @@
 """Which weights the module shows: the worker's own, or the center's."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import final
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from lightning_easgd.averagers import Averager
 from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, restore_buffers
 from lightning_easgd.tensors.shards import local, reshard, sharded_like
 
-__all__ = ["ShownWeights"]
+__all__ = ["ShownWeights", "at_known_center"]
 
 
 @final
@@ -104,3 +105,31 @@ class ShownWeights:
 def _load(values: Mapping[Tensor, Tensor]) -> None:
     for tensor, value in values.items():
         local(tensor).copy_(local(value))
+
+
+def at_known_center(averagers: Sequence[Averager], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A module's state at the center as this rank knows it, in the middle of anything; buffers are this rank's.
+
+    The parameters only point to the center meanwhile, whatever the module makes of them in its state: a step that
+    is under way has noted how often they were written to, and where.
+
+    Args:
+        averagers: Of the module's optimizers.
+        read: Reads the module's state.
+
+    Returns:
+        A copy of it.
+    """
+    pairs = [
+        (parameter, center.to(parameter.device, parameter.dtype, copy=True))
+        for averager in averagers
+        for parameter, center in zip(averager.parameters, averager.center_values(), strict=True)
+    ]
+    own = [parameter.data for parameter, _ in pairs]
+    try:
+        for parameter, center in pairs:
+            parameter.data = center
+        return copy.deepcopy(read())
+    finally:
+        for (parameter, _), value in zip(pairs, own, strict=True):
+            parameter.data = value

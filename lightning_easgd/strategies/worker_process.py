@@ -2,14 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.distributed_c10d import _get_default_group, _get_default_store
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
@@ -25,13 +24,10 @@ from lightning_easgd.strategies.ddp_arguments import (
     warn_without_effect,
 )
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
-from lightning_easgd.strategies.failures import is_of_process_group
+from lightning_easgd.strategies.process_groups import ProcessGroups, unbind_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
 from lightning_easgd.strategies.worker_group import WorkerGroup
-from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
-from lightning_easgd.transport.errors import StoreLostError
-from lightning_easgd.transport.roll_call import RollCall
 from lightning_easgd.transport.torchrun_attempt import set_up_group
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -142,14 +138,11 @@ class WorkerProcess(_Base):
 
     _is_rank = False
     _is_saving = False  # or loading
-    _roll_call: RollCall | None = None  # from setup_environment on
 
     _alike: tuple[str, ...] = ("devices_per_worker",)
     """The arguments that all ranks must have been given alike."""
 
     _ddp_arguments_with_effect: ClassVar[frozenset[str]] = frozenset()
-
-    _inside: WorkerGroup | None = None  # where there are several, while something is wrapped or sharded
 
     @takes_ddp_arguments
     def __init__(
@@ -172,6 +165,7 @@ class WorkerProcess(_Base):
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         _check_timeout(type(self).__name__, timeout)
         wraps = devices_per_worker != 1
+        self._groups = ProcessGroups(type(self).__name__, timeout)
         given = check_ddp_arguments(type(self), ddp_arguments, REFUSED_INSIDE if wraps else REFUSED_WITHOUT)
         self._init_lightning(
             accelerator,
@@ -204,23 +198,14 @@ class WorkerProcess(_Base):
         self._set_up_groups()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
-            with suppress(StoreLostError):  # a run without it names nobody
-                self._roll_call = RollCall(_get_default_store(), self.global_rank, self.world_size)
+            self._groups.enter(self.global_rank, self.world_size)
             arguments = {name: getattr(self, name) for name in self._alike}
             check_alike(type(self).__name__, arguments | {"process_group_backend": self._given_backend})
 
     def _set_up_groups(self) -> None:
         """Set up the process group, and what else Lightning's strategy below makes of the ranks."""
         super().setup_environment()
-        self._unbind_group()
-
-    def _unbind_group(self) -> None:
-        """Take gloo's process group from the GPU that Lightning has bound it to.
-
-        Of a bound one torch makes the groups of some ranks by splitting it, which gloo cannot (torch 2.11).
-        """
-        if dist.is_initialized() and "nccl" not in self._get_process_group_backend():
-            _get_default_group().bound_device_id = None
+        unbind_group(self._get_process_group_backend())
 
     # What a method says
 
@@ -347,13 +332,15 @@ class WorkerProcess(_Base):
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
         broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
 
+    @property
+    def _inside(self) -> WorkerGroup | None:
+        """The ranks of this worker where there are several, while something is wrapped or sharded."""
+        return self._groups.inside
+
     def _open_inside(self, backend: str) -> WorkerGroup:
         """Make the group of the worker's ranks, which is there from now on; all ranks do it at the same point."""
-        if self._inside is None:
-            failure = Failure(self._timeout or DEFAULT_TIMEOUT, type(self).__name__, self._who_is_missing)
-            owner = f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r})"
-            self._inside = WorkerGroup(owner, OwnGroup(backend, failure, self.layout.inside))
-        return self._inside
+        owner = f"{type(self).__name__}(devices_per_worker={self.devices_per_worker!r})"
+        return self._groups.open_inside(owner, backend, self.layout)
 
     def _wrapping(self, module: nn.Module) -> AbstractContextManager[None]:
         """Context in which DDP wraps a module: gradients are reduced inside of this worker alone."""
@@ -361,33 +348,7 @@ class WorkerProcess(_Base):
 
     def _leave_inside(self) -> None:
         """Give back the group of the worker's ranks; nothing is wrapped any more."""
-        inside, self._inside = self._inside, None
-        if inside is not None:
-            inside.close()
-
-    def _who_is_missing(self) -> str:
-        """A sentence on who is to blame when a collective operation has failed; empty if nobody can tell."""
-        return "" if self._roll_call is None else self._roll_call.explain()
-
-    @contextmanager
-    def _naming_the_missing(self, what: str) -> Iterator[None]:
-        """Context of a collective operation of Lightning's: its error says who was missing, and what to do."""
-        try:
-            yield
-        except RuntimeError as error:
-            if not is_of_process_group(error):
-                raise
-            raise ExchangeError(
-                f"{type(self).__name__}(timeout={self._timeout}): a {what} of Lightning's failed on rank"
-                f" {self.global_rank}. {self._who_is_missing()} Cause: {error}"
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy in another process is of no run: it has no store to call the roll on.
-        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[call-overload]  # Lightning's, of the Trainer
-        for name in ("_roll_call", "_inside"):
-            state.pop(name, None)
-        return state
+        self._groups.close_inside()
 
     def __repr__(self) -> str:
         # Lightning's error for an instance of another class tree shows this and nothing else.

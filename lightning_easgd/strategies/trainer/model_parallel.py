@@ -15,6 +15,7 @@ from lightning_easgd.strategies.center_method import OnNonFinite
 from lightning_easgd.strategies.ddp_arguments import names_its_class
 from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance
+from lightning_easgd.strategies.process_groups import unbind_group
 from lightning_easgd.strategies.sharded_workers import (
     DOCUMENTATION,
     Size,
@@ -112,7 +113,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
 
         def _set_up_groups(self) -> None:
             self._setup_distributed()
-            self._unbind_group()
+            unbind_group(self._get_process_group_backend())
             self._set_up_mesh()
             give_mesh(self.lightning_module, self._device_mesh)
 

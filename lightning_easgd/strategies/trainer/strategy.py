@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from lightning_easgd.averagers import ExchangeError, Meeting, Statistics, WorkersStoppedError
 from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.served_center import CenterError, WorkerLostError
-from lightning_easgd.strategies.failures import first_line, is_of_process_group
+from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.strategies.session import CenterSession
+from lightning_easgd.strategies.shown_weights import at_known_center
 from lightning_easgd.strategies.steps import Steps
 from lightning_easgd.strategies.trainer.checkpoints import TrainerCheckpoints
 from lightning_easgd.strategies.trainer.free_ranks import FreeRanks
@@ -387,7 +388,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         if not self._training or self._session is None:
             state = super().lightning_module_state_dict()
         elif self._is_alone:
-            state = _at_known_center(self._session, super().lightning_module_state_dict)
+            state = at_known_center(self._session.averagers, super().lightning_module_state_dict)
         else:
             with self._at_center(Meeting.CHECKPOINT):
                 # A copy: the module goes back to the worker, and an asynchronous writer may still be reading.
@@ -442,17 +443,11 @@ class TrainerStrategy(WorkerProcess, _Base):
     # Errors, signals, and the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """Meet the others once more if all stop together, else tell them that this rank has failed, and why.
-
-        An error of the process group's own says who was missing.
-        """
+        """Meet the others once more if all stop together, else tell them that this rank has failed, and why."""
         super().on_exception(exception)
         if self._ranks is not None:
             self._ranks.has_failed = True
-        if self._roll_call is not None:
-            if is_of_process_group(exception):
-                exception.add_note(f"{type(self).__name__}: {self._who_is_missing()}")
-            self._roll_call.fail(first_line(exception))
+        self._groups.fail(exception)
         if self._session is None:
             return
         averaging = self._session.averaging
@@ -496,7 +491,8 @@ class TrainerStrategy(WorkerProcess, _Base):
                 if ranks.has_failed and dist.is_initialized() and self.world_size > 1:
                     time.sleep(_LAST_WORDS if self.global_rank == store_server() else 0.0)
                 ranks.end()
-            self._ranks = self._roll_call = None
+            self._ranks = None
+            self._groups.leave()
             super().teardown()
             self._leave_inside()
 
@@ -532,32 +528,25 @@ class TrainerStrategy(WorkerProcess, _Base):
         meeting = Meetings.at_barrier(name) if self._training else None
         if meeting is not None:
             self._wait_for_all(meeting)
-        with self._naming_the_missing("barrier"):
+        with self._groups.naming_the_missing("barrier"):
             super().barrier(name, *args, **kwargs)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Broadcast an object; while an error ends the run every rank keeps its own."""
         if self._is_alone:
             return obj
-        with self._naming_the_missing("broadcast"):
+        with self._groups.naming_the_missing("broadcast"):
             return super().broadcast(obj, src)
 
     def gather(self, obj: Any) -> list[Any]:
         """What each rank gives, in the order of the ranks; while an error ends the run what this one gives."""
         if self._is_alone or not dist.is_initialized():
             return [obj]
-        return self._gathered(obj, self.world_size)
+        return self._groups.gather(obj)
 
     def gather_inside(self, obj: Any) -> list[Any]:
         """What each rank of this worker, which has several, gives, in their order."""
-        assert self._inside is not None
-        return self._gathered(obj, self.layout.per_worker, self._inside.group)
-
-    def _gathered(self, obj: Any, ranks: int, group: dist.ProcessGroup | None = None) -> list[Any]:
-        everyones: list[Any] = [None] * ranks
-        with self._naming_the_missing("gathering"):
-            dist.all_gather_object(everyones, obj, group)
-        return everyones
+        return self._groups.gather_inside(obj)
 
     @property
     def ranks_inside(self) -> list[int]:
@@ -568,7 +557,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         """Reduce a tensor; while an error ends the run every rank keeps its own."""
         if self._is_alone:
             return tensor
-        with self._naming_the_missing("reduction"):
+        with self._groups.naming_the_missing("reduction"):
             return super().reduce(tensor, *args, **kwargs)
 
     def note_progress(self) -> None:
@@ -648,27 +637,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._session.show_center()
         if self._calibrate is not None:
             self._session.calibrate(self._calibrate)
-
-
-def _at_known_center(session: CenterSession, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The module's state at the center, in the middle of anything; buffers are this rank's.
-
-    The parameters only point to the center meanwhile, whatever the module makes of them in its state: a step that
-    is under way has noted how often they were written to, and where.
-    """
-    pairs = [
-        (parameter, center.to(parameter.device, parameter.dtype, copy=True))
-        for averager in session.averagers
-        for parameter, center in zip(averager.parameters, averager.center_values(), strict=True)
-    ]
-    own = [parameter.data for parameter, _ in pairs]
-    try:
-        for parameter, center in pairs:
-            parameter.data = center
-        return copy.deepcopy(read())
-    finally:
-        for (parameter, _), value in zip(pairs, own, strict=True):
-            parameter.data = value
 
 
 def _check_batches(strategy: str, batches: object) -> None:
