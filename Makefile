@@ -18,7 +18,7 @@ FAST_JOBS ?= $(CORES)
 # The oldest Lightning and torch that pyproject.toml admits; they need older versions of some that constraints.txt pins.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
-OLDEST_LIGHTNING := 2.5.0
+OLDEST_LIGHTNING := 2.5.1
 OLDEST_TORCH := 2.8.0
 
 # Libraries that train with Lightning, and what they need.

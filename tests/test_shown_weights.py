@@ -6,7 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from ranks import end_ranks, run_ranks
 from test_strategy import arrays, equal
 from torch import nn
@@ -186,11 +187,9 @@ def final_weights(make, mode, norm=False):
     return run_ranks(train, 2)
 
 
-AVERAGING = {
-    "ema": lambda: EMAWeightAveraging(decay=0.9),
-    "mean": WeightAveraging,
-    "swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
-}
+AVERAGING = {"swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)}
+if hasattr(callbacks, "WeightAveraging"):  # from Lightning 2.6 on
+    AVERAGING |= {"ema": lambda: callbacks.EMAWeightAveraging(decay=0.9), "mean": callbacks.WeightAveraging}
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -33,6 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
+from lightning_easgd.strategies.sharded_workers import inside
 
 RANKS, SIZE = 4, 2
 PLACES = {
@@ -59,7 +60,7 @@ class FSDPInside(ModelParallelStrategy):
         self._setup_distributed()
         names = ("workers", "data_parallel", "tensor_parallel")
         mesh = init_device_mesh(self.root_device.type, (RANKS // SIZE, SIZE, 1), mesh_dim_names=names)
-        self._device_mesh = mesh[names[1:]]
+        self._device_mesh = inside(mesh)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from ranks import end_ranks, run_ranks
+from test_faults import NO_SAVE_ON_EXCEPTION
 from torch import nn
 from torch.utils.data import DataLoader
 from toys import quiet_trainer
@@ -91,6 +92,7 @@ def fit(name, saving=None, ranks=2, more=None, kind=Net, **arguments):
     return module, [str(each.message) for each in caught if "on_nonfinite" in str(each.message)]
 
 
+@pytest.mark.skipif(NO_SAVE_ON_EXCEPTION, reason="save_on_exception is not in this Lightning")
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [*SYNC, "async", "round_robin", "downpour"])
 def test_a_worker_that_is_not_finite_ends_the_run_and_is_named(name, value, tmp_path):
