@@ -14,8 +14,13 @@ from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllToAllOptions, BroadcastOptions, TCPStore
-from torch.distributed import ReduceOp
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BroadcastOptions,
+    TCPStore,
+)
 
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 from lightning_easgd.transport.daemon import Daemon
@@ -211,6 +216,8 @@ class Membership:
         # A request that nobody answers would hold up the end of this process.
         self._manager._executor.shutdown()
         self._manager._executor = Daemon("torchft_quorum")
+        if self.is_of_one_rank:
+            self._manager._client = _LoneClient(self._manager._client)
         for state in self._states.values():
             self._manager.register_state_dict_fn(state.key, state.keep, partial(self._give, state))
 
@@ -505,7 +512,7 @@ class Membership:
         """Replace a buffer by its sum over the workers, bitwise the same on all."""
         if not buffer.numel():
             return
-        self._manager.allreduce(buffer, reduce_op=ReduceOp.SUM).wait()  # keeps its error for the commit
+        self._operate(lambda: self._group.allreduce([buffer], AllreduceOptions()))  # a sum by default
 
     def all_to_all(self, outgoing: Tensor, incoming: Tensor) -> None:
         """Send row r of ``outgoing`` to worker r, and receive what it sends as row r of ``incoming``."""
@@ -522,6 +529,7 @@ class Membership:
         self._operate(lambda: self._group.broadcast([buffer], options))
 
     def _operate(self, begin: Callable[[], Any]) -> None:
+        """Wait for an operation, or do nothing after an error, which is kept for the commit."""
         if self._manager.errored() is not None:
             return
         try:
@@ -580,6 +588,19 @@ class Membership:
             self._thread.shutdown()
             if self._kind == "nccl":  # a kernel that waits for them would hold up all that is done on the device
                 self._abort()
+
+
+class _LoneClient:
+    """A client of torchft's of a worker of one rank, which need not ask its server whether all of them commit."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def should_commit(self, _rank: int, _step: int, should_commit: bool, *, timeout: timedelta) -> bool:  # noqa: ARG002
+        return should_commit
 
 
 def _packed(value: Any) -> Tensor:
