@@ -5,7 +5,6 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 
 __all__ = ["FetchObserver", "random_state", "set_random_state"]
 
@@ -62,10 +61,16 @@ class FetchObserver:
     def fetch_ended(self, device: torch.device) -> None:
         """Called after each fetch."""
         if self._before is not None:
-            self.draws = repr(_listed(self._before)) != repr(_listed(random_state(device)))
+            self.draws = not _are_equal(self._before, random_state(device))
             self._known = True
             self._before = None
 
 
-def _listed(state: dict[str, Any]) -> Any:
-    return apply_to_collection(state, torch.Tensor, lambda tensor: tensor.tolist())
+def _are_equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return all(_are_equal(one[name], other[name]) for name in one)
+    if isinstance(one, list):
+        return all(map(_are_equal, one, other))
+    return bool(one == other)
