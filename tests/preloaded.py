@@ -29,7 +29,7 @@ _MODULES = """
     lightning_easgd.fabric lightning_easgd.callbacks lightning_easgd.sampling lightning_easgd.lab.report
     lightning_easgd.lab.plots lightning_easgd.lab.models lightning_easgd.lab.data lightning_easgd.lab.recorders
     lightning_easgd.lab.baselines lightning_easgd.lab.command_errors lightning_easgd.lab.compare
-    lightning_easgd.lab.simulation PIL.Image torch.utils.tensorboard
+    lightning_easgd.lab.simulation PIL.Image torch.utils.tensorboard torch.distributed.checkpoint torchft
 """
 
 # The client, which imports little, and its request: one packet of JSON, the three streams, and where the process is
@@ -231,6 +231,7 @@ def python(*modules: str) -> str:
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd=folder.name,
+        env={**os.environ, "RUST_LOG": "error"},  # torchft reads it as it is imported
     )
     client.write_text(_CLIENT.format(python=sys.executable, address=str(address)))
     client.chmod(0o755)

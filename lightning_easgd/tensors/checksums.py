@@ -79,9 +79,10 @@ def _sum_of_bits(tensor: Tensor) -> int:
     flat = tensor.resolve_conj().resolve_neg().reshape(-1).contiguous()
     if not flat.numel():
         return 0
-    weights = _weights(flat.device)
+    octets = flat.view(torch.uint8)
+    weights = _weights(flat.device, min(_BLOCK, 1 << (octets.numel() // _WORD).bit_length()))
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for block in torch.split(flat.view(torch.uint8), _BLOCK * _WORD):
+    for block in torch.split(octets, _BLOCK * _WORD):
         words = _words(block)
         total.mul_(_BLOCK_FACTOR).add_((words * weights[: words.numel()]).sum())
     return int(total)
@@ -95,10 +96,10 @@ def _words(block: Tensor) -> Tensor:
     return block.view(torch.int32)
 
 
-@lru_cache(maxsize=16)
-def _weights(device: torch.device) -> Tensor:
-    """Odd int64 numbers without a pattern, shape (_BLOCK,): two rounds of multiplication and shift."""
-    numbers = torch.arange(1, _BLOCK + 1, dtype=torch.int64, device=device)
+@lru_cache(maxsize=64)
+def _weights(device: torch.device, count: int) -> Tensor:
+    """Odd int64 numbers without a pattern, shape (count,): two rounds of multiplication and shift."""
+    numbers = torch.arange(1, count + 1, dtype=torch.int64, device=device)
     for factor in (-0x61C8864680B583EB, -0x4B47D0C5A1A2C4E3):
         numbers = numbers * factor
         numbers = numbers ^ (numbers >> 29)
