@@ -176,7 +176,6 @@ def seconds(free):
     return slow.seconds
 
 
-@pytest.mark.serial
 def test_a_slow_rank_does_not_slow_the_other():
     def share(free):  # the smaller of two: the machine may be busy with something else
         return min(fast / slow for fast, slow in (run_ranks(seconds, 2, free) for _ in range(2)))

@@ -73,7 +73,6 @@ def test_step_cost(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
 
-@pytest.mark.serial
 @pytest.mark.processes
 def test_straggler(tmp_path):
     run("straggler", tmp_path, "--ranks", "2", "--rounds", "1", "--steps", "2", "--tau", "2", "--parameters", "1000",
