@@ -566,6 +566,39 @@ def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tm
         assert [row["worker"] for row in csv.DictReader(file)] == ["0", "0", "1", "1"]
 
 
+@pytest.mark.parametrize("sampling", ["full", "sharded"])
+def test_ranks_of_tensor_parallelism_draw_the_same_of_our_data_and_count_it_once(sampling, tmp_path):
+    """Each computes a part of what the others do: of other images the parts would not belong together."""
+
+    class Divided(Classifier):
+        def configure_model(self):
+            last = [name for name, part in self.network.named_modules() if isinstance(part, torch.nn.Linear)][-1]
+            plan = {last: ColwiseParallel(output_layouts=Replicate())}
+            parallelize_module(self.network, self.device_mesh["tensor_parallel"], plan)
+
+    class Draws(Callback):
+        def on_train_start(self, trainer, module):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.seen.append(batch[0].double().sum().item())
+
+    def train():
+        draws, data = Draws(), DigitsDataModule(batch_size=50, sampling=sampling)
+        model = Divided(DigitsNet(), optimizer=partial(torch.optim.SGD, lr=0.01))
+        given = {"devices": 4, "max_steps": 3, "limit_val_batches": 0, "callbacks": [draws, LearningCurve(tmp_path)]}
+        quiet_trainer(strategy=EASGDModelParallelStrategy(1, 2, tau=2), **given).fit(model, datamodule=data)
+        return draws.seen, len(data.train_evaluation_dataloader().dataset)
+
+    (first, size), (second, _), (third, _), (fourth, _) = run_ranks(train, 4)
+    assert first == second
+    assert third == fourth
+    assert first != third
+    with (tmp_path / "curve.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["epochs"]) == pytest.approx(2 * 3 * 50 / size)
+
+
 def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
     """Over the ranks that draw different data: layers that the module has, as Lightning converts none here."""
 
