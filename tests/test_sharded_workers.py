@@ -624,6 +624,56 @@ def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
     assert run_ranks(train, 4) == [[0, 1]] * 2 + [[2, 3]] * 2
 
 
+class Rowwise(torch.optim.Optimizer):
+    """Adagrad with one sum for each row (or ``local``: momentum of what a rank holds), and the last two gradients."""
+
+    def __init__(self, parameters, local=False):
+        super().__init__(parameters, {"lr": 0.05, "local": local})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if group["local"]:
+                    state["sum"] = state.get("sum", 0) * 0.9 + p.grad.to_local()
+                    p.to_local().sub_(group["lr"] * state["sum"])
+                    continue  # nothing of it is a shard
+                rows = p.grad.square().mean(-1, keepdim=True)
+                state["sum"] = rows if "sum" not in state else state["sum"] + rows
+                state["last"] = [*state.get("last", []), p.grad.clone()][-2:]
+                p.sub_(group["lr"] * state["last"][0] / (state["sum"].sqrt() + 1e-3))
+        return loss
+
+
+@pytest.mark.parametrize(("local", "distributed"), [(False, True), (True, False)])
+def test_a_state_that_is_not_like_its_parameter_comes_back_as_it_was(local, distributed, tmp_path):
+    """Sums of rows are shards of another shape, and what an optimizer keeps of its rank's part is none."""
+
+    class Model(Sharded):
+        def configure_optimizers(self):
+            return Rowwise(self.parameters(), local)
+
+    def train():
+        def once(epochs, **given):
+            strategy = EASGDModelParallelStrategy(2, save_distributed_checkpoint=distributed, **RUN)
+            trainer = quiet_trainer(strategy=strategy, devices=4, max_epochs=epochs, limit_val_batches=0)
+            module = Model(steps=5)
+            trainer.fit(module, **given)
+            return trainer, [whole(each) for each in (module.parameters(), strategy.center.values())]
+
+        _, straight = once(2)
+        trainer, _ = once(1)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        _, resumed = once(2, ckpt_path=tmp_path / "half.ckpt")
+        return straight, resumed
+
+    for straight, resumed in run_ranks(train, 4, timeout=110):
+        assert all(equal(*pair) for pair in zip(straight, resumed, strict=True))
+
+
 @pytest.mark.parametrize(
     ("before", "now"),
     [
