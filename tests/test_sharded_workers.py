@@ -873,6 +873,20 @@ def test_fabric(distributed, tmp_path):
         assert equal(own, again)
 
 
+def test_a_folder_is_refused_by_name_where_workers_are_not_sharded(tmp_path):
+    def train():
+        says = r"EASGDStrategy: .*half\.ckpt is a folder.*save_distributed_checkpoint=False.*consolidate_checkpoint"
+        with pytest.raises(IsADirectoryError, match=says):
+            quiet_trainer(strategy=EASGDStrategy(), devices=1).fit(TwoLayers(), ckpt_path=tmp_path / "half.ckpt")
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricEASGDStrategy())
+        fabric.launch()
+        with pytest.raises(IsADirectoryError, match=says):
+            fabric.load(tmp_path / "half.ckpt", {"model": fabric.setup_module(TwoLayers())})
+
+    (tmp_path / "half.ckpt").mkdir()
+    run_ranks(train, 1)
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_a_checkpoint_before_the_first_step_changes_nothing(distributed, tmp_path):
     """Torch fills an empty state by a step of no size, which Adam would count."""
