@@ -706,8 +706,12 @@ def test_an_outer_momentum_that_begins_anew_is_not_put_down_to_an_error(before, 
     assert "error" not in message
 
 
-def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
-    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here."""
+@pytest.mark.parametrize(("weights_only", "distributed"), [(False, True), (True, True), (True, False)])
+def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(weights_only, distributed, tmp_path):
+    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here.
+
+    Nor has it optimizers to restore, whose states a checkpoint of weights alone does not have.
+    """
 
     class Tested(Sharded):
         test_step = TwoLayers.validation_step
@@ -719,12 +723,13 @@ def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again
 
     def train():
         given = {"devices": 2, "limit_val_batches": 2, "use_distributed_sampler": False}
-        trainer = quiet_trainer(strategy=EASGDModelParallelStrategy(2, tau=2), **given)
+        strategy = EASGDModelParallelStrategy(2, save_distributed_checkpoint=distributed, tau=2)
+        trainer = quiet_trainer(strategy=strategy, **given)
         module = Tested(steps=5, **SGD)
         trainer.fit(module)
         center = whole(module.parameters())
-        trainer.save_checkpoint(tmp_path / "end.ckpt")
-        if os.environ["RANK"] == "0":
+        trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+        if os.environ["RANK"] == "0" and not weights_only:
             shutil.rmtree(tmp_path / "end.ckpt.easgd")
         trainer.strategy.barrier()
         for run in (trainer.test, trainer.validate):
