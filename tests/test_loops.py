@@ -20,7 +20,7 @@ from test_faults import Uneven
 from test_strategy import arrays, equal
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from toys import Regression, fitted
+from toys import Regression, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
 
@@ -57,6 +57,35 @@ def ends_early_with_an_error(callback, mode, timeout=60):
 def test_a_checkpoint_in_mid_epoch_that_one_rank_does_not_reach_is_an_error_at_once(mode, tmp_path):
     """Rank 0 has 5 batches, rank 1 has 9 and saves at 8."""
     ends_early_with_an_error(partial(ModelCheckpoint, tmp_path, every_n_train_steps=4, save_top_k=-1), mode)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_the_best_checkpoint_is_rank_0s_where_each_rank_gives_it_a_name_of_its_own(tmp_path, recwarn):
+    """After 5 and after 9 steps, as the default name has it; each worker goes on from its own state beside that one."""
+
+    def fit_and(run):
+        saver = ModelCheckpoint(tmp_path, monitor="val_loss")
+        strategy = EASGDStrategy(tau=2, timeout=TIMEOUT, worker_state="sidecar")
+        given = {"callbacks": [saver], "enable_checkpointing": True, "use_distributed_sampler": False}
+        module = fitted(Uneven(), strategy, 2, **given)
+        name = str(saver.best_model_path)
+        run(module, saver)
+        return name, arrays(module.parameters()), [str(each.message) for each in recwarn]
+
+    def score(module, saver):
+        best = module.trainer.validate(module, ckpt_path="best", verbose=False)[0]["val_loss"]
+        assert best == pytest.approx(float(saver.best_model_score))
+
+    def go_on(module, saver):
+        strategy = EASGDStrategy(tau=2, timeout=TIMEOUT, worker_state="sidecar")
+        trainer = quiet_trainer(strategy=strategy, devices=2, max_epochs=2, use_distributed_sampler=False)
+        trainer.fit(module, ckpt_path=saver.best_model_path)
+
+    for run in (score, go_on):
+        (first, center, said), (second, other, _) = run_ranks(partial(fit_and, run), 2)
+        assert first != second
+        assert equal(center, other)
+        assert not any("missing or torn" in each for each in said)
 
 
 READ_THE_TIME = {

@@ -566,6 +566,39 @@ def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tm
         assert [row["worker"] for row in csv.DictReader(file)] == ["0", "0", "1", "1"]
 
 
+@pytest.mark.parametrize("sampling", ["full", "sharded"])
+def test_ranks_of_tensor_parallelism_draw_the_same_of_our_data_and_count_it_once(sampling, tmp_path):
+    """Each computes a part of what the others do: of other images the parts would not belong together."""
+
+    class Divided(Classifier):
+        def configure_model(self):
+            last = [name for name, part in self.network.named_modules() if isinstance(part, torch.nn.Linear)][-1]
+            plan = {last: ColwiseParallel(output_layouts=Replicate())}
+            parallelize_module(self.network, self.device_mesh["tensor_parallel"], plan)
+
+    class Draws(Callback):
+        def on_train_start(self, trainer, module):
+            self.seen = []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.seen.append(batch[0].double().sum().item())
+
+    def train():
+        draws, data = Draws(), DigitsDataModule(batch_size=50, sampling=sampling)
+        model = Divided(DigitsNet(), optimizer=partial(torch.optim.SGD, lr=0.01))
+        given = {"devices": 4, "max_steps": 3, "limit_val_batches": 0, "callbacks": [draws, LearningCurve(tmp_path)]}
+        quiet_trainer(strategy=EASGDModelParallelStrategy(1, 2, tau=2), **given).fit(model, datamodule=data)
+        return draws.seen, len(data.train_evaluation_dataloader().dataset)
+
+    (first, size), (second, _), (third, _), (fourth, _) = run_ranks(train, 4)
+    assert first == second
+    assert third == fourth
+    assert first != third
+    with (tmp_path / "curve.csv").open() as file:
+        *_, last = csv.DictReader(file)
+    assert float(last["epochs"]) == pytest.approx(2 * 3 * 50 / size)
+
+
 def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
     """Over the ranks that draw different data: layers that the module has, as Lightning converts none here."""
 
@@ -589,6 +622,56 @@ def test_synchronized_batchnorm_is_so_inside_of_a_sharded_worker():
         return see.ranks
 
     assert run_ranks(train, 4) == [[0, 1]] * 2 + [[2, 3]] * 2
+
+
+class Rowwise(torch.optim.Optimizer):
+    """Adagrad with one sum for each row (or ``local``: momentum of what a rank holds), and the last two gradients."""
+
+    def __init__(self, parameters, local=False):
+        super().__init__(parameters, {"lr": 0.05, "local": local})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if group["local"]:
+                    state["sum"] = state.get("sum", 0) * 0.9 + p.grad.to_local()
+                    p.to_local().sub_(group["lr"] * state["sum"])
+                    continue  # nothing of it is a shard
+                rows = p.grad.square().mean(-1, keepdim=True)
+                state["sum"] = rows if "sum" not in state else state["sum"] + rows
+                state["last"] = [*state.get("last", []), p.grad.clone()][-2:]
+                p.sub_(group["lr"] * state["last"][0] / (state["sum"].sqrt() + 1e-3))
+        return loss
+
+
+@pytest.mark.parametrize(("local", "distributed"), [(False, True), (True, False)])
+def test_a_state_that_is_not_like_its_parameter_comes_back_as_it_was(local, distributed, tmp_path):
+    """Sums of rows are shards of another shape, and what an optimizer keeps of its rank's part is none."""
+
+    class Model(Sharded):
+        def configure_optimizers(self):
+            return Rowwise(self.parameters(), local)
+
+    def train():
+        def once(epochs, **given):
+            strategy = EASGDModelParallelStrategy(2, save_distributed_checkpoint=distributed, **RUN)
+            trainer = quiet_trainer(strategy=strategy, devices=4, max_epochs=epochs, limit_val_batches=0)
+            module = Model(steps=5)
+            trainer.fit(module, **given)
+            return trainer, [whole(each) for each in (module.parameters(), strategy.center.values())]
+
+        _, straight = once(2)
+        trainer, _ = once(1)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        _, resumed = once(2, ckpt_path=tmp_path / "half.ckpt")
+        return straight, resumed
+
+    for straight, resumed in run_ranks(train, 4, timeout=110):
+        assert all(equal(*pair) for pair in zip(straight, resumed, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -623,8 +706,12 @@ def test_an_outer_momentum_that_begins_anew_is_not_put_down_to_an_error(before, 
     assert "error" not in message
 
 
-def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(tmp_path):
-    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here."""
+@pytest.mark.parametrize(("weights_only", "distributed"), [(False, True), (True, True), (True, False)])
+def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again(weights_only, distributed, tmp_path):
+    """A finished fit has no loops to restore, and no worker's state to look for, which would be warned of here.
+
+    Nor has it optimizers to restore, whose states a checkpoint of weights alone does not have.
+    """
 
     class Tested(Sharded):
         test_step = TwoLayers.validation_step
@@ -636,12 +723,13 @@ def test_after_a_fit_its_trainer_tests_and_validates_a_checkpoint_and_fits_again
 
     def train():
         given = {"devices": 2, "limit_val_batches": 2, "use_distributed_sampler": False}
-        trainer = quiet_trainer(strategy=EASGDModelParallelStrategy(2, tau=2), **given)
+        strategy = EASGDModelParallelStrategy(2, save_distributed_checkpoint=distributed, tau=2)
+        trainer = quiet_trainer(strategy=strategy, **given)
         module = Tested(steps=5, **SGD)
         trainer.fit(module)
         center = whole(module.parameters())
-        trainer.save_checkpoint(tmp_path / "end.ckpt")
-        if os.environ["RANK"] == "0":
+        trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only=weights_only)
+        if os.environ["RANK"] == "0" and not weights_only:
             shutil.rmtree(tmp_path / "end.ckpt.easgd")
         trainer.strategy.barrier()
         for run in (trainer.test, trainer.validate):
@@ -788,6 +876,20 @@ def test_fabric(distributed, tmp_path):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
+
+
+def test_a_folder_is_refused_by_name_where_workers_are_not_sharded(tmp_path):
+    def train():
+        says = r"EASGDStrategy: .*half\.ckpt is a folder.*save_distributed_checkpoint=False.*consolidate_checkpoint"
+        with pytest.raises(IsADirectoryError, match=says):
+            quiet_trainer(strategy=EASGDStrategy(), devices=1).fit(TwoLayers(), ckpt_path=tmp_path / "half.ckpt")
+        fabric = Fabric(accelerator="cpu", devices=1, strategy=FabricEASGDStrategy())
+        fabric.launch()
+        with pytest.raises(IsADirectoryError, match=says):
+            fabric.load(tmp_path / "half.ckpt", {"model": fabric.setup_module(TwoLayers())})
+
+    (tmp_path / "half.ckpt").mkdir()
+    run_ranks(train, 1)
 
 
 @pytest.mark.parametrize("distributed", [True, False])

@@ -647,6 +647,62 @@ def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a
     assert not equal(results[0][0], results[2][0])
 
 
+class Grown(TwoLayers):
+    """It gets another layer in the middle of an epoch, with values of its own on each rank."""
+
+    def on_train_batch_start(self, batch, index):
+        if index == 7:
+            torch.manual_seed(self.trainer.global_rank)
+            self.last_layer = torch.nn.Linear(5, 5, dtype=torch.float64)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.last_layer.parameters())})
+
+    def forward(self, batch):
+        loss = super().forward(batch)
+        return loss + (self.last_layer(batch[:, 5:]) - 1).square().mean() if hasattr(self, "last_layer") else loss
+
+
+def test_gradients_of_parameters_that_are_made_later_are_reduced_inside_of_a_worker():
+    def train():
+        end = End()
+        module = fitted(
+            Grown(momentum=0.9), EASGDStrategy(devices_per_worker=2, **RUN), 4, callbacks=[end], limit_val_batches=0
+        )
+        return end.worker, end.momentum, arrays(module.parameters())
+
+    results = run_ranks(train, 4, timeout=110)
+    for rank, (worker, momentum, center) in enumerate(results):
+        assert len(center) == 5
+        assert equal(worker, results[rank // 2 * 2][0])
+        assert equal(momentum, results[rank // 2 * 2][1])
+        assert equal(center, results[0][2])
+    assert not equal(results[0][0][3:], results[2][0][3:])
+
+
+@pytest.mark.parametrize("has_module", [True, False])
+def test_a_step_with_parameters_that_no_module_had_at_setup_is_an_error_or_warned_of(has_module):
+    """As those of a loss that only the optimizer is given. Copies in another precision are none of a module, too."""
+
+    def train():
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(devices_per_worker=2, **RUN))
+        fabric.launch()
+        module, loss = TwoLayers(), torch.nn.Linear(5, 5, dtype=torch.float64)
+        model, optimizer = fabric.setup(module, torch.optim.SGD([*module.parameters(), *loss.parameters()], lr=0.1))
+        if has_module:
+            module.loss = loss
+        batch = module.rows(1)
+        fabric.backward(model(batch) + loss(batch[:, 5:]).square().sum())
+        says = r"no module has some .*\(of the shapes \(5, 5\), \(5,\)\)"
+        with nullcontext() if has_module or fabric.global_rank else pytest.warns(UserWarning, match=says):
+            optimizer.step()
+
+    for outcome in end_ranks(train, 2, timeout=40):
+        if has_module:
+            assert "loss.weight, loss.bias were not in it when DDP wrapped the module" in outcome.error
+            assert "give fabric.setup a module that has them" in outcome.error
+        else:
+            assert outcome.exitcode == 0, outcome.error
+
+
 def test_a_step_with_gradients_that_were_not_reduced_is_an_error():
     """Where the module cannot be wrapped again."""
 

@@ -19,6 +19,7 @@ __all__ = [
     "layout_of",
     "number_of",
     "own_weights",
+    "ranks_that_draw_alike",
     "write_csv",
 ]
 
@@ -86,6 +87,16 @@ def number_of(trainer: L.Trainer, worker: int) -> int:
     """
     given: int | None = getattr(trainer.strategy, "replica_id", None)
     return worker if given is None else given
+
+
+def ranks_that_draw_alike(trainer: L.Trainer) -> int:
+    """Returns how many ranks draw the same data: those of tensor parallelism, each of which has a part of the layers.
+
+    Args:
+        trainer: The trainer; the strategies give its module the mesh that says so.
+    """
+    mesh = getattr(getattr(trainer, "lightning_module", None), "device_mesh", None)
+    return 1 if mesh is None else int(mesh.size(mesh.mesh_dim_names.index("tensor_parallel")))
 
 
 def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:

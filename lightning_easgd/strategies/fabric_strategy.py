@@ -187,8 +187,11 @@ class FabricStrategy(WorkerProcess, _Base):
         session = self._session_of_step(optimizer)
         if session is not None:
             if self._inside is not None:
-                remedy = "freeze them after fabric.setup, with find_unused_parameters=True, and not before"
-                self._inside.check_reduced(remedy)
+                remedy = (
+                    "give fabric.setup a module that has them, and freeze them after fabric.setup, with"
+                    " find_unused_parameters=True, and not before"
+                )
+                self._inside.check_reduced(self._optimizers, remedy)
             session.after_step(optimizer, gradient_comes_after=had_closure)
 
     def get_module_state_dict(self, module: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,7 +157,7 @@ def load_parts(strategy: str, optimizer: Optimizer, state: Mapping[str, Any]) ->
 
     Args:
         strategy: Name of the strategy, for errors.
-        optimizer: The optimizer.
+        optimizer: The optimizer, which another worker's state has been loaded into: what is a shard there is one here.
         state: The state.
 
     Raises:
@@ -170,17 +171,26 @@ def load_parts(strategy: str, optimizer: Optimizer, state: Mapping[str, Any]) ->
             " Give the optimizer all parameters in configure_optimizers, and freeze by requires_grad_(False)."
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def whole(number: int, value: Any) -> Any:
-        parameter = parameters[number]
-        part = isinstance(value, Tensor) and is_shard(parameter) and value.shape == local(parameter).shape
-        return sharded_like(value.to(parameter.device), parameter) if part else value
-
     states = {
-        number: {name: whole(number, value) for name, value in values.items()}
+        number: {
+            name: _whole(value, optimizer.state.get(parameters[number], {}).get(name), parameters[number])
+            for name, value in values.items()
+        }
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": states})
+
+
+def _whole(value: Any, like: Any, parameter: Tensor) -> Any:
+    """A value of an optimizer's state with shards in place of parts, where another value has them, or the parameter."""
+    if isinstance(value, list):
+        others = like[: len(value)] if isinstance(like, list) else []
+        return [_whole(each, other, parameter) for each, other in zip_longest(value, others)]
+    if not isinstance(value, Tensor):
+        return value
+    like = like if isinstance(like, Tensor) else parameter
+    part = is_shard(like) and value.shape == local(like).shape
+    return sharded_like(value.to(parameter.device), like) if part else value
 
 
 def of_sharded_workers(cls: type) -> type:

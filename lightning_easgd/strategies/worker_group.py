@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.transport.channel import OwnGroup
@@ -27,6 +29,8 @@ class WorkerGroup:
         self._own_group = group
         self._borrowers: list[Any] = []
         self._unreduced: dict[Tensor, str] = {}  # parameters that were frozen when DDP wrapped them
+        self._wrapped: list[nn.Module] = []
+        self._seen: dict[int, Tensor] = {}  # all parameters that DDP wrapped, by their identity
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -47,6 +51,8 @@ class WorkerGroup:
             yield
         finally:
             del ddp_arguments["process_group"]  # it cannot go to another process
+        self._wrapped.append(module)
+        self._seen |= {id(parameter): parameter for parameter in module.parameters()}
         ignored = ignored_names(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad and name not in ignored:
@@ -72,30 +78,60 @@ class WorkerGroup:
             self.lend([state])
         model.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
 
-    @property
-    def unfrozen(self) -> list[str]:
-        """Names of the parameters that are to be trained now and that DDP, which skips frozen ones, does not reduce."""
-        return [name for parameter, name in self._unreduced.items() if parameter.requires_grad]
-
-    def check_reduced(self, remedy: str) -> None:
-        """After a step: raise if it has moved these ranks apart.
+    def lacks(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether a module has parameters to be trained now that DDP, which has wrapped it before, does not reduce.
 
         Args:
+            optimizers: Those that may have parameters which have been made since.
+        """
+        if any(parameter.requires_grad for parameter in self._unreduced):
+            return True
+        made = set(self._made_since(optimizers))
+        return bool(made) and any(parameter in made for module in self._wrapped for parameter in module.parameters())
+
+    def check_reduced(self, optimizers: Iterable[Optimizer], remedy: str) -> None:
+        """After a step: raise if it has moved these ranks apart; warn if it may have, where nobody can tell.
+
+        Args:
+            optimizers: Those of the training.
             remedy: What to do about it, for the error.
 
         Raises:
-            RuntimeError: If a parameter that was frozen when DDP wrapped it has a gradient, of this rank's data alone.
+            RuntimeError: If a parameter that was frozen when DDP wrapped its module, or not in it, has a gradient, of
+                this rank's data alone.
         """
-        names = [name for p, name in self._unreduced.items() if p.requires_grad and p.grad is not None]
-        if names:
+        frozen = [name for p, name in self._unreduced.items() if p.requires_grad and p.grad is not None]
+        made = dict.fromkeys(p for p in self._made_since(optimizers) if p.grad is not None)
+        if not frozen and not made:
+            return
+        known: dict[Tensor, str] = {p: name for module in self._wrapped for name, p in module.named_parameters()}
+        added = [name for parameter, name in known.items() if parameter in made]
+        if frozen or added:
+            what = f"{listed(frozen)} were frozen" if frozen else f"{listed(added)} were not in it"
             raise RuntimeError(
-                f"{self._owner}: {listed(names)} were frozen when DDP wrapped the module, so that nothing reduces their"
-                f" gradients over the ranks of a worker; {remedy}."
+                f"{self._owner}: {what} when DDP wrapped the module, so that nothing reduces their gradients over the"
+                f" ranks of a worker; {remedy}."
             )
+        self._seen |= {id(parameter): parameter for parameter in made}
+        shapes = listed(str(tuple(parameter.shape)) for parameter in made)
+        rank_zero_warn(
+            f"{self._owner}: no module has some of the optimizers' parameters (of the shapes {shapes}): nothing reduces"
+            " their gradients over the ranks of a worker, so that these train each its own, unless they are made of"
+            " gradients that are reduced. Have the module hold them."
+        )
+
+    def _made_since(self, optimizers: Iterable[Optimizer]) -> list[Tensor]:
+        """The parameters of optimizers that no module had when DDP wrapped it."""
+        if not self._wrapped:
+            return []
+        groups = (group["params"] for optimizer in optimizers for group in optimizer.param_groups)
+        return [parameter for group in groups for parameter in group if id(parameter) not in self._seen]
 
     def unwrap(self) -> None:
         """Take notice that no module is wrapped any more."""
         self._unreduced.clear()
+        self._wrapped.clear()
+        self._seen.clear()
 
     def synchronize(self, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
         """Let a module's SyncBatchNorm layers communicate in a group, but for those that have one already.

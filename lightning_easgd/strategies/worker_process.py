@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         @property
         def process_group_backend(self) -> str | None: ...
         def process_dataloader(self, dataloader: Any) -> Any: ...
+        def load_checkpoint(self, *arguments: Any, **keywords: Any) -> dict[str, Any]: ...
 else:
     _Base = object
 
@@ -302,6 +303,22 @@ class WorkerProcess(_Base):
         """
         check_loader(type(self).__name__, dataloader, self.layout.per_worker, is_elastic=self.elastic is not None)
         return super().process_dataloader(dataloader)
+
+    def load_checkpoint(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
+        """Read a checkpoint as Lightning does.
+
+        Raises:
+            IsADirectoryError: If it is a folder, and this strategy reads files.
+        """
+        try:
+            return super().load_checkpoint(*arguments, **keywords)
+        except IsADirectoryError as error:
+            raise IsADirectoryError(
+                f"{type(self).__name__}: {error.filename} is a folder, as EASGDModelParallelStrategy saves it, and"
+                " workers that are not sharded read files; save it with save_distributed_checkpoint=False, or make a"
+                " file of it (python -m lightning.fabric.utilities.consolidate_checkpoint) and load its 'state_dict'"
+                " into the module."
+            ) from error
 
     @property
     def workers(self) -> int:

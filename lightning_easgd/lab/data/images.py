@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from lightning_easgd.callbacks.recording import ranks_that_draw_alike
 from lightning_easgd.lab.data.sampling import augmenting_loader, check_sampling, evaluation_loader, worker_stream
 from lightning_easgd.lab.data.splits import stratified_split
 
@@ -114,14 +115,16 @@ class SplitDataModule(L.LightningDataModule):
 
     @property
     def rank(self) -> int:
-        """The number of this rank of all workers'; known only where there is a trainer, which in a spawn parent says 0.
+        """The number of this rank of all workers' that draw their own: those of tensor parallelism draw the same.
 
-        Of workers that come and go each launch counts its ranks from 0.
+        It is known only where there is a trainer, which in a spawn parent says 0. Of workers that come and go each
+        launch counts its ranks from 0.
         """
         if not self.trainer:
             return 0
         number = getattr(self.trainer.strategy, "replica_id", None) or 0
-        return number * self.trainer.world_size + self.trainer.global_rank
+        rank: int = number * self.trainer.world_size + self.trainer.global_rank
+        return rank // ranks_that_draw_alike(self.trainer)
 
     @property
     def shares(self) -> dict[str, Any]:

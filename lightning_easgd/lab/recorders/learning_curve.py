@@ -14,7 +14,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from typing_extensions import override
 
-from lightning_easgd.callbacks.recording import ElasticStrategy, ddp_bytes, gather, layout_of, write_csv
+from lightning_easgd.callbacks.recording import (
+    ElasticStrategy,
+    ddp_bytes,
+    gather,
+    layout_of,
+    ranks_that_draw_alike,
+    write_csv,
+)
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 
 __all__ = ["CURVE_FILE", "LearningCurve"]
@@ -106,6 +113,7 @@ class LearningCurve(Callback):
         ranks = gather(trainer, [trainer.global_step, self._seconds, self._samples, sent, *scores])
         step, seconds = ranks[0][:2]
         samples, sent, *totals = (sum(column) for column in list(zip(*ranks, strict=True))[2:])
+        samples /= ranks_that_draw_alike(trainer)
         size = len(trainer.train_dataloader.dataset)  # type: ignore[union-attr]
         errors = [totals[i + j] / totals[i + 2] for i in (0, 3) for j in (0, 1)]
         self.rows.append([int(step), samples / size, seconds, sent / layout_of(trainer).workers, *errors])

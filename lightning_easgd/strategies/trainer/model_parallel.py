@@ -180,9 +180,15 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             self._write_shards(Path(self.broadcast(filepath)), state, checkpoint)
 
         def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-            """Read a checkpoint into module and optimizers; in a fit these as on this rank if that is known."""
-            checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
-            if self._session is not None and self._checkpoints is not None:  # those of a fit that has ended stay
+            """Read a checkpoint into the module; in a fit also into optimizers, as on this rank if that is known."""
+            optimizers = self.optimizers
+            if self._session is None:  # those of a fit that has ended stay; of weights alone there are no states
+                self.optimizers = []
+            try:
+                checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
+            finally:
+                self.optimizers = optimizers
+            if self._session is not None and self._checkpoints is not None:
                 found = self._checkpoints.find(checkpoint, *self._read_from)
                 if found is not checkpoint:
                     for optimizer, own in zip(self.optimizers, found["optimizer_states"], strict=False):

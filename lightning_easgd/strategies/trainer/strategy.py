@@ -282,9 +282,9 @@ class TrainerStrategy(WorkerProcess, _Base):
             self._meetings.begin_epoch()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Have DDP reduce the gradients of parameters, too, that were frozen when it wrapped the module."""
+        """Have DDP reduce the gradients of all parameters, also where some were frozen or not there when it wrapped."""
         super().on_train_batch_start(batch, batch_idx)
-        if self._inside is not None and self._inside.unfrozen:
+        if self._inside is not None and self._inside.lacks(self.optimizers):
             self._wrap()
 
     def on_batch_fetched(self) -> None:
@@ -325,7 +325,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         if not self._is_averaging or self._session is None:
             return
         if self._inside is not None:
-            self._inside.check_reduced("unfreeze them between two steps, such as in on_train_batch_start")
+            remedy = "have the module hold them, and unfreeze them, between two steps, such as in on_train_batch_start"
+            self._inside.check_reduced(self.optimizers, remedy)
         automatic = self.lightning_module is not None and self.lightning_module.automatic_optimization
         if self._session.after_step(optimizer, gradient_comes_after=had_closure and automatic):
             self._stop_if_agreed()
@@ -425,7 +426,8 @@ class TrainerStrategy(WorkerProcess, _Base):
             remove_sidecar(str(filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        """Read a checkpoint."""
+        """Read a checkpoint: the one that rank 0 means, as its name may hold a step that differs between the ranks."""
+        checkpoint_path = self.broadcast(checkpoint_path)
         checkpoint = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
         self._read_from = str(checkpoint_path), keywords.get("weights_only")
         return checkpoint
