@@ -1,5 +1,6 @@
 """A worker of several ranks among others that come and go: all of its ranks are told the same; threads, no torchft."""
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from channels import Hub, on_threads
 from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.lighthouse import Heard, Lighthouse
-from lightning_easgd.transport.membership import Membership
+from lightning_easgd.transport.membership import Membership, _make_transport
 
 WORKERS, RANKS = 2, 2
 
@@ -527,3 +529,54 @@ def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_firs
     seen = [Heard(number, ranks, 1, "gloo", "name", age) for number, age in heard.items()]
     monkeypatch.setattr(members._lighthouse, "heard", lambda: seen)
     assert members.is_first() == is_first
+
+
+@pytest.fixture
+def gives():
+    """A transport that gives a state, which is longer than what a connection holds, and the state."""
+    pytest.importorskip("torchft")
+    transport = _make_transport(timedelta(seconds=10))
+    state = {"torchft": {"step": 3}, "user": [torch.full((1 << 22,), float(number)) for number in range(3)]}
+    transport.send_checkpoint([1], 3, state, timedelta(seconds=10))
+    yield transport, state
+    transport.shutdown(wait=False)
+
+
+def test_who_receives_too_slowly_does_not_hold_up_the_giver(gives):
+    """Kind: whatever a worker that comes does, those that live go on; torchft's giver would end with an error."""
+    transport, _ = gives
+    address = urlsplit(transport.metadata())
+    with socket.create_connection(("localhost", address.port)) as slow:
+        slow.sendall(b"GET /checkpoint/3/full HTTP/1.0\r\n\r\n")
+        assert slow.recv(1)
+        begins = time.monotonic()
+        transport.disallow_checkpoint()
+        assert time.monotonic() - begins < 2
+        slow.settimeout(5)
+        while slow.recv(1 << 20):  # what was under way, and then the end
+            pass
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_a_part_of_a_state_is_none(gives):
+    transport, state = gives
+    port = urlsplit(transport.metadata()).port
+    received = transport._load_from_address(f"http://localhost:{port}/checkpoint/3/full", timedelta(seconds=5))
+    assert all(torch.equal(a, b) for a, b in zip(received["user"], state["user"], strict=True))
+
+    with socket.create_server(("localhost", 0)) as server:
+
+        def give_half():
+            with server.accept()[0] as receiver:
+                receiver.recv(1000)
+                with socket.create_connection(("localhost", port)) as giver, giver.makefile("rb") as answer:
+                    giver.sendall(b"GET /checkpoint/3/full HTTP/1.0\r\n\r\n")
+                    receiver.sendall(answer.read(3 << 22))
+
+        thread = threading.Thread(target=give_half)
+        thread.start()
+        with pytest.raises(ConnectionError, match="their state has not come whole: "):
+            transport._load_from_address(
+                f"http://localhost:{server.getsockname()[1]}/checkpoint/3/full", timedelta(seconds=5)
+            )
+        thread.join()

@@ -4,10 +4,12 @@ import importlib
 import logging
 import os
 import pickle
+import socket
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -593,14 +595,42 @@ def _unpacked(message: Tensor) -> Any:
 
 
 def _make_transport(timeout: timedelta) -> Any:
-    """What a worker that comes gets the others' state by; torchft's own would ask the proxy of the environment."""
+    """What a worker that comes gets the others' state by.
+
+    torchft's own would ask the proxy of the environment, and end a giver whose receiver is slow.
+    """
     from torchft.checkpointing import http_transport  # noqa: PLC0415 - an extra
 
     class Direct(http_transport.HTTPTransport[Any]):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            self._receivers: set[socket.socket] = set()
+            super().__init__(**arguments)
+            serve = self._server.finish_request
+
+            def finish_request(receiver: socket.socket, address: object) -> None:
+                self._receivers.add(receiver)
+                try:
+                    with suppress(OSError):  # it is lost, or has been cut off
+                        serve(receiver, address)
+                finally:
+                    self._receivers.discard(receiver)
+
+            self._server.finish_request = finish_request
+
+        def disallow_checkpoint(self) -> None:
+            # The exchange is over: who is still receiving has taken no part in it, and must not hold up the giver.
+            for receiver in tuple(self._receivers):
+                with suppress(OSError):
+                    receiver.shutdown(socket.SHUT_RDWR)
+            super().disallow_checkpoint()
+
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> object:
             with DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
-                return http_transport._streaming_load(answer, weights_only=False)
+                try:
+                    return http_transport._streaming_load(answer, weights_only=False)
+                except Exception as error:  # of what a part of a state may look like
+                    raise ConnectionError(f"their state has not come whole: {error}") from error
 
     return Direct(timeout=timeout, num_chunks=0)
 
@@ -609,5 +639,7 @@ def _import_quietly() -> None:
     """Import torchft; what it says of each exchange, and of each that fails with a traceback, is said here."""
     os.environ.setdefault("RUST_LOG", "error")  # it is read at the import
     importlib.import_module("torchft")
-    logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
-    logging.getLogger("torchft.checkpointing.http_transport").setLevel(logging.WARNING)
+    for name in ("torchft.manager", "torchft.checkpointing.http_transport"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Where warnings are errors a state would never come.
+    warnings.filterwarnings("ignore", "The given buffer is not writable", module=r"torch\.distributed\._serialization")
