@@ -523,10 +523,13 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
         ({0: 9.0, 2: 0.1}, RANKS, False),  # ranks that save together do not look each for itself
     ],
 )
-def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first):
+@pytest.mark.parametrize("is_open", [True, False])  # it also saves after a fit, when nobody is missed any more
+def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first, is_open):
     members = member(Manager(0), Hub(ranks).channel(0))
     members.replica_id, members.living = 2, (0, 2)
     seen = [Heard(number, ranks, 1, "gloo", "name", age) for number, age in heard.items()]
+    if not is_open:
+        members._manager = None
     monkeypatch.setattr(members._lighthouse, "heard", lambda: seen)
     assert members.is_first() == is_first
 

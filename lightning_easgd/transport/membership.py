@@ -146,10 +146,11 @@ class Membership:
         """Whether this worker is the one of the smallest number that lives.
 
         Of those that took part in the last exchange, one that the lighthouse has not heard of for two seconds is dead:
-        it would be missed at the next exchange only. Ranks of one worker, which save together, do not look.
+        it would be missed at the next exchange only, and after the last one never. Ranks of one worker, which save
+        together, do not look.
         """
         before = {number for number in self.living if number < self.replica_id}
-        if before and self.is_of_one_rank and self._manager is not None:
+        if before and self.is_of_one_rank:
             heard = self._lighthouse.heard()
             if heard:  # else there is no lighthouse
                 before &= {each.replica_id for each in heard if each.may_live}
