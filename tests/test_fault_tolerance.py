@@ -314,6 +314,7 @@ class Others:
         self.missed = self.failed = self.behind = 0
         self.all_begin, self.awaited = False, None
         self.has_ended, self.is_of_one_rank = False, True
+        self.pace, self.longest = 0.0, 0.25
         self.problem = "lost"
         self.states = {}
         self.waited = []
@@ -321,11 +322,14 @@ class Others:
     def add_state(self, key, state, load, **_):
         self.states[key] = state, load
 
-    def give(self, stores, version, clock, due_at=0, begun_as=None):
+    def expect(self, pace):
+        self.longest = pace
+
+    def give(self, stores, version, clock, due_at=0, begun_as=None, pace=0.0):
         """What another worker is at."""
         begun_as = begun_as or self.states["center"][0]()["begun_as"]
         self.states["center"][1]({"stores": stores, "version": version, "in_common": {}, "begun_as": begun_as})
-        self.states["clock"][1]((clock, due_at))
+        self.states["clock"][1]((clock, due_at, pace))
 
     def open(self):
         pass
@@ -452,6 +456,20 @@ class TestSum:
         others.is_of_one_rank, others.has_ended = False, True
         self.averaging(others, tau=10)
         assert self.asks_at(monkeypatch, others, 0.001) == [9, 19]
+
+    def test_the_others_hear_how_long_steps_are_but_for_a_stop_among_them(self, monkeypatch):
+        now, others = 0.0, Others()
+        monkeypatch.setattr("lightning_easgd.averagers.sync.membership_sum.time.monotonic", lambda: now)
+        self.averaging(others, tau=10)
+        heard = []
+        for seconds in (0.5, 0.5, 60.0, 0.5, 61.0, 60.0):  # the third has a validation in it
+            now += seconds
+            self.step()
+            heard.append(others.pace)
+        assert heard == [0.0, 0.5, 0.5, 0.5, 0.5, 60.0]
+        assert others.states["clock"][0]()[2] == 0.25
+        others.give([torch.tensor([3.0])], version=4, clock=27, pace=90.0)
+        assert others.longest == 90.0
 
     def test_who_has_come_for_an_exchange_does_not_make_it_again(self, monkeypatch):
         """The others were at step 27, and had asked for what is due at 30."""

@@ -64,19 +64,27 @@ class _Member:
 
 
 class Alone:
-    """A group in which the other workers say what a test has them say: number, checksum, how far they were behind."""
+    """A group in which the other workers say what a test has them say.
+
+    Number, checksum, how far they were behind, and the milliseconds of a step; what is left out is 0.
+    """
 
     def __init__(self, worker, *others):
         self.worker, self.others = worker, list(others)
+        self.waited = []  # seconds for others that have not come
+        self.is_lost = False
 
     def errored(self):
         return None
 
     def allgather(self, lists, tensors, options):
+        self.waited.append(options.timeout.total_seconds())
+        if self.is_lost:
+            raise RuntimeError("timed out")
         (rows,), (own,) = lists, tensors
         said = [*self.others[: self.worker], own.tolist(), *self.others[self.worker :]]
         for row, numbers in zip(rows, said, strict=True):
-            row.copy_(torch.tensor(numbers))
+            row.copy_(torch.tensor([*numbers, *[0] * (len(own) - len(numbers))]))
         return self
 
     def wait(self):
@@ -462,6 +470,32 @@ def test_a_number_may_be_as_large_as_a_jobs():
     assert alone.living == (1024,)
 
 
+def test_who_is_in_the_middle_of_a_long_step_is_waited_for():
+    """Kind: a transfer's timeout is no limit of a step's length; of other workers' steps a worker hears."""
+    manager = Manager(0, step=3)
+    members = exchanged(manager, [1, 0, 0, 7000])
+    assert members.commit()
+    group = members._group
+
+    def waited(**settings):
+        vars(group).update(settings, waited=[])
+        members.request()
+        assert members.has_come(5)
+        members.exchange(lambda: None, int)
+        assert members.commit() != group.is_lost
+        return group.waited
+
+    members.pace = 2.0  # longer than the second that a transfer may take
+    assert waited(others=[[1, 0, 0, 500]]) == [8.0]
+    assert waited() == [3.0]
+    assert waited(is_lost=True) == [3.0]  # perhaps since somebody's steps are longer than is known
+    assert waited() == [5.0]
+    assert waited(is_lost=False) == [9.0]
+    assert waited() == [3.0]
+    members.expect(4.0)
+    assert waited() == [5.0]
+
+
 def test_who_lives_is_known_where_there_are_too_few():
     """The worker that saved may have died, and another one is to save."""
     members = exchanged(Manager(0, step=3), replica_id=1, commits=False)
@@ -542,7 +576,8 @@ def gives():
     state = {"torchft": {"step": 3}, "user": [torch.full((1 << 22,), float(number)) for number in range(3)]}
     transport.send_checkpoint([1], 3, state, timedelta(seconds=10))
     yield transport, state
-    transport.shutdown(wait=False)
+    transport.shutdown()
+    transport._server.server_close()
 
 
 def test_who_receives_too_slowly_does_not_hold_up_the_giver(gives):

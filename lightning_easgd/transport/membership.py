@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import os
 import pickle
 import socket
@@ -31,6 +32,7 @@ __all__ = ["Membership"]
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
+_MOST_UNHEARD = 5  # exchanges one after the other; with each, somebody's steps are taken to be twice as long
 _NOBODY = -1  # in place of a replica_id
 _CPU = torch.device("cpu")
 
@@ -60,6 +62,7 @@ class _Present(NamedTuple):
     replica_id: int
     common: int  # the checksum of what all must have in common
     behind: int
+    pace: int  # milliseconds of a step
 
 
 @final
@@ -89,6 +92,7 @@ class Membership:
     Attributes:
         replica_id: As given.
         progress: How far this worker is. Of those that begin together, the one that is furthest gives its state.
+        pace: Seconds of a step of this worker's. It may be in the middle of one when the others have come.
         living: The numbers of the workers of the last exchange that all came to; at first this worker's.
         missed: Requests that were not answered in time.
         failed: Exchanges that did not count.
@@ -132,6 +136,8 @@ class Membership:
         self._counts = True  # the last exchange
         self._present: tuple[_Present, ...] = ()  # at the last exchange, if all have heard of all
         self.progress: Callable[[], int] = int
+        self.pace = self._pace_of_others = 0.0
+        self._unheard = 0  # exchanges, one after the other
         self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
@@ -437,7 +443,8 @@ class Membership:
         problem = self._group.errored()  # of a group that was made before
         if problem is not None:
             self._manager.report_error(problem)
-        self._present = self._all_present(common())
+        lateness = self.longest * 2**self._unheard
+        self._present = self._all_present(common(), self._timeout + timedelta(seconds=lateness))
         if len({each.replica_id for each in self._present}) < len(self._present):
             self._manager.report_error(ExchangeError("two workers have one replica_id"))
         elif self._differs:
@@ -446,7 +453,7 @@ class Membership:
         self._await_device()
         try:
             # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
-            return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout))
+            return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout + timedelta(seconds=lateness)))
         except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
                 f"{self._strategy}: the ranks of this worker have not come together after an exchange, within"
@@ -476,12 +483,27 @@ class Membership:
         aborts.start()
         return wait_until(lambda: self._queue.has_come and not aborts.is_alive(), self._timeout.total_seconds())
 
-    def _all_present(self, common: int) -> tuple[_Present, ...]:
+    def _all_present(self, common: int, timeout: timedelta) -> tuple[_Present, ...]:
         """Those that take part, by rank; none if one of them has not been heard."""
-        own = torch.tensor([self.replica_id, common, self.behind])
+        own = torch.tensor([self.replica_id, common, self.behind, math.ceil(1000 * self.pace)])
         others = own.new_zeros(self.size, len(own))
-        self.all_gather(own, others)
-        return () if self._manager.errored() is not None else tuple(_Present(*row) for row in others.tolist())
+        self._gather(own, others, timeout)
+        if self._manager.errored() is not None:
+            self._unheard = min(self._unheard + 1, _MOST_UNHEARD)
+            return ()
+        present = tuple(_Present(*row) for row in others.tolist())
+        self._unheard = 0
+        self._pace_of_others = max(each.pace for each in present) / 1000
+        return present
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a step of the slowest worker's, as far as this one has heard."""
+        return max(self.pace, self._pace_of_others)
+
+    def expect(self, pace: float) -> None:
+        """Hear how many seconds a step of the slowest worker's takes, before the first exchange with it."""
+        self._pace_of_others = pace
 
     @property
     def _differs(self) -> bool:
@@ -516,7 +538,12 @@ class Membership:
 
     def all_gather(self, message: Tensor, messages: Tensor) -> None:
         """Send ``message`` to all, and receive that of worker r as row r of ``messages``."""
-        self._operate(lambda: self._group.allgather([list(messages)], [message], AllgatherOptions()))
+        self._gather(message, messages, self._timeout)
+
+    def _gather(self, message: Tensor, messages: Tensor, timeout: timedelta) -> None:
+        options = AllgatherOptions()
+        options.timeout = timeout
+        self._operate(lambda: self._group.allgather([list(messages)], [message], options))
 
     def _broadcast(self, buffer: Tensor, rank: int) -> None:
         """Replace a buffer by that of the worker of this rank."""
