@@ -169,6 +169,8 @@ class TestStrategy:
                 return super().get_lr()
 
         worker = ElasticWorker("EASGDStrategy", HERE)
+        averager = SimpleNamespace(clock=100)
+        worker._session = SimpleNamespace(averagers=[averager])
         sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = Seen(sgd, 2, gamma=0.5)
         handed.clear()
@@ -182,10 +184,30 @@ class TestStrategy:
         for _ in range(6):
             worker.note_clocks()
             sgd.step()
+            averager.clock += 1
             schedule.step()
+            worker._trainer.global_step += 1
         assert len(handed) == 6
         for clocks in handed:
+            assert clocks["clock"] == clocks["steps"] + 100
             assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
+
+    def test_who_comes_has_the_clock_of_the_others_step(self):
+        """Kind: what is handed over is of one moment; else the clock would gain on the steps with each that comes."""
+        trainer = quiet_trainer(devices=1, max_epochs=1)
+        worker, averager = ElasticWorker("EASGDStrategy", HERE), SimpleNamespace(clock=0)
+        averager.go_on_at = lambda clock: vars(averager).update(clock=clock)
+        module = Quadratic(record=False)
+
+        def comes():
+            averager.clock = 8  # the others' of the moment in which it was sent
+            worker._receive_clocks({**clocks_of(trainer), "clock": 7, "steps": 5, "batch": 5, "parameters": []})
+
+        session = SimpleNamespace(averaging=SimpleNamespace(enter=comes), described=list, averagers=[averager])
+        module.on_train_start = lambda: worker.enter(session, trainer)
+        trainer.fit(module)
+        assert trainer.global_step == 6
+        assert averager.clock == 7
 
     def test_a_number_that_is_not_known_yet(self, monkeypatch):
         monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
@@ -256,7 +278,8 @@ class TestStrategy:
         trainer.fit(module)
         loop = trainer.fit_loop.epoch_loop
         assert "reset" in vars(loop)
-        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None), described=list)
+        averagers = [SimpleNamespace(clock=0)]
+        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None), described=list, averagers=averagers)
         ElasticWorker("EASGDStrategy", HERE).enter(nobody, trainer)  # the next fit of this Trainer
         assert "reset" not in vars(loop)
 
