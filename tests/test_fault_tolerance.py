@@ -1,7 +1,10 @@
 """Workers that come, die and return: what is refused, the sum over those that are there, and real processes."""
 
+import socket
 import subprocess
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -30,6 +33,7 @@ from lightning_easgd.strategies.trainer.launching import RankLauncher
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
+from lightning_easgd.transport.lighthouse import Heard, Lighthouse
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 HERE_ON_DISK = Path(__file__).parent
@@ -292,6 +296,42 @@ class TestStrategy:
         (ended,) = end_ranks(fit, 1)
         assert ended.exitcode == 1
         assert "EASGDStrategy: there is no lighthouse at http://localhost:1; start" in ended.error
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (b"HTTP/1.0 200 OK\r\n\r\nHello", "what answers there is another server"),
+            (b"HTTP/1.0 404 Not Found\r\n\r\n", "HTTP Error 404: Not Found"),
+            (b"SSH-2.0-OpenSSH_9.2p1\r\n", "SSH-2.0"),
+            (b"", "timed out"),
+        ],
+    )
+    def test_something_else_listens(self, monkeypatch, answer, said):
+        """Kind: a lighthouse is what answers as one; a worker would wait for it until its timeout."""
+        pytest.importorskip("torchft")
+        monkeypatch.setattr("lightning_easgd.transport.lighthouse.CONNECTING", timedelta(seconds=1))
+        with socket.create_server(("localhost", 0)) as server, ThreadPoolExecutor(8) as threads:
+
+            def serve():
+                while True:
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:
+                        return
+                    threads.submit(reply, connection)
+
+            def reply(connection):
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(answer)
+                    if not answer:
+                        time.sleep(3)
+
+            threads.submit(serve)
+            address = f"http://localhost:{server.getsockname()[1]}"
+            with pytest.raises(ExchangeError, match=rf"^S: there is no lighthouse at {address}; start .*{said}"):
+                Lighthouse(address, Heard(0), "S").check(1.0)
+            server.shutdown(socket.SHUT_RDWR)
 
     def test_a_fixed_world_imports_nothing_of_it(self, tmp_path):
         script = tmp_path / "fixed.py"
