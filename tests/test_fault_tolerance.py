@@ -1,7 +1,10 @@
 """Workers that come, die and return: what is refused, the sum over those that are there, and real processes."""
 
+import socket
 import subprocess
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
@@ -30,6 +33,7 @@ from lightning_easgd.strategies.trainer.launching import RankLauncher
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 from lightning_easgd.tensors.flat_tensors import FlatTensors
 from lightning_easgd.transport.channel import LoneChannel
+from lightning_easgd.transport.lighthouse import Heard, Lighthouse
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 HERE_ON_DISK = Path(__file__).parent
@@ -169,6 +173,8 @@ class TestStrategy:
                 return super().get_lr()
 
         worker = ElasticWorker("EASGDStrategy", HERE)
+        averager = SimpleNamespace(clock=100)
+        worker._session = SimpleNamespace(averagers=[averager])
         sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
         schedule = Seen(sgd, 2, gamma=0.5)
         handed.clear()
@@ -182,10 +188,30 @@ class TestStrategy:
         for _ in range(6):
             worker.note_clocks()
             sgd.step()
+            averager.clock += 1
             schedule.step()
+            worker._trainer.global_step += 1
         assert len(handed) == 6
         for clocks in handed:
+            assert clocks["clock"] == clocks["steps"] + 100
             assert clocks["rates"][0][0]["lr"] == 0.5 ** (clocks["schedulers"][0]["last_epoch"] // 2)
+
+    def test_who_comes_has_the_clock_of_the_others_step(self):
+        """Kind: what is handed over is of one moment; else the clock would gain on the steps with each that comes."""
+        trainer = quiet_trainer(devices=1, max_epochs=1)
+        worker, averager = ElasticWorker("EASGDStrategy", HERE), SimpleNamespace(clock=0)
+        averager.go_on_at = lambda clock: vars(averager).update(clock=clock)
+        module = Quadratic(record=False)
+
+        def comes():
+            averager.clock = 8  # the others' of the moment in which it was sent
+            worker._receive_clocks({**clocks_of(trainer), "clock": 7, "steps": 5, "batch": 5, "parameters": []})
+
+        session = SimpleNamespace(averaging=SimpleNamespace(enter=comes), described=list, averagers=[averager])
+        module.on_train_start = lambda: worker.enter(session, trainer)
+        trainer.fit(module)
+        assert trainer.global_step == 6
+        assert averager.clock == 7
 
     def test_a_number_that_is_not_known_yet(self, monkeypatch):
         monkeypatch.setenv("TORCHFT_LIGHTHOUSE", "http://localhost:1")
@@ -256,7 +282,8 @@ class TestStrategy:
         trainer.fit(module)
         loop = trainer.fit_loop.epoch_loop
         assert "reset" in vars(loop)
-        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None), described=list)
+        averagers = [SimpleNamespace(clock=0)]
+        nobody = SimpleNamespace(averaging=SimpleNamespace(enter=lambda: None), described=list, averagers=averagers)
         ElasticWorker("EASGDStrategy", HERE).enter(nobody, trainer)  # the next fit of this Trainer
         assert "reset" not in vars(loop)
 
@@ -269,6 +296,42 @@ class TestStrategy:
         (ended,) = end_ranks(fit, 1)
         assert ended.exitcode == 1
         assert "EASGDStrategy: there is no lighthouse at http://localhost:1; start" in ended.error
+
+    @pytest.mark.parametrize(
+        ("answer", "said"),
+        [
+            (b"HTTP/1.0 200 OK\r\n\r\nHello", "what answers there is another server"),
+            (b"HTTP/1.0 404 Not Found\r\n\r\n", "HTTP Error 404: Not Found"),
+            (b"SSH-2.0-OpenSSH_9.2p1\r\n", "SSH-2.0"),
+            (b"", "timed out"),
+        ],
+    )
+    def test_something_else_listens(self, monkeypatch, answer, said):
+        """Kind: a lighthouse is what answers as one; a worker would wait for it until its timeout."""
+        pytest.importorskip("torchft")
+        monkeypatch.setattr("lightning_easgd.transport.lighthouse.CONNECTING", timedelta(seconds=1))
+        with socket.create_server(("localhost", 0)) as server, ThreadPoolExecutor(8) as threads:
+
+            def serve():
+                while True:
+                    try:
+                        connection, _ = server.accept()
+                    except OSError:
+                        return
+                    threads.submit(reply, connection)
+
+            def reply(connection):
+                with connection:
+                    connection.recv(1000)
+                    connection.sendall(answer)
+                    if not answer:
+                        time.sleep(3)
+
+            threads.submit(serve)
+            address = f"http://localhost:{server.getsockname()[1]}"
+            with pytest.raises(ExchangeError, match=rf"^S: there is no lighthouse at {address}; start .*{said}"):
+                Lighthouse(address, Heard(0), "S").check(1.0)
+            server.shutdown(socket.SHUT_RDWR)
 
     def test_a_fixed_world_imports_nothing_of_it(self, tmp_path):
         script = tmp_path / "fixed.py"
@@ -314,6 +377,7 @@ class Others:
         self.missed = self.failed = self.behind = 0
         self.all_begin, self.awaited = False, None
         self.has_ended, self.is_of_one_rank = False, True
+        self.pace, self.longest = 0.0, 0.25
         self.problem = "lost"
         self.states = {}
         self.waited = []
@@ -321,11 +385,14 @@ class Others:
     def add_state(self, key, state, load, **_):
         self.states[key] = state, load
 
-    def give(self, stores, version, clock, due_at=0, begun_as=None):
+    def expect(self, pace):
+        self.longest = pace
+
+    def give(self, stores, version, clock, due_at=0, begun_as=None, pace=0.0):
         """What another worker is at."""
         begun_as = begun_as or self.states["center"][0]()["begun_as"]
         self.states["center"][1]({"stores": stores, "version": version, "in_common": {}, "begun_as": begun_as})
-        self.states["clock"][1]((clock, due_at))
+        self.states["clock"][1]((clock, due_at, pace))
 
     def open(self):
         pass
@@ -452,6 +519,20 @@ class TestSum:
         others.is_of_one_rank, others.has_ended = False, True
         self.averaging(others, tau=10)
         assert self.asks_at(monkeypatch, others, 0.001) == [9, 19]
+
+    def test_the_others_hear_how_long_steps_are_but_for_a_stop_among_them(self, monkeypatch):
+        now, others = 0.0, Others()
+        monkeypatch.setattr("lightning_easgd.averagers.sync.membership_sum.time.monotonic", lambda: now)
+        self.averaging(others, tau=10)
+        heard = []
+        for seconds in (0.5, 0.5, 60.0, 0.5, 61.0, 60.0):  # the third has a validation in it
+            now += seconds
+            self.step()
+            heard.append(others.pace)
+        assert heard == [0.0, 0.5, 0.5, 0.5, 0.5, 60.0]
+        assert others.states["clock"][0]()[2] == 0.25
+        others.give([torch.tensor([3.0])], version=4, clock=27, pace=90.0)
+        assert others.longest == 90.0
 
     def test_who_has_come_for_an_exchange_does_not_make_it_again(self, monkeypatch):
         """The others were at step 27, and had asked for what is due at 30."""

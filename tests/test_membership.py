@@ -42,6 +42,7 @@ def test_killed_started_again_late_and_frozen(job):
     came = [line for line in job.lines(1) if line.get("event") == "starts"][-1]["time"]
     meanwhile = [line["clock"] for line in job.steps(0) if line["time"] < came][-1]
     assert meanwhile <= back["clock"] <= others["clock"] + 5
+    assert back["step"] == back["clock"]
     assert (back["clock"] - 15) // 40 <= back["epoch"] <= back["clock"] // 40  # as it was when the center was sent
     assert back["lr"] == pytest.approx(0.05 * 0.99 ** (back["step"] // 10))
     assert meanwhile <= back["tracked"] <= others["clock"] + 5  # with the buffers of one that lives

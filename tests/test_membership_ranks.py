@@ -1,5 +1,6 @@
 """A worker of several ranks among others that come and go: all of its ranks are told the same; threads, no torchft."""
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from types import SimpleNamespace
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.distributed import ReduceOp
 from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.lighthouse import Heard, Lighthouse
-from lightning_easgd.transport.membership import Membership
+from lightning_easgd.transport.membership import Membership, _make_transport
 
 WORKERS, RANKS = 2, 2
 
@@ -63,19 +65,27 @@ class _Member:
 
 
 class Alone:
-    """A group in which the other workers say what a test has them say: number, checksum, how far they were behind."""
+    """A group in which the other workers say what a test has them say.
+
+    Number, checksum, how far they were behind, and the milliseconds of a step; what is left out is 0.
+    """
 
     def __init__(self, worker, *others):
         self.worker, self.others = worker, list(others)
+        self.waited = []  # seconds for others that have not come
+        self.is_lost = False
 
     def errored(self):
         return None
 
     def allgather(self, lists, tensors, options):
+        self.waited.append(options.timeout.total_seconds())
+        if self.is_lost:
+            raise RuntimeError("timed out")
         (rows,), (own,) = lists, tensors
         said = [*self.others[: self.worker], own.tolist(), *self.others[self.worker :]]
         for row, numbers in zip(rows, said, strict=True):
-            row.copy_(torch.tensor(numbers))
+            row.copy_(torch.tensor([*numbers, *[0] * (len(own) - len(numbers))]))
         return self
 
     def allreduce(self, buffers, options):
@@ -462,6 +472,32 @@ def test_a_number_may_be_as_large_as_a_jobs():
     assert alone.living == (1024,)
 
 
+def test_who_is_in_the_middle_of_a_long_step_is_waited_for():
+    """Kind: a transfer's timeout is no limit of a step's length; of other workers' steps a worker hears."""
+    manager = Manager(0, step=3)
+    members = exchanged(manager, [1, 0, 0, 7000])
+    assert members.commit()
+    group = members._group
+
+    def waited(**settings):
+        vars(group).update(settings, waited=[])
+        members.request()
+        assert members.has_come(5)
+        members.exchange(lambda: None, int)
+        assert members.commit() != group.is_lost
+        return group.waited
+
+    members.pace = 2.0  # longer than the second that a transfer may take
+    assert waited(others=[[1, 0, 0, 500]]) == [8.0]
+    assert waited() == [3.0]
+    assert waited(is_lost=True) == [3.0]  # perhaps since somebody's steps are longer than is known
+    assert waited() == [5.0]
+    assert waited(is_lost=False) == [9.0]
+    assert waited() == [3.0]
+    members.expect(4.0)
+    assert waited() == [5.0]
+
+
 def test_who_lives_is_known_where_there_are_too_few():
     """The worker that saved may have died, and another one is to save."""
     members = exchanged(Manager(0, step=3), replica_id=1, commits=False)
@@ -523,9 +559,64 @@ def test_who_lives_is_the_same_on_all_ranks(deaf):
         ({0: 9.0, 2: 0.1}, RANKS, False),  # ranks that save together do not look each for itself
     ],
 )
-def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first):
+@pytest.mark.parametrize("is_open", [True, False])  # it also saves after a fit, when nobody is missed any more
+def test_who_is_not_heard_of_is_not_the_first(monkeypatch, heard, ranks, is_first, is_open):
     members = member(Manager(0), Hub(ranks).channel(0))
     members.replica_id, members.living = 2, (0, 2)
     seen = [Heard(number, ranks, 1, "gloo", "name", age) for number, age in heard.items()]
+    if not is_open:
+        members._manager = None
     monkeypatch.setattr(members._lighthouse, "heard", lambda: seen)
     assert members.is_first() == is_first
+
+
+@pytest.fixture
+def gives():
+    """A transport that gives a state, which is longer than what a connection holds, and the state."""
+    pytest.importorskip("torchft")
+    transport = _make_transport(timedelta(seconds=10))
+    state = {"torchft": {"step": 3}, "user": [torch.full((1 << 22,), float(number)) for number in range(3)]}
+    transport.send_checkpoint([1], 3, state, timedelta(seconds=10))
+    yield transport, state
+    transport.shutdown()
+    transport._server.server_close()
+
+
+def test_who_receives_too_slowly_does_not_hold_up_the_giver(gives):
+    """Kind: whatever a worker that comes does, those that live go on; torchft's giver would end with an error."""
+    transport, _ = gives
+    address = urlsplit(transport.metadata())
+    with socket.create_connection(("localhost", address.port)) as slow:
+        slow.sendall(b"GET /checkpoint/3/full HTTP/1.0\r\n\r\n")
+        assert slow.recv(1)
+        begins = time.monotonic()
+        transport.disallow_checkpoint()
+        assert time.monotonic() - begins < 2
+        slow.settimeout(5)
+        while slow.recv(1 << 20):  # what was under way, and then the end
+            pass
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_a_part_of_a_state_is_none(gives):
+    transport, state = gives
+    port = urlsplit(transport.metadata()).port
+    received = transport._load_from_address(f"http://localhost:{port}/checkpoint/3/full", timedelta(seconds=5))
+    assert all(torch.equal(a, b) for a, b in zip(received["user"], state["user"], strict=True))
+
+    with socket.create_server(("localhost", 0)) as server:
+
+        def give_half():
+            with server.accept()[0] as receiver:
+                receiver.recv(1000)
+                with socket.create_connection(("localhost", port)) as giver, giver.makefile("rb") as answer:
+                    giver.sendall(b"GET /checkpoint/3/full HTTP/1.0\r\n\r\n")
+                    receiver.sendall(answer.read(3 << 22))
+
+        thread = threading.Thread(target=give_half)
+        thread.start()
+        with pytest.raises(ConnectionError, match="their state has not come whole: "):
+            transport._load_from_address(
+                f"http://localhost:{server.getsockname()[1]}/checkpoint/3/full", timedelta(seconds=5)
+            )
+        thread.join()

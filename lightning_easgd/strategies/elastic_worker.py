@@ -234,6 +234,8 @@ class ElasticWorker:
         if self._clocks is not None:
             self._check_alike(self._clocks)
             go_on_at(trainer, self._clocks)
+            for averager in session.averagers:
+                averager.go_on_at(self._clocks["clock"])  # that of the exchange may be of a step later
         if self._values is not None:
             session.take_over(self._values)
         self._values = None
@@ -268,9 +270,12 @@ class ElasticWorker:
     def note_clocks(self) -> None:
         """Before each step: keep how far this worker is, for one that comes.
 
-        Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together.
+        Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together, nor
+        would the averager's clock and the trainer's steps after it.
         """
-        self._now = {**clocks_of(self._trainer), "parameters": self._parameters}
+        assert self._session is not None
+        (averager,) = self._session.averagers
+        self._now = {**clocks_of(self._trainer), "clock": averager.clock, "parameters": self._parameters}
 
 
 def _number(schedulers: Sized | None) -> int | None:

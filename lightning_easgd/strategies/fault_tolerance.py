@@ -33,7 +33,8 @@ class FaultTolerance:
         quorum_timeout: Seconds, or a ``timedelta``: how long a worker stands still at an exchange for others that have
             not come to it. Then it trains on, and makes the exchange when they have come.
         process_group_timeout: Seconds, or a ``timedelta``: how long the transfer of an exchange may take before it has
-            failed; through "nccl" twice that, where its kernel has to be aborted.
+            failed; through "nccl" twice that, where its kernel has to be aborted. Others that are in the middle of a
+            step are waited for besides, as long as the steps of the slowest worker take.
         process_group: What the differences travel through: "gloo", with the center in host memory, which leaves the
             GPU to the steps; or "nccl", with the center on the GPU, where the network is as fast as that needs, for
             workers of one GPU without ``wire_dtype``. The same in all workers.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from http.client import HTTPException
 from typing import Final, final
 
 from lightning_easgd.transport.channel import ExchangeError
@@ -93,10 +94,13 @@ class Lighthouse:
 
     def heard(self) -> list[Heard]:
         """The workers that it has heard of; none if it is away."""
-        page = ""
-        with suppress(OSError), DIRECT.open(f"{self.address}/status", timeout=2) as answer:
-            page = answer.read().decode()
-        return Heard.all_on(page)
+        with suppress(OSError, HTTPException):
+            return Heard.all_on(self._page())
+        return []
+
+    def _page(self) -> str:
+        with DIRECT.open(f"{self.address}/status", timeout=2) as answer:
+            return str(answer.read().decode(errors="replace"))
 
     def living_beside(self, numbers: Collection[int]) -> set[int]:
         """The numbers of those of this worker's size and fit that may live, but for these."""
@@ -118,7 +122,8 @@ class Lighthouse:
 
         try:
             LighthouseClient(self.address, connect_timeout=CONNECTING)
-        except RuntimeError as error:
+            self._check_page()  # the client is content with anything that listens, and would wait for it
+        except (RuntimeError, OSError, HTTPException) as error:
             raise ExchangeError(
                 f"{self._strategy}: there is no lighthouse at {self.address}; start torchft_lighthouse there, or"
                 f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
@@ -131,6 +136,19 @@ class Lighthouse:
                 " give FaultTolerance(fit=...) of all workers the same number."
             )
         self.refuse_others("")
+
+    def _check_page(self) -> None:
+        deadline = time.monotonic() + CONNECTING.total_seconds()
+        while True:
+            try:
+                page = self._page()
+                break
+            except (OSError, HTTPException):  # a lighthouse may be busy
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_ALIVE / 5)
+        if "quorum" not in page:
+            raise RuntimeError("what answers there is another server")
 
     def refuse_others(self, own: str) -> None:
         """Raise if another worker of this number is alive, one that has come before this one; or one of another size.

@@ -2,12 +2,15 @@
 
 import importlib
 import logging
+import math
 import os
 import pickle
+import socket
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -34,6 +37,7 @@ __all__ = ["Membership"]
 _FOR_EVER = timedelta(days=365)
 _RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
+_MOST_UNHEARD = 5  # exchanges one after the other; with each, somebody's steps are taken to be twice as long
 _NOBODY = -1  # in place of a replica_id
 _CPU = torch.device("cpu")
 
@@ -63,6 +67,7 @@ class _Present(NamedTuple):
     replica_id: int
     common: int  # the checksum of what all must have in common
     behind: int
+    pace: int  # milliseconds of a step
 
 
 @final
@@ -92,6 +97,7 @@ class Membership:
     Attributes:
         replica_id: As given.
         progress: How far this worker is. Of those that begin together, the one that is furthest gives its state.
+        pace: Seconds of a step of this worker's. It may be in the middle of one when the others have come.
         living: The numbers of the workers of the last exchange that all came to; at first this worker's.
         missed: Requests that were not answered in time.
         failed: Exchanges that did not count.
@@ -135,6 +141,8 @@ class Membership:
         self._counts = True  # the last exchange
         self._present: tuple[_Present, ...] = ()  # at the last exchange, if all have heard of all
         self.progress: Callable[[], int] = int
+        self.pace = self._pace_of_others = 0.0
+        self._unheard = 0  # exchanges, one after the other
         self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
@@ -149,10 +157,11 @@ class Membership:
         """Whether this worker is the one of the smallest number that lives.
 
         Of those that took part in the last exchange, one that the lighthouse has not heard of for two seconds is dead:
-        it would be missed at the next exchange only. Ranks of one worker, which save together, do not look.
+        it would be missed at the next exchange only, and after the last one never. Ranks of one worker, which save
+        together, do not look.
         """
         before = {number for number in self.living if number < self.replica_id}
-        if before and self.is_of_one_rank and self._manager is not None:
+        if before and self.is_of_one_rank:
             heard = self._lighthouse.heard()
             if heard:  # else there is no lighthouse
                 before &= {each.replica_id for each in heard if each.may_live}
@@ -441,7 +450,8 @@ class Membership:
         problem = self._group.errored()  # of a group that was made before
         if problem is not None:
             self._manager.report_error(problem)
-        self._present = self._all_present(common())
+        lateness = self.longest * 2**self._unheard
+        self._present = self._all_present(common(), self._timeout + timedelta(seconds=lateness))
         if len({each.replica_id for each in self._present}) < len(self._present):
             self._manager.report_error(ExchangeError("two workers have one replica_id"))
         elif self._differs:
@@ -450,7 +460,7 @@ class Membership:
         self._await_device()
         try:
             # It brings the ranks of this worker together, of which one may have waited for each operation in vain.
-            return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout))
+            return bool(self._manager.should_commit(timeout=_COMMIT * self._timeout + timedelta(seconds=lateness)))
         except (RuntimeError, TimeoutError) as error:
             raise ExchangeError(
                 f"{self._strategy}: the ranks of this worker have not come together after an exchange, within"
@@ -480,12 +490,27 @@ class Membership:
         aborts.start()
         return wait_until(lambda: self._queue.has_come and not aborts.is_alive(), self._timeout.total_seconds())
 
-    def _all_present(self, common: int) -> tuple[_Present, ...]:
+    def _all_present(self, common: int, timeout: timedelta) -> tuple[_Present, ...]:
         """Those that take part, by rank; none if one of them has not been heard."""
-        own = torch.tensor([self.replica_id, common, self.behind])
+        own = torch.tensor([self.replica_id, common, self.behind, math.ceil(1000 * self.pace)])
         others = own.new_zeros(self.size, len(own))
-        self.all_gather(own, others)
-        return () if self._manager.errored() is not None else tuple(_Present(*row) for row in others.tolist())
+        self._gather(own, others, timeout)
+        if self._manager.errored() is not None:
+            self._unheard = min(self._unheard + 1, _MOST_UNHEARD)
+            return ()
+        present = tuple(_Present(*row) for row in others.tolist())
+        self._unheard = 0
+        self._pace_of_others = max(each.pace for each in present) / 1000
+        return present
+
+    @property
+    def longest(self) -> float:
+        """Seconds of a step of the slowest worker's, as far as this one has heard."""
+        return max(self.pace, self._pace_of_others)
+
+    def expect(self, pace: float) -> None:
+        """Hear how many seconds a step of the slowest worker's takes, before the first exchange with it."""
+        self._pace_of_others = pace
 
     @property
     def _differs(self) -> bool:
@@ -520,7 +545,12 @@ class Membership:
 
     def all_gather(self, message: Tensor, messages: Tensor) -> None:
         """Send ``message`` to all, and receive that of worker r as row r of ``messages``."""
-        self._operate(lambda: self._group.allgather([list(messages)], [message], AllgatherOptions()))
+        self._gather(message, messages, self._timeout)
+
+    def _gather(self, message: Tensor, messages: Tensor, timeout: timedelta) -> None:
+        options = AllgatherOptions()
+        options.timeout = timeout
+        self._operate(lambda: self._group.allgather([list(messages)], [message], options))
 
     def _broadcast(self, buffer: Tensor, rank: int) -> None:
         """Replace a buffer by that of the worker of this rank."""
@@ -614,14 +644,42 @@ def _unpacked(message: Tensor) -> Any:
 
 
 def _make_transport(timeout: timedelta) -> Any:
-    """What a worker that comes gets the others' state by; torchft's own would ask the proxy of the environment."""
+    """What a worker that comes gets the others' state by.
+
+    torchft's own would ask the proxy of the environment, and end a giver whose receiver is slow.
+    """
     from torchft.checkpointing import http_transport  # noqa: PLC0415 - an extra
 
     class Direct(http_transport.HTTPTransport[Any]):  # type: ignore[misc]
+        def __init__(self, **arguments: Any) -> None:
+            self._receivers: set[socket.socket] = set()
+            super().__init__(**arguments)
+            serve = self._server.finish_request
+
+            def finish_request(receiver: socket.socket, address: object) -> None:
+                self._receivers.add(receiver)
+                try:
+                    with suppress(OSError):  # it is lost, or has been cut off
+                        serve(receiver, address)
+                finally:
+                    self._receivers.discard(receiver)
+
+            self._server.finish_request = finish_request
+
+        def disallow_checkpoint(self) -> None:
+            # The exchange is over: who is still receiving has taken no part in it, and must not hold up the giver.
+            for receiver in tuple(self._receivers):
+                with suppress(OSError):
+                    receiver.shutdown(socket.SHUT_RDWR)
+            super().disallow_checkpoint()
+
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> object:
             with DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
-                return http_transport._streaming_load(answer, weights_only=False)
+                try:
+                    return http_transport._streaming_load(answer, weights_only=False)
+                except Exception as error:  # of what a part of a state may look like
+                    raise ConnectionError(f"their state has not come whole: {error}") from error
 
     return Direct(timeout=timeout, num_chunks=0)
 
@@ -630,5 +688,7 @@ def _import_quietly() -> None:
     """Import torchft; what it says of each exchange, and of each that fails with a traceback, is said here."""
     os.environ.setdefault("RUST_LOG", "error")  # it is read at the import
     importlib.import_module("torchft")
-    logging.getLogger("torchft.manager").setLevel(logging.CRITICAL)
-    logging.getLogger("torchft.checkpointing.http_transport").setLevel(logging.WARNING)
+    for name in ("torchft.manager", "torchft.checkpointing.http_transport"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Where warnings are errors a state would never come.
+    warnings.filterwarnings("ignore", "The given buffer is not writable", module=r"torch\.distributed\._serialization")

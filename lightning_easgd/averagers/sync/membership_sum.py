@@ -81,6 +81,7 @@ class MembershipSum(DifferenceSum):
         self._clock = self._entered = 0
         self._due_at = 0  # where the last exchange is or was due that has been asked for
         self._last_step = time.monotonic()
+        self._pace = 0.0  # seconds of a step, unless there was a stop before it
         self._left = 0.0  # of the patience for the request that has been made
         self._is_under_way = False
         self._deadline = 0.0  # for a worker that lives, and that this one is to come to
@@ -89,7 +90,7 @@ class MembershipSum(DifferenceSum):
         self._received: dict[str, Any] | None = None
         self._received_clock = self._received_due_at = 0
         members.add_state("center", self._state, self._receive)
-        members.add_state("clock", lambda: (self._clock, self._due_at), self._receive_clock, is_common=True)
+        members.add_state("clock", self._clocks, self._receive_clock, is_common=True)
         members.progress = lambda: self._clock
         members.open()
 
@@ -122,6 +123,7 @@ class MembershipSum(DifferenceSum):
         self._clock = clock
         now = time.monotonic()
         last_step, self._last_step = now - self._last_step, now
+        self._members.pace, self._pace = min(self._pace, last_step), last_step
         reached = max(clock, self._due_at)  # an exchange that others had asked for counts as made
         next_due_at = reached + self._tau - reached % self._tau
         steps = next_due_at - clock
@@ -212,8 +214,12 @@ class MembershipSum(DifferenceSum):
     def _receive(self, state: dict[str, Any]) -> None:
         self._received = state
 
-    def _receive_clock(self, clocks: tuple[int, int]) -> None:
-        self._received_clock, self._received_due_at = clocks
+    def _clocks(self) -> tuple[int, int, float]:
+        return self._clock, self._due_at, self._members.longest
+
+    def _receive_clock(self, clocks: tuple[int, int, float]) -> None:
+        self._received_clock, self._received_due_at, pace = clocks
+        self._members.expect(pace)
 
     @override
     def take_restored(self) -> Restored | None:
