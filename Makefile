@@ -14,6 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 CORES := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 JOBS ?= $(shell echo $$(($(CORES) + 2)))
 FAST_JOBS ?= $(CORES)
+# To look through all the others for these takes a quarter of a minute.
+SERIAL = $(shell grep -rl 'mark.serial' tests --include='*.py')
 
 # The oldest Lightning and torch that pyproject.toml admits; they need older versions of some that constraints.txt pins.
 OLDEST := .venv-oldest
@@ -70,7 +72,7 @@ lint: $(STAMP)
 # Many tests wait, for a timeout or a process: more of them at once than cores. Those that measure time run alone.
 test: lint $(CHECKS_STAMP)
 	$(BIN)/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
-	$(BIN)/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]  # none is left of ARGS
+	$(BIN)/python -m pytest -m serial $(or $(ARGS),$(SERIAL)) || [ $$? -eq 5 ]  # none is left of ARGS
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not processes' -n $(FAST_JOBS) --dist worksteal $(ARGS)
@@ -85,7 +87,7 @@ $(OLDEST_STAMP): pyproject.toml constraints.txt
 
 test-oldest: $(OLDEST_STAMP)
 	$(OLDEST)/bin/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
-	$(OLDEST)/bin/python -m pytest -m serial $(ARGS) || [ $$? -eq 5 ]  # none is left of ARGS
+	$(OLDEST)/bin/python -m pytest -m serial $(or $(ARGS),$(SERIAL)) || [ $$? -eq 5 ]  # none is left of ARGS
 
 $(CLIENTS_STAMP): pyproject.toml constraints.txt tests/clients/constraints.txt
 	$(PYTHON) -m venv $(CLIENTS)
