@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from membership_job import clean_environment
-from preloaded import python
 from ranks import end_ranks
 from toys import Quadratic, quiet_trainer
 
@@ -337,12 +337,13 @@ class TestStrategy:
         script = tmp_path / "fixed.py"
         script.write_text(
             f"import sys; sys.path.insert(0, {str(HERE_ON_DISK)!r})\n"
+            "import lightning_easgd\n"
             "from toys import Quadratic, quiet_trainer\n"
             "quiet_trainer(strategy='easgd', devices=1).fit(Quadratic(steps=12, record=False))\n"
             "print([name for name in sys.modules if name.startswith(('torchft', 'opentelemetry'))])\n"
         )
         ended = subprocess.run(
-            [python(), script], env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+            [sys.executable, script], env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
         )
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.splitlines()[-1] == "[]"
@@ -591,10 +592,12 @@ class TestSum:
         others.give([torch.tensor([10.0])], version=7, clock=90)
         others.behind = 2
         self.x.data.fill_(4.0)
+        self.optimizer.state[self.x]["momentum_buffer"] = torch.tensor(0.5)  # of where the worker was
         before = self.averager.clock
         self.step()
         assert self.averager.clock == before + 1
         assert self.values == values  # from (4, 10), α = β = ½; or from (10, 10)
+        assert (not self.optimizer.state) == (after == 2)
         assert self.averager.center.version == 8
 
     def test_who_has_begun_beside_the_others_does_not_pull_their_center_back(self):

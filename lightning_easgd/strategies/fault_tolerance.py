@@ -38,8 +38,8 @@ class FaultTolerance:
         process_group: What the differences travel through: "gloo", with the center in host memory, which leaves the
             GPU to the steps; or "nccl", with the center on the GPU, where the network is as fast as that needs, for
             workers of one GPU without ``wire_dtype``. The same in all workers.
-        restart_after_missed: A living worker that has missed so many moves of the center starts again at the center
-            when it finds the others; None lets it keep where it is.
+        restart_after_missed: A living worker that has missed so many moves of the center starts again at the center,
+            its optimizer with a new state, when it finds the others; None lets it keep where it is.
         fit: Which fit of the job this is, from 1 on; None for as many as this process has made. Workers of different
             fits are not averaged: those of an earlier one are waited for, and one that begins a fit that is over for
             the others ends with an error.

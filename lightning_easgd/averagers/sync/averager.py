@@ -435,6 +435,7 @@ class SynchronousAverager(Averager):
             self.has_exchanged = True
             if restored.restarts:
                 self.start_at_center()
+                self._optimizer.state.clear()  # momentum is that of where it was
         return restored
 
     def _extend(self) -> None:
