@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 from preloaded import python
@@ -22,7 +23,8 @@ _LIGHTHOUSE = f"""
 import sys, time
 from torchft.coordination import LighthouseServer
 server = LighthouseServer(
-    bind="[::]:" + sys.argv[1], min_replicas=1, join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
+    bind="[::]:" + sys.argv[1], min_replicas=int(sys.argv[2]),
+    join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
 )
 print(server.address(), flush=True)
 time.sleep(600)
@@ -57,9 +59,9 @@ class Job:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(line.get("pid", 2**30), signal.SIGKILL)
 
-    def light(self):
+    def light(self, least=1):
         self.lighthouse = subprocess.Popen(
-            [sys.executable, "-c", _LIGHTHOUSE, self.port],
+            [sys.executable, "-c", _LIGHTHOUSE, self.port, str(least)],
             stdout=subprocess.PIPE,
             env={**os.environ, "RUST_LOG": "error"},
         )
@@ -112,6 +114,17 @@ class Job:
             assert time.monotonic() < deadline, self.said(number)
             time.sleep(0.02)
         return starts[1]
+
+    def waits_at_the_lighthouse(self, number, seconds=60):
+        """Returns when a worker has asked for the others, who have not come."""
+        deadline = time.monotonic() + seconds
+        page = ""
+        while f"{number:06d}" not in page:
+            assert time.monotonic() < deadline, self.said(number)
+            with urllib.request.urlopen(f"{self.address}/status", timeout=5) as answer:
+                page = answer.read().decode()
+            time.sleep(0.1)
+        time.sleep(1)
 
     def signal(self, number, what):
         pid = [line["pid"] for line in self.lines(number) if "pid" in line][-1]

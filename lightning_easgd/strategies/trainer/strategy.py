@@ -515,6 +515,8 @@ class TrainerStrategy(WorkerProcess, _Base):
             self._wait_for_all(Meeting.TEARDOWN)
 
     def _on_sigterm(self) -> None:
+        if self.elastic is not None and self.elastic.is_entering:
+            raise self.tree.stop  # nothing is lost yet, and the others may never come
         if self._session is not None and (self.elastic is None or self.world_size > 1):
             self._session.averaging.request_stop()
         else:
