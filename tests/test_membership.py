@@ -166,15 +166,16 @@ def test_workers_of_two_ranks(job, is_sharded, wire_dtype):
             job.check_moves(*ranks, tau=5, beta=0.9, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_who_waits_for_others_that_do_not_come_ends_by_sigterm(job, ranks):
+@pytest.mark.parametrize(("ranks", "is_early"), [(1, False), (2, False), (1, True), (2, True)])
+def test_who_waits_for_others_that_do_not_come_ends_by_sigterm(job, ranks, is_early):
     job.lighthouse.kill()
     job.lighthouse.wait()
     job.light(least=2)
-    worker = job.start(0, *(torchrun(ranks, restarts=0) if ranks > 1 else ()), ranks=ranks)
-    job.waits_at_the_lighthouse(0)
-    worker.terminate()
-    worker.wait(15)
+    worker = job.start(0, *(torchrun(ranks, restarts=0) if ranks > 1 else ()), ranks=ranks, is_terminated=is_early)
+    if not is_early:
+        job.waits_at_the_lighthouse(0)
+        worker.terminate()
+    worker.wait(30 if is_early else 15)
     assert job.steps(0) == []
 
 

@@ -41,9 +41,6 @@ class ElasticWorker:
     Args:
         strategy: The strategy's name, for errors.
         settings: What the user says.
-
-    Attributes:
-        is_entering: While it waits for the others to let it in.
     """
 
     def __init__(self, strategy: str, settings: FaultTolerance) -> None:
@@ -59,7 +56,6 @@ class ElasticWorker:
         self._clocks: dict[str, Any] | None = None
         self._values: dict[str, Any] | None = None
         self._to_hand_over: HandedValues | None = None
-        self.is_entering = False
 
     def resolve(self, layout: WorkerLayout, as_one: str, device: torch.device) -> None:
         """Find out what the environment says; before anything starts.
@@ -234,11 +230,7 @@ class ElasticWorker:
         begin_epoch_whole(trainer)
         self.note_clocks()
         self._check_handed()
-        self.is_entering = True
-        try:
-            session.averaging.enter()
-        finally:
-            self.is_entering = False
+        session.averaging.enter()
         if self._clocks is not None:
             self._check_alike(self._clocks)
             go_on_at(trainer, self._clocks)

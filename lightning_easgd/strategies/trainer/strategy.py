@@ -220,6 +220,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         if fits and self.is_sharded:
             check_sharded_callbacks(type(self).__name__, trainer)
         super().setup(trainer)
+        self._had_sigterm = False
         self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
         averaging = self.make_averaging(self.optimizers) if fits else None
         if averaging is None:
@@ -274,7 +275,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._meetings = Meetings(self._ranks.trainer, self)
         self._checkpoints.resume()
         if self.elastic is not None:
-            self.elastic.enter(self._session, self._trainer)
+            with self._ending_at_sigterm():
+                self.elastic.enter(self._session, self._trainer)
 
     def on_train_epoch_start(self) -> None:
         """Look again where ranks must meet, where their data is new."""
@@ -441,6 +443,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._checkpoints.restore_loops()
 
     _read_from: tuple[str, bool | None] = ("", None)
+    _had_sigterm = _ends_at_sigterm = False
 
     # Errors, signals, and the end
 
@@ -514,9 +517,21 @@ class TrainerStrategy(WorkerProcess, _Base):
         if ended_well:  # a rank that failed in the last hooks is noticed here
             self._wait_for_all(Meeting.TEARDOWN)
 
+    @contextlib.contextmanager
+    def _ending_at_sigterm(self) -> Iterator[None]:
+        """Context in which SIGTERM, then or before, ends this rank at once: it waits for others that may never come."""
+        self._ends_at_sigterm = True
+        try:
+            if self._had_sigterm:
+                raise self.tree.stop
+            yield
+        finally:
+            self._ends_at_sigterm = False
+
     def _on_sigterm(self) -> None:
-        if self.elastic is not None and self.elastic.is_entering:
-            raise self.tree.stop  # nothing is lost yet, and the others may never come
+        self._had_sigterm = True
+        if self._ends_at_sigterm:
+            raise self.tree.stop
         if self._session is not None and (self.elastic is None or self.world_size > 1):
             self._session.averaging.request_stop()
         else:
