@@ -1,6 +1,8 @@
 """Between two exchanges nothing communicates, and nobody waits."""
 
+import pickle
 import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
@@ -9,6 +11,8 @@ from ranks import run_ranks
 from toys import BROADCASTS, Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.strategies.process_groups import ProcessGroups
+from lightning_easgd.transport.worker_layout import WorkerLayout
 
 pytestmark = pytest.mark.timeout(120)
 COLLECTIVES = (
@@ -119,3 +123,15 @@ def test_a_pause_delays_the_other_rank_only_at_the_next_exchange_that_needs_it()
     free, paused = run_ranks(train, 2)
     assert free[10] < paused["resume"]  # batch 10 starts; its optimizer step then waits
     assert free[11] >= paused["resume"]
+
+
+def test_a_copy_of_the_groups_in_another_process_is_of_no_run():
+    def copied():
+        dist.init_process_group("gloo")
+        groups = ProcessGroups("S", timedelta(seconds=20))
+        groups.enter(dist.get_rank(), dist.get_world_size())
+        groups.open_inside("S(devices_per_worker=2)", "gloo", WorkerLayout(2, 2))
+        copy = pickle.loads(pickle.dumps(groups))
+        return groups.gather_inside(dist.get_rank()), copy.inside, copy.who_is_missing()
+
+    assert run_ranks(copied, 2) == [([0, 1], None, "")] * 2
