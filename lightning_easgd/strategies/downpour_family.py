@@ -28,7 +28,7 @@ from lightning_easgd.strategies.center_method import (
     check_period,
 )
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
 __all__ = ["DownpourMethod"]

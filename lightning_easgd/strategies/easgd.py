@@ -45,7 +45,7 @@ from lightning_easgd.strategies.easgd_arguments import (
 )
 from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.fault_tolerance import FaultTolerance, as_fault_tolerance
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT, DevicesPerWorker, StartMethod
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 from lightning_easgd.transport.channel import Channel
 

@@ -17,7 +17,7 @@ from lightning_easgd.strategies.easgd import EASGDMethod, PullTo
 from lightning_easgd.strategies.fabric_strategy import FabricStrategy
 from lightning_easgd.strategies.process_groups import unbind_group
 from lightning_easgd.strategies.sharded_workers import DOCUMENTATION, Size, of_sharded_workers, resolve_sizes
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
 __all__ = ["fabric_model_parallel_strategy"]

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from lightning_easgd.averagers import Averaging
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, takes_ddp_arguments
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod, WorkerProcess
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_process import WorkerProcess
 
 __all__ = ["LocalMethod"]
 

@@ -18,7 +18,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.optim import Optimizer
 
 from lightning_easgd.strategies.common_start import average_by_sum, broadcast_parts, warn_of_unreduced
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, WorkerProcess
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT
+from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.tensors.shards import is_shard, local, sharded_like
 from lightning_easgd.transport.worker_layout import WorkerLayout
 

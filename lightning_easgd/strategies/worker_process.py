@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 import torch.distributed as dist
@@ -27,17 +27,19 @@ from lightning_easgd.strategies.elastic_worker import ElasticWorker
 from lightning_easgd.strategies.process_groups import ProcessGroups, unbind_group
 from lightning_easgd.strategies.trainer.lightning_private import interactive_error
 from lightning_easgd.strategies.trees.class_trees import check_tree, describe, tree_of
+from lightning_easgd.strategies.worker_arguments import (
+    DEFAULT_TIMEOUT,
+    DevicesPerWorker,
+    StartMethod,
+    check_devices_per_worker,
+    check_parallel_devices,
+    check_timeout,
+)
 from lightning_easgd.strategies.worker_group import WorkerGroup
 from lightning_easgd.transport.torchrun_attempt import set_up_group
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
-__all__ = ["DEFAULT_TIMEOUT", "DevicesPerWorker", "StartMethod", "WorkerProcess"]
-
-DevicesPerWorker = int | Literal["node"]
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-"""Of ``torch.distributed`` and so of DDPStrategy."""
+__all__ = ["WorkerProcess"]
 
 if TYPE_CHECKING:
 
@@ -160,11 +162,11 @@ class WorkerProcess(_Base):
         devices_per_worker: DevicesPerWorker = 1,
         **ddp_arguments: Unpack[DDPArguments],
     ) -> None:
-        _check_devices(type(self).__name__, devices_per_worker)
+        check_devices_per_worker(type(self).__name__, devices_per_worker)
         self.devices_per_worker = devices_per_worker
         self._given_backend = process_group_backend
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
-        _check_timeout(type(self).__name__, timeout)
+        check_timeout(type(self).__name__, timeout)
         wraps = devices_per_worker != 1
         self._groups = ProcessGroups(type(self).__name__, timeout)
         given = check_ddp_arguments(type(self), ddp_arguments, REFUSED_INSIDE if wraps else REFUSED_WITHOUT)
@@ -373,14 +375,7 @@ class WorkerProcess(_Base):
 
     def _configure_launcher(self) -> None:
         check_tree(self)
-        for device in self.parallel_devices or ():
-            # A third party's accelerator may have any objects for devices.
-            if isinstance(device, torch.device) and device.type not in ("cpu", "cuda"):
-                raise ValueError(
-                    f"{type(self).__name__}(parallel_devices=[{device}]): workers are CPUs or CUDA devices (ROCm's"
-                    " too); elsewhere the order of the copies beside the gradient has not been shown to hold. Use"
-                    " Trainer(accelerator='cpu')."
-                )
+        check_parallel_devices(type(self).__name__, self.parallel_devices or ())
         layout = self.layout  # before any process starts
         if self.elastic is not None:
             self.elastic.resolve(layout, self._as_one, self.root_device)
@@ -429,23 +424,3 @@ class WorkerProcess(_Base):
     def _registered_name(self) -> str | None:
         """The name under which this strategy is registered with these arguments, as far as it is."""
         return None
-
-
-def _check_devices(strategy: str, devices: object) -> None:
-    if devices == "node":
-        return
-    if not isinstance(devices, int) or isinstance(devices, bool):
-        raise TypeError(
-            f"{strategy}(devices_per_worker={devices!r}): give the number of ranks of a worker, or 'node' for those of"
-            " a node."
-        )
-    if devices < 1:
-        raise ValueError(f"{strategy}(devices_per_worker={devices}): a worker has at least 1 rank.")
-
-
-def _check_timeout(strategy: str, timeout: object) -> None:
-    if not isinstance(timeout, timedelta):
-        seconds = timeout if isinstance(timeout, int | float) else 60
-        raise TypeError(f"{strategy}(timeout={timeout!r}): give a datetime.timedelta, such as timedelta({seconds=}).")
-    if timeout <= timedelta(0):
-        raise ValueError(f"{strategy}(timeout={timeout}): the time to wait for the slowest rank is positive.")

@@ -23,7 +23,7 @@ from lightning_easgd.averagers import Statistics
 from lightning_easgd.callbacks.recording import ddp_bytes
 from lightning_easgd.strategies.center_method import check_period
 from lightning_easgd.strategies.ddp_arguments import DDPArguments, check_ddp_arguments, takes_ddp_arguments
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT, StartMethod
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT, StartMethod
 
 __all__ = ["PostLocalSGDStrategy"]
 

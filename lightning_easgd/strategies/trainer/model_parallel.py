@@ -27,7 +27,7 @@ from lightning_easgd.strategies.sharded_workers import (
 from lightning_easgd.strategies.trainer.lightning_private import give_mesh
 from lightning_easgd.strategies.trainer.meetings import check_even_evaluation
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy, TrainerTree
-from lightning_easgd.strategies.worker_process import DEFAULT_TIMEOUT
+from lightning_easgd.strategies.worker_arguments import DEFAULT_TIMEOUT
 from lightning_easgd.strategies.worker_state.keeper import WorkerState
 
 __all__ = ["model_parallel_strategy"]
