@@ -158,6 +158,11 @@ for name in modules:
     except ImportError:
         pass  # an older Lightning, an extra that is not installed
 del name
+if "torch.distributed.elastic.rendezvous.dynamic_rendezvous" in sys.modules:
+    # torchrun reads the source of its whole stack for the name of one caller: half a second for each of its processes.
+    sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = (
+        lambda depth=2: sys._getframe(depth).f_code.co_name
+    )
 sys.path.append(tests)
 from huge_pages import use_huge_pages
 sys.path.remove(tests)
