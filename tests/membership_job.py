@@ -43,6 +43,7 @@ class Job:
     def __init__(self, folder):
         self.folder = folder
         self.processes = []
+        self._read = {}  # of each worker's lines: how far, and what they say
         self.port = "0"  # any that is free; once it is lit again, the one that it had
         self.light()
 
@@ -91,8 +92,15 @@ class Job:
     def lines(self, number):
         """All that a worker has written, also one that was there before under this number."""
         path = self.folder / f"{number}.jsonl"
-        text = path.read_text() if path.exists() else ""
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        where, lines = self._read.get(path, (0, []))
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(where)
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            lines += map(json.loads, whole.splitlines())
+            self._read[path] = where + len(whole), lines
+        return [*lines]
 
     def steps(self, number):
         return [line for line in self.lines(number) if "step" in line and "event" not in line]
