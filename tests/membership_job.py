@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,16 +20,6 @@ HEARTBEAT = 1.0  # seconds after which the lighthouse takes a worker for dead
 PATIENCE = 0.5  # seconds that a worker stands still for the others
 TRANSFER = 2.0  # seconds of a transfer
 SLACK = 1.0
-_LIGHTHOUSE = f"""
-import sys, time
-from torchft.coordination import LighthouseServer
-server = LighthouseServer(
-    bind="[::]:" + sys.argv[1], min_replicas=int(sys.argv[2]),
-    join_timeout_ms=2000, heartbeat_timeout_ms={HEARTBEAT * 1000:.0f}
-)
-print(server.address(), flush=True)
-time.sleep(600)
-"""
 
 
 def clean_environment():
@@ -61,15 +52,19 @@ class Job:
                     os.kill(line.get("pid", 2**30), signal.SIGKILL)
 
     def light(self, least=1):
-        self.lighthouse = subprocess.Popen(
-            [sys.executable, "-c", _LIGHTHOUSE, self.port, str(least)],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "RUST_LOG": "error"},
-        )
+        self._until_dark()
+        self.lighthouse = subprocess.Popen([python(), __file__, self.port, str(least)], stdout=subprocess.PIPE)
         self.processes.append(self.lighthouse)
         with self.lighthouse.stdout as said:
             self.port = said.readline().decode().strip().rpartition(":")[2]
         self.address = f"http://localhost:{self.port}"
+
+    def _until_dark(self):
+        """Returns when a lighthouse that has been killed is gone: what stands for its interpreter is gone before."""
+        with contextlib.suppress(ConnectionRefusedError):
+            while self.port != "0":
+                socket.create_connection(("localhost", int(self.port)), timeout=5).close()
+                time.sleep(0.01)
 
     def start(self, number, *launcher, **settings):
         tolerance = {"quorum_timeout": PATIENCE, "process_group_timeout": TRANSFER}
@@ -185,3 +180,17 @@ class Job:
 def are(*numbers):
     """Whether these are who took part in a worker's last exchange."""
     return lambda line: line["living"] == list(numbers)
+
+
+if __name__ == "__main__":  # the lighthouse
+    from torchft.coordination import LighthouseServer
+
+    port, least = sys.argv[1:]
+    server = LighthouseServer(
+        bind=f"[::]:{port}",
+        min_replicas=int(least),
+        join_timeout_ms=2000,
+        heartbeat_timeout_ms=int(HEARTBEAT * 1000),
+    )
+    print(server.address(), flush=True)
+    time.sleep(600)
