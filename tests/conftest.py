@@ -47,6 +47,14 @@ def pytest_configure(config):
     os.environ["EASGD_GPU_TESTS"] = config.getoption("--device")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    from preloaded import python
+
+    for spec in specs:  # each of them would import the same, and have a server of its own
+        spec.python = python()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     known: dict[Any, bool] = {}
