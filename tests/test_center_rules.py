@@ -1,5 +1,6 @@
 """A rule for the center of one's own: one class and one argument, in both modes, with the same object."""
 
+import math
 import os
 import pickle
 import re
@@ -18,7 +19,7 @@ from lightning_easgd.averagers import SynchronousAverager
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.method.elastic import elastic_push_
 from lightning_easgd.method.rates import MovingRates
-from lightning_easgd.method.rules import AveragedRule, CenterRule, ConstantRate, NesterovRule, PlainRule
+from lightning_easgd.method.rules import AveragedRule, CenterRule, ConstantRate, HeavyBallRule, NesterovRule, PlainRule
 
 
 class Halving(CenterRule):
@@ -187,6 +188,24 @@ def test_a_rule_that_shows_an_address_is_refused():
         EASGDStrategy(center_rule=Holds())
 
 
+@pytest.mark.parametrize("momentum", [math.nan, math.inf, 1.0, -0.1, "0.9"])
+@pytest.mark.parametrize("rule", [NesterovRule, HeavyBallRule])
+def test_a_momentum_that_is_none_is_refused(rule, momentum):
+    with pytest.raises(ValueError, match=rf"{rule.__name__}\(momentum={momentum!r}\): .* \[0, 1\)"):
+        rule(momentum)
+
+
+@pytest.mark.parametrize("rate", [math.nan, 0.0, 2, "0.1"])
+def test_a_rate_that_makes_no_average_is_refused(rate):
+    with pytest.raises(ValueError, match=rf"ConstantRate\(rate={rate!r}\): .* \(0, 1\]"):
+        ConstantRate(rate)
+
+
+def test_an_average_without_a_rate_is_refused():
+    with pytest.raises(ValueError, match=r"EASGDStrategy\(center_rule=AveragedRule.*no attribute 'after'"):
+        EASGDStrategy(center_rule=AveragedRule(PlainRule(), 0.1))
+
+
 class Bad(CenterRule):
     """A rule that does one thing wrong."""
 
@@ -274,14 +293,66 @@ class NoName(Bad):
     names = ()
 
 
+class NamesInNoOrder(Bad):
+    names = frozenset(("center", "second"))
+
+
+class PutsAnotherInside(Bad):
+    """The store stays the same object, and its memory is not where the center is."""
+
+    def move_(self, stores, difference, rate, version):
+        stores[0].data = stores[0] + rate * difference
+
+
+class Shrinks(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0].resize_(1)
+
+
+class StartsAtRandom(Bad):
+    def initial_stores(self, center):
+        return [center, torch.rand_like(center)]
+
+
+class StartsFromTheWhole(Bad):
+    def initial_stores(self, center):
+        return [center, torch.full_like(center, float(center.norm()))]
+
+
+class WritesToTheStart(Bad):
+    def initial_stores(self, center):
+        return [center.clone(), center.zero_()]
+
+
+class StartsWithNoTensor(Bad):
+    def initial_stores(self, center):
+        return [center, 0.0]
+
+
+class DividesByTheVersion(Bad):
+    def move_(self, stores, difference, rate, version):
+        elastic_push_([stores[0]], [difference], rate / version)
+
+
+class TakesRoots(Bad):
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(difference.sqrt(), alpha=rate)
+
+
 @pytest.mark.parametrize(
     ("rule", "says"),
     [
         (WritesToTheDifference, "it only reads it"),
         (PutsAnother, "puts other tensors in place of the stores"),
+        (PutsAnotherInside, "puts other tensors in place of the stores"),
+        (Shrinks, "puts other tensors in place of the stores"),
         (Returns, "move_ returns a Tensor; it moves the stores in place"),
         (ChangesTheStart, "initial_stores changes store 0"),
-        (HasStoresWithoutNames, "initial_stores gives 3 tensors"),
+        (HasStoresWithoutNames, "initial_stores gives 3 values, and 2 tensors"),
+        (StartsWithNoTensor, "initial_stores gives 2 values, and 2 tensors"),
+        (WritesToTheStart, "initial_stores changes store 0"),
+        (StartsAtRandom, "initial_stores, called twice on the same numbers"),
+        (StartsFromTheWhole, "initial_stores begins a part of a store by what is in other parts"),
         (WantsMoreStores, "index out of range"),
         (Remembers, "move_ changes what the rule shows"),
         (RemembersInSecret, "tried twice on the same numbers it makes different ones"),
@@ -292,6 +363,9 @@ class NoName(Bad):
         (ShowsNothing, "shown=2 is none of its 2 stores"),
         (OneName, "names='center' are no names of stores"),
         (NoName, r"names=\(\) are no names of stores"),
+        (NamesInNoOrder, r"names=frozenset.* are no names of stores"),
+        (DividesByTheVersion, r"tried on 5 numbers: ZeroDivisionError\('float division by zero'\)"),
+        (TakesRoots, "of finite numbers it makes some that are not"),
     ],
 )
 def test_a_rule_that_would_make_wrong_numbers_in_silence_is_refused(rule, says):

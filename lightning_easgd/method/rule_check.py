@@ -1,5 +1,6 @@
 """What a rule of somebody's own must do, tried before any process starts."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -28,14 +29,16 @@ def check_rule(owner: str, rule: CenterRule) -> None:
             do what :class:`CenterRule` says.
     """
     what = f"{owner}(center_rule={rule!r})"
-    if isinstance(rule.names, str) or not rule.names or not all(isinstance(name, str) for name in rule.names):
-        raise TypeError(f"{what}: names={rule.names!r} are no names of stores; give a tuple, ('center',) for one.")
+    names: object = rule.names
+    in_order = isinstance(names, Sequence) and not isinstance(names, str)  # a set's order differs from rank to rank
+    if not in_order or not rule.names or not all(isinstance(name, str) for name in rule.names):
+        raise TypeError(f"{what}: names={names!r} are no names of stores; give a tuple, ('center',) for one.")
     if len(set(rule.names)) < len(rule.names):
         raise ValueError(
             f"{what}: two of its stores have one name ({', '.join(rule.names)}), and checkpoints tell them apart by it;"
             " give each a name of its own."
         )
-    if rule.shown not in range(rule.stores):
+    if not isinstance(rule.shown, int) or rule.shown not in range(rule.stores):
         raise ValueError(f"{what}: shown={rule.shown!r} is none of its {rule.stores} stores; they count from 0.")
     if " at 0x" in repr(rule):
         raise ValueError(
@@ -47,19 +50,29 @@ def check_rule(owner: str, rule: CenterRule) -> None:
 
 @torch.no_grad()
 def _try_out(what: str, rule: CenterRule) -> None:
+    whole_vector, in_parts = [slice(None)], [slice(0, 2), slice(2, None)]
     try:
-        stores = list(rule.initial_stores(_CENTER.clone()))
-        if [tuple(store.shape) for store in stores] != [tuple(_CENTER.shape)] * rule.stores:
-            raise ValueError(f"initial_stores gives {len(stores)} tensors, one for each of names={rule.names!r} is due")
-        if not torch.equal(stores[0], _CENTER):
-            raise ValueError("initial_stores changes store 0, which is the center: workers start there")
-        whole = _moved(rule, stores, [slice(None)])
-        again = _moved(rule, stores, [slice(None)])
-        parts = _moved(rule, stores, [slice(0, 2), slice(2, None)])
-        late = _moved(rule, stores, [slice(None)], version=_MOVES)
-    except (IndexError, ValueError, TypeError, RuntimeError) as error:
+        stores = _initial(rule, whole_vector)
+        starts_again, starts_in_parts = _initial(rule, whole_vector), _initial(rule, in_parts)
+        whole, again = _moved(rule, stores, whole_vector), _moved(rule, stores, whole_vector)
+        parts = _moved(rule, stores, in_parts)
+        late = _moved(rule, stores, whole_vector, version=_MOVES)
+    except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{what}, tried on {len(_CENTER)} numbers: {error}.") from error
+        says_all = isinstance(error, ValueError | TypeError | IndexError | RuntimeError)
+        raise kind(f"{what}, tried on {len(_CENTER)} numbers: {error if says_all else repr(error)}.") from error
+    if not all(map(_same, stores, starts_again)):
+        raise ValueError(
+            f"{what}: initial_stores, called twice on the same numbers, makes different ones, so that the ranks'"
+            " centers would part; let it draw nothing at random."
+        )
+    if not all(map(_same, stores, starts_in_parts)):
+        raise ValueError(
+            f"{what}: initial_stores begins a part of a store by what is in other parts; parts are cut otherwise by"
+            " each transport, so that a number may depend on the center at its own place alone."
+        )
+    if not all(bool(whole[store].isfinite().all()) for store in (0, rule.shown)):
+        raise ValueError(f"{what}: of finite numbers it makes some that are not; look at its arguments.")
     if not all(map(_same, whole, again)):
         raise ValueError(
             f"{what}: tried twice on the same numbers it makes different ones, so that the ranks' centers would part;"
@@ -77,25 +90,49 @@ def _try_out(what: str, rule: CenterRule) -> None:
         )
 
 
+def _initial(rule: CenterRule, parts: Sequence[slice]) -> list[Tensor]:
+    """The stores at the start, each part of them by itself."""
+    begun = []
+    for part in parts:
+        center = _CENTER[part].clone()
+        stores = list(rule.initial_stores(center))
+        shapes = [store.shape if isinstance(store, Tensor) else None for store in stores]
+        if shapes != [center.shape] * rule.stores:
+            raise ValueError(
+                f"initial_stores gives {len(stores)} values, and {rule.stores} tensors of the center's shape are due,"
+                f" one for each of names={rule.names!r}"
+            )
+        if not (torch.equal(stores[0], _CENTER[part]) and torch.equal(center, _CENTER[part])):
+            raise ValueError("initial_stores changes store 0, which is the center: workers start there")
+        begun.append([store.to(torch.float64, copy=True) for store in stores])
+    return [torch.cat(each) for each in zip(*begun, strict=True)]
+
+
 def _moved(rule: CenterRule, stores: Sequence[Tensor], parts: Sequence[slice], version: int = 0) -> list[Tensor]:
     """The stores after a few moves of their parts."""
-    stores = [store.to(torch.float64, copy=True) for store in stores]
+    stores = [store.clone() for store in stores]
     shown = repr(rule)
     for number in range(_MOVES):
         for part in parts:
             of_part = [store[part] for store in stores]
             difference = _DIFFERENCE[part] * (number + 1)
-            given, before = list(of_part), difference.clone()
+            given, places, before = list(of_part), [_place(store) for store in of_part], difference.clone()
             returned = rule.move_(of_part, difference, _RATE, version + number)
             if returned is not None:
                 raise TypeError(f"move_ returns a {type(returned).__name__}; it moves the stores in place")
-            if any(one is not other for one, other in zip(of_part, given, strict=True)):
+            same = len(of_part) == len(given) and all(map(operator.is_, of_part, given))
+            if not same or [_place(store) for store in given] != places:
                 raise ValueError("move_ puts other tensors in place of the stores; it moves them in place")
             if not torch.equal(difference, before):
                 raise ValueError("move_ writes to the difference, which others read; it only reads it")
     if repr(rule) != shown:
         raise ValueError(f"move_ changes what the rule shows, to {rule!r}; what it remembers lies in its stores")
     return stores
+
+
+def _place(store: Tensor) -> tuple[int, torch.Size]:
+    """Where a store's numbers lie: a tensor can be given other memory, which the center would not see."""
+    return store.data_ptr(), store.shape
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

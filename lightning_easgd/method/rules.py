@@ -105,6 +105,14 @@ class PlainRule(CenterRule):
         elastic_push_(stores, [difference], rate)
 
 
+def _check_momentum(rule: "NesterovRule | HeavyBallRule") -> None:
+    momentum: object = rule.momentum
+    if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
+        raise ValueError(
+            f"{type(rule).__name__}(momentum={momentum!r}): the center's momentum lies in [0, 1); give 0.9, as DiLoCo."
+        )
+
+
 @final
 @dataclass(frozen=True)
 class NesterovRule(CenterRule):
@@ -116,11 +124,14 @@ class NesterovRule(CenterRule):
     :math:`\beta` times the buffer of ``torch.optim.SGD(lr=beta, momentum=delta, nesterov=True)`` on :math:`-\bar D`.
 
     Args:
-        momentum: :math:`\delta`, or :math:`\mu` of an outer optimizer.
+        momentum: :math:`\delta`, or :math:`\mu` of an outer optimizer, in [0, 1).
     """
 
     momentum: float
     names = ("center", "momentum")
+
+    def __post_init__(self) -> None:
+        _check_momentum(self)
 
     @override
     def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
@@ -138,11 +149,14 @@ class HeavyBallRule(CenterRule):
     Store 1 is :math:`v`.
 
     Args:
-        momentum: :math:`\mu`, BMUF's block momentum and SlowMo's :math:`\beta`.
+        momentum: :math:`\mu` in [0, 1), BMUF's block momentum and SlowMo's :math:`\beta`.
     """
 
     momentum: float
     names = ("center", "momentum")
+
+    def __post_init__(self) -> None:
+        _check_momentum(self)
 
     @override
     def move_(self, stores: Sequence[Tensor], difference: Tensor, rate: float, version: int) -> None:
@@ -188,6 +202,13 @@ class ConstantRate(AveragingRate):
     """
 
     rate: float = 0.001
+
+    def __post_init__(self) -> None:
+        rate: object = self.rate
+        if not (isinstance(rate, int | float) and 0 < rate <= 1):
+            raise ValueError(
+                f"ConstantRate(rate={rate!r}): the rate of a running average lies in (0, 1]; give 0.001, as the paper."
+            )
 
     @override
     def after(self, updates: int) -> float:
