@@ -81,7 +81,7 @@ class CenterService(ABC):
             The chunk's version before this exchange: how many exchanges it had taken.
 
         Raises:
-            CenterError: If the chunk cannot be reached within the timeout, or its server is lost.
+            CenterError: If the chunk cannot be reached within the timeout, its server is lost, or the rule raises.
         """
 
     def begin(self, chunk: int, message: Tensor, rate: float) -> Pending:

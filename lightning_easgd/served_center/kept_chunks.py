@@ -56,11 +56,18 @@ class KeptChunks(CenterService):
         self._closed = False
 
     @override
+    @torch.no_grad()  # of each thread that serves; a rule may hold parameters
     def exchange(self, chunk: int, message: Tensor, rate: float) -> int:
         with self._holding(chunk) as header:
             version = header[_VERSION]
             header[_CHANGING] = 1
-            self._exchange.apply_(self._stores[chunk], message, rate, version)
+            try:
+                self._exchange.apply_(self._stores[chunk], message, rate, version)
+            except Exception as error:  # of a rule of somebody's own; a client must not take it for a lost connection
+                raise CenterError(
+                    f"{type(self).__name__}: {self._exchange.rule!r} could not move chunk {chunk} of the center at its"
+                    f" version {version}: move_ raised {error!r}; mend the rule."
+                ) from error
             header[_VERSION] = version + 1
             header[_CHANGING] = 0
             return version

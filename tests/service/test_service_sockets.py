@@ -10,7 +10,7 @@ import pytest
 import torch
 from service_ranks import Rank, die, running, wait_until
 
-from lightning_easgd.method.rules import PushExchange, SymmetricExchange
+from lightning_easgd.method.rules import CenterRule, PushExchange, SymmetricExchange
 from lightning_easgd.served_center import CenterError, CenterTimeoutError, InProcessCenter, Layout, WorkerLostError
 from lightning_easgd.served_center.tcp_client import RemoteShard
 from lightning_easgd.served_center.tcp_server import ShardServer
@@ -121,6 +121,48 @@ def test_an_error_at_the_server_reaches_the_client():
     ):
         shard.begin(0, ones(), 1.0).wait()
     shard.begin(0, ones(), 1.0).wait()
+    shard.close()
+    server.close()
+
+
+class Ends(CenterRule):
+    """Sound at first."""
+
+    def move_(self, stores, difference, rate, version):
+        if version == 1:
+            raise ZeroDivisionError("nothing left")
+        stores[0].add_(difference, alpha=rate)
+
+
+def test_what_a_rule_raises_reaches_the_client_as_the_rules_error():
+    server = ShardServer(local_center(PushExchange(Ends())), SECRET, 5.0, set())
+    shard = connect(server.port)
+    shard.begin(0, ones(), 1.0).wait()
+    with pytest.raises(CenterError, match=r"server=3.*Ends\(\).*move_.* ZeroDivisionError\('nothing left'\)") as error:
+        shard.begin(0, ones(), 1.0).wait()
+    assert not isinstance(error.value, WorkerLostError)
+    shard.begin(1, ones(1), 1.0).wait()
+    shard.close()
+    server.close()
+
+
+class Learnt(CenterRule):
+    def __init__(self):
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+    def move_(self, stores, difference, rate, version):
+        stores[0].add_(self.factor * difference * rate)
+
+
+def test_a_rule_that_holds_a_parameter_takes_no_gradient():
+    """Grad mode is each thread's own, and those that serve begin with it."""
+    server = ShardServer(local_center(PushExchange(Learnt())), SECRET, 5.0, set())
+    shard = connect(server.port)
+    answer = ones()
+    shard.begin(0, answer, 1.0).wait()
+    assert (answer == 0.5).all()
+    assert not answer.requires_grad
+    assert not server._shard._stores[0][0].requires_grad
     shard.close()
     server.close()
 
