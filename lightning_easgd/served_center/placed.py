@@ -70,10 +70,6 @@ class ServedCenter(CenterService):
     def order(self) -> Sequence[int]:
         return self._order
 
-    def is_local(self, chunk: int) -> bool:
-        """Whether a chunk is kept on this node: its exchange moves no bytes over the network."""
-        return self._placement[chunk] == self._node
-
     @override
     def nbytes(self, chunk: int) -> int:
         keeper = self._keeper(chunk)

@@ -224,7 +224,7 @@ class FabricStrategy(WorkerProcess, _Base):
         loaded = state.values() if isinstance(state, dict) else (state,)
         if any(isinstance(each, nn.Module) and self._has(each) for each in loaded):
             self._end_for_other_weights()
-        with self._without_steps():
+        with self._without_steps(), self._reading_checkpoint():
             remainder = super().load_checkpoint(path, state, *arguments, **keywords)
         saved = remainder.pop(KEY, None) if self.has_center else None
         has_optimizer = isinstance(state, dict) and any(isinstance(value, Optimizer) for value in state.values())

@@ -74,7 +74,6 @@ if TYPE_CHECKING:
         @property
         def process_group_backend(self) -> str | None: ...
         def process_dataloader(self, dataloader: Any) -> Any: ...
-        def load_checkpoint(self, *arguments: Any, **keywords: Any) -> dict[str, Any]: ...
 else:
     _Base = object
 
@@ -306,14 +305,15 @@ class WorkerProcess(_Base):
         check_loader(type(self).__name__, dataloader, self.layout.per_worker, is_elastic=self.elastic is not None)
         return super().process_dataloader(dataloader)
 
-    def load_checkpoint(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:
-        """Read a checkpoint as Lightning does.
+    @contextmanager
+    def _reading_checkpoint(self) -> Iterator[None]:
+        """Context in which Lightning reads a checkpoint.
 
         Raises:
             IsADirectoryError: If it is a folder, and this strategy reads files.
         """
         try:
-            return super().load_checkpoint(*arguments, **keywords)
+            yield
         except IsADirectoryError as error:
             raise IsADirectoryError(
                 f"{type(self).__name__}: {error.filename} is a folder, as EASGDModelParallelStrategy saves it, and"

@@ -430,7 +430,8 @@ class TrainerStrategy(WorkerProcess, _Base):
     def load_checkpoint(self, checkpoint_path: Any, *arguments: Any, **keywords: Any) -> dict[str, Any]:
         """Read a checkpoint: the one that rank 0 means, as its name may hold a step that differs between the ranks."""
         checkpoint_path = self.broadcast(checkpoint_path)
-        checkpoint = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
+        with self._reading_checkpoint():
+            checkpoint = super().load_checkpoint(checkpoint_path, *arguments, **keywords)
         self._read_from = str(checkpoint_path), keywords.get("weights_only")
         return checkpoint
 
