@@ -4,8 +4,10 @@ import math
 import os
 import pickle
 import re
+import warnings
 from dataclasses import dataclass
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,52 @@ def test_a_resumed_run_goes_on_with_what_the_rule_keeps(mode, rule, tmp_path):
             first.parameters(), second.parameters(), strict=True))  # fmt: skip
 
     assert run_ranks(run, 2, timeout=120) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({}, {"outer_momentum": 0.5}, r"with the stores center: of HeavyBallRule momentum and the count .* begin anew"),
+        ({}, {"outer_momentum": 0.5, "worker_state": "none"}, r"with the stores center: of HeavyBallRule momentum"),
+        (
+            {"outer_momentum": 0.5},
+            {"center_rule": AveragedRule(NesterovRule(0.5), ConstantRate(0.25))},
+            r"with the stores center, momentum: of AveragedRule average and the count of exchanges begin anew",
+        ),
+        ({"center_rule": AveragedRule(NesterovRule(0.5), ConstantRate(0.25))}, {"outer_momentum": 0.5}, "the count of"),
+        ({}, {"center_rule": Halving()}, "of another rule or saved on an error"),
+        ({"outer_momentum": 0.5}, {"outer_momentum": 0.5, "outer_nesterov": True}, None),
+        ({"outer_momentum": 0.5}, {}, None),
+        ({"center_rule": Halving()}, {"center_rule": Halving()}, None),
+    ],
+)
+@pytest.mark.parametrize("moment", ["in the fit", "after it"])
+def test_what_another_rule_begins_anew_is_said(before, now, says, moment, tmp_path):
+    """Of a checkpoint that is whole: nothing is put down to an error alone."""
+
+    class Saves(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    def run():
+        saves = [Saves()] if moment == "in the fit" else []
+        trainer = quiet_trainer(strategy=EASGDStrategy(tau=2, **before), devices=2, callbacks=saves)
+        trainer.fit(Regression(batches=6))
+        if moment == "after it":
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            again = quiet_trainer(strategy=EASGDStrategy(tau=2, **now), devices=2, max_epochs=2)
+            again.fit(Regression(batches=6), ckpt_path=tmp_path / "half.ckpt")
+        return [message for message in (str(each.message) for each in seen) if "anew" in message]
+
+    told, _ = run_ranks(run, 2, timeout=120)
+    if says is None:
+        assert told == []
+    else:
+        (message,) = told
+        assert message.startswith("EASGDStrategy: ")
+        assert re.search(says, message)
 
 
 def test_what_is_no_rule_is_refused():

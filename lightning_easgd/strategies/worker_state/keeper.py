@@ -257,15 +257,8 @@ class StateKeeper:
     def start_center(self, kept: Kept, session: CenterSession, edited: Collection[str]) -> None:
         """Let the center begin where it was saved, edited tensors where the module is, and the workers there."""
         module, averaging, averagers = session.module, session.averaging, session.averagers
-        if kept.stores is not None and not kept.center and self._ranks.rule.has_memory:
-            reason = (
-                "of sharded workers each rank's part of the center goes with the rank's own state, which is not gone"
-                " on from here, and there is only what the module shows"
-                if kept.center_in_parts
-                else "the checkpoint was saved on an error or by a signal, and holds of the center only what the module"
-                " shows"
-            )
-            rank_zero_warn(f"{self._name}: {reason}; what else {type(self._ranks.rule).__name__} keeps begins anew.")
+        if kept.stores is not None and self._ranks.rule.has_memory:
+            self._warn_of_what_begins_anew(kept, kept.stores)
         if averagers and kept.center:
             layouts = layouts_of(module, averagers)
             if kept.own is None:  # the mean of workers that had not exchanged yet is more than where they began
@@ -274,6 +267,30 @@ class StateKeeper:
             averaging.load_center_state_dict(_center_of(kept, averaging, layouts, self._ranks.rule.names, edited))
             for averager in averagers:
                 averager.start_at_center()
+
+    def _warn_of_what_begins_anew(self, kept: Kept, stores: Sequence[str]) -> None:
+        rule = self._ranks.rule
+        kind = type(rule).__name__
+        if kept.center_in_parts and not kept.center:
+            what = (
+                "of sharded workers each rank's part of the center goes with the rank's own state, which is not gone"
+                f" on from here, and there is only what the module shows; what else {kind} keeps begins anew"
+            )
+        elif list(stores) != list(rule.names):
+            others = [*(name for name in rule.names if name not in stores), "the count of exchanges"]
+            verb = "begins" if len(others) == 1 else "begin"
+            what = (
+                f"the checkpoint was saved with another rule of the center, with the stores {', '.join(stores)}: of"
+                f" {kind} {' and '.join(others)} {verb} anew"
+            )
+        elif not kept.center.get("versions"):
+            what = (
+                "the checkpoint, of another rule or saved on an error or by a signal, holds of the center only what the"
+                f" module shows; what else {kind} keeps begins anew"
+            )
+        else:
+            return
+        rank_zero_warn(f"{self._name}: {what}.")
 
     @torch.no_grad()
     def restore(self, kept: Kept, session: CenterSession, edited: Collection[str]) -> None:
