@@ -30,6 +30,8 @@ pytestmark = pytest.mark.timeout(60)
         ({"beta": 2.0}, ValueError, r"EASGDStrategy\(beta=2.0\)"),
         ({"mode": "asink"}, ValueError, r"EASGDStrategy\(mode='asink'\): unknown mode; use "),
         ({"order": "random", "mode": "async"}, ValueError, r"EASGDStrategy\(order='random'\): unknown order; use "),
+        ({"order": ["free"]}, ValueError, r"EASGDStrategy\(order=\['free'\]\): unknown order; use "),
+        ({"on_worker_loss": {}}, ValueError, r"EASGDStrategy\(on_worker_loss={}\): unknown; use "),
         (
             {"order": "round_robin"},
             ValueError,

@@ -60,9 +60,9 @@ class CenterMethod(WorkerProcess):
     ) -> None:
         super().__init__(*arguments, **keywords)
         name = type(self).__name__
-        if order not in _ORDERS:
+        if order not in [*_ORDERS]:  # what cannot be hashed, too
             raise ValueError(f"{name}(order={order!r}): unknown order; use 'free' or 'round_robin'.")
-        if on_worker_loss not in _POLICIES:
+        if on_worker_loss not in [*_POLICIES]:
             raise ValueError(f"{name}(on_worker_loss={on_worker_loss!r}): unknown; use 'fail' or 'continue'.")
         if on_nonfinite not in ("fail", "reset"):
             raise ValueError(f"{name}(on_nonfinite={on_nonfinite!r}): unknown; use 'fail' or 'reset'.")
