@@ -6,18 +6,20 @@ import pickle
 import re
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from channels import LoneChannel, line_on
 from ranks import end_ranks, run_ranks
 from reference import MINIMA, synchronous_trace
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
-from lightning_easgd.averagers import SynchronousAverager
+from lightning_easgd.averagers import Channel, SynchronousAverager, Transfer, all_reduced_sums
 from lightning_easgd.averagers.sync.difference_sum import DifferenceSum
 from lightning_easgd.method.elastic import elastic_push_
 from lightning_easgd.method.rates import MovingRates
@@ -71,6 +73,49 @@ def test_a_rule_of_ones_own(mode, backend):
         assert center == pytest.approx(expected[-1, -1], abs=1e-6)
         if not asynchronous:
             assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
+
+
+class OwnChannel(Channel):
+    user = "OwnChannel"
+
+    def __init__(self):
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo")
+
+    def sum(self, buffer):
+        return OwnTransfer(dist.all_reduce(buffer, group=self.group, async_op=True))
+
+
+class OwnTransfer(Transfer):
+    def __init__(self, work):
+        self.work = work
+
+    def wait(self):
+        self.work.wait()
+
+
+class OverOwnChannel(EASGDStrategy):
+    """As CONTRIBUTING.md says it."""
+
+    def make_averaging(self, optimizers):
+        return self.synchronous_averaging(OwnChannel(), all_reduced_sums(OwnChannel, self.tau))
+
+
+@pytest.mark.parametrize("given", [{"center_rule": Halving()}, {"center_rule": Halving(), "pull_to": "new"}])
+def test_a_transport_of_ones_own_carries_all_that_the_strategy_was_given(given):
+    def ends(cls):
+        return run_ranks(train, 2, lambda: cls(tau=2, process_group_backend="gloo", **given), 9)
+
+    own, ours = ends(OverOwnChannel), ends(EASGDStrategy)
+    assert own == ours
+    if "pull_to" not in given:
+        expected = halving_trace(9, 2, 0.45, 0.9, asynchronous=False)
+        assert np.array(own[0][0])[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
+
+
+def test_the_contributors_page_says_how_a_transport_is_given():
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    assert "`self.synchronous_averaging(control, make_sum)`" in page
 
 
 class Momentum(CenterRule):

@@ -347,7 +347,7 @@ class EASGDMethod(CenterMethod):
             is_sharded=self.is_sharded,
             judges_together=self._judges_together,
         )
-        return self._synchronous_averaging(control, make_sum, worker, self.center_device)
+        return self.synchronous_averaging(control, make_sum, worker)
 
     def _elastic_averaging(
         self, elastic: ElasticWorker, optimizers: Sequence[Optimizer], timeout: timedelta
@@ -368,7 +368,7 @@ class EASGDMethod(CenterMethod):
             device=self.root_device,
             who_is_missing=self._groups.who_is_missing,
         )
-        return self._synchronous_averaging(control, make_sum, worker, elastic.center_device(self.root_device))
+        return self.synchronous_averaging(control, make_sum, worker)
 
     @property
     def _told_alike(self) -> dict[str, Any]:
@@ -386,9 +386,19 @@ class EASGDMethod(CenterMethod):
     def _position(self) -> Callable[[Optimizer], Position]:
         return ParameterPosition if self.momentum is None else LookAheadPosition
 
-    def _synchronous_averaging(
-        self, control: Channel, make_sum: MakeSum, worker: WorkerRanks, center_device: str | None
+    def synchronous_averaging(
+        self, control: Channel, make_sum: MakeSum, worker: WorkerRanks | None = None
     ) -> Averaging:
+        """Make the averaging on these channels, with all else that this strategy was given.
+
+        For ``make_averaging`` of a subclass with a transport of its own.
+
+        Args:
+            control: The channel of the announcements, of all ranks.
+            make_sum: Makes what sums up the differences of an optimizer.
+            worker: This worker's ranks; None where each rank is a worker.
+        """
+        elastic = self.elastic
         return SynchronousAveraging(
             control,
             make_sum,
@@ -397,7 +407,7 @@ class EASGDMethod(CenterMethod):
             rule=self.rule,
             make_pull=PullToOld if self.pull_to == "old" else partial(PullToNew, self.delay),
             position=self._position,
-            center_device=center_device,
+            center_device=self.center_device if elastic is None else elastic.center_device(self.root_device),
             on_astray=self._astray_policy(),
             worker=worker,
             strategy=type(self).__name__,
