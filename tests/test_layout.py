@@ -176,6 +176,18 @@ def test_the_contributors_page_says_the_same():
     assert not missing
 
 
+def test_the_contributors_page_names_what_other_settings_need_of_a_data_set():
+    conf = PACKAGE.parent / "conf"
+    others = [path.read_text() for path in conf.rglob("*.yaml") if path.parent.name != "data"]
+    needed = set(re.findall(r"\$\{data\.(\w+)\}", "\n".join(others)))
+    page = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    (paragraph,) = re.findall(r"^\*\*A data set\*\*.*?\n\n", page, re.MULTILINE | re.DOTALL)
+    assert needed
+    assert needed <= set(re.findall(r"`(\w+)`", paragraph))
+    for path in (conf / "data").glob("*.yaml"):
+        assert all(f"\n{key}: " in path.read_text() for key in needed), path
+
+
 @pytest.mark.parametrize("module", ["lightning_easgd", "lightning_easgd.pl", "lightning_easgd.fabric"])
 @pytest.mark.parametrize("name", ["EASGDStrategy", "DownpourStrategy", "LocalStrategy", "EASGDModelParallelStrategy"])
 def test_a_strategy_is_no_tower(module, name):
