@@ -125,6 +125,7 @@ WRONG = [
     # The other commands
     ("easgd-evaluate", "give ckpt_path="),
     ("easgd-evaluate ckpt_path=nowhere.ckpt", "there is no such file; check the path"),
+    ("easgd-train ckpt_path=bytes/last.ckpt", "bytes/config.yaml: this configuration of a run cannot be read"),
     ("easgd-evaluate ckpt_path=file.txt", "cannot be read as a checkpoint"),
     ("easgd-evaluate ckpt_path=3", "easgd-evaluate(ckpt_path=3): give a path"),
     (f"easgd-evaluate ckpt_path={RUN} precision=17", "easgd-evaluate(precision=17): Precision 17 is invalid"),
@@ -166,6 +167,7 @@ WRONG = [
     ("easgd-plot nowhere", "give the directory of an easgd-compare"),
     ("easgd-plot torn", "easgd-plot(torn): it has no finished run to draw"),
     ("plots torn", "plots: ", "(traceback: "),
+    ("plots bytes", "bytes/accuracy.csv: this is no text (utf-8)", "(traceback: "),
     ("plots classes", "there is nothing to draw"),
     ("plots nowhere", "usage: python -m lightning_easgd.plots RUN_DIRECTORY"),
     ("easgd-simulate walk", "easgd-simulate --help"),
@@ -201,6 +203,10 @@ def place(tmp_path_factory):
     (folder / "broken").mkdir()
     (folder / "broken" / "config.yaml").write_text("seed: [")
     (folder / "broken" / "last.ckpt").write_text("")
+    (folder / "bytes").mkdir()
+    for name in ("config.yaml", "accuracy.csv"):
+        (folder / "bytes" / name).write_bytes(b"\xff\xfe\x00a,")
+    (folder / "bytes" / "last.ckpt").write_text("")
     (folder / "admm.png").write_text("figure")
     for name in ("cat", "dog"):
         (folder / "classes" / "train" / name).mkdir(parents=True)

@@ -32,11 +32,18 @@ class _Line(NamedTuple):
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Read a CSV file with a header; a file that was not written has no rows."""
+    """Read a CSV file with a header; a file that was not written has no rows.
+
+    Raises:
+        ValueError: If it holds bytes that are no text.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: this is no text (utf-8): {error.reason} at byte {error.start}") from error
 
 
 def whole_rows(run: Path, name: str) -> list[dict[str, str]]:

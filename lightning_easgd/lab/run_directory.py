@@ -226,7 +226,7 @@ def _configuration(path: Path) -> DictConfig | None:
     """Read a configuration; None if there is none that can be read."""
     try:
         config = OmegaConf.load(path)
-    except (OSError, YAMLError):
+    except (OSError, YAMLError, UnicodeDecodeError):
         return None
     return config if isinstance(config, DictConfig) else None
 
