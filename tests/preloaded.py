@@ -86,7 +86,7 @@ os._exit(code)
 
 # The server. A forked child leaves the loop with what to run, and runs it at the top level of the interpreter.
 _SERVER = r"""
-import fcntl, gc, importlib, json, multiprocessing, os, random, selectors, signal, socket, sys
+import fcntl, gc, importlib, json, multiprocessing, os, random, selectors, signal, socket, sys, weakref
 
 def answer(listener):
     selector = selectors.DefaultSelector()
@@ -168,6 +168,8 @@ if "torch.distributed.elastic.rendezvous.dynamic_rendezvous" in sys.modules:
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = (
         lambda depth=2: sys._getframe(depth).f_code.co_name
     )
+for each in list(weakref.finalize._registry):
+    each.atexit = False  # torch takes its operators apart, as every process ends
 sys.path.append(folder)
 from huge_pages import use_huge_pages
 sys.path.remove(folder)
