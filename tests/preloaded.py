@@ -183,7 +183,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
-if arguments != ["-c", tests]:  # tests that run see the interpreter itself
+if arguments == ["-c", tests]:  # tests that run see the interpreter itself
+    del __file__  # which processes that multiprocessing spawns would import
+else:
     sys.executable = python
     multiprocessing.set_executable(python)
 multiprocessing.process.ORIGINAL_DIR = folder
