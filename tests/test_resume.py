@@ -237,6 +237,34 @@ def test_what_each_worker_has_of_its_own_goes_on_exactly(tmp_path: Path, make_st
     every_rank_goes_on_exactly(tmp_path, make_strategy, every_two, module)
 
 
+class Thresholds(Noisy):
+    """A validation writes to a buffer that all ranks have in common, and puts one in place that each has of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("common", torch.zeros(()))
+        self.register_buffer("own", torch.zeros(2))
+
+    def on_validation_epoch_end(self) -> None:
+        self.common += 1
+        self.own = torch.full((2,), float(self.common + self.global_rank))
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.own += 1
+        return super().training_step(batch, index)
+
+
+def test_buffers_that_a_validation_writes_to_go_on_exactly(tmp_path: Path) -> None:
+    saving = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+    arguments = {"trainer": {"limit_val_batches": 2}, "saving": saving}
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), arguments, Thresholds)
+
+
+def test_buffers_that_are_calibrated_in_the_center_go_on_exactly(tmp_path: Path) -> None:
+    recalibrating = partial(EASGDStrategy, tau=3, recalibrate_batchnorm=1)
+    every_rank_goes_on_exactly(tmp_path, recalibrating, {"saving": {"every_n_train_steps": 4}})
+
+
 def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:
     class Draws(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:

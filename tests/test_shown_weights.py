@@ -125,6 +125,26 @@ def test_a_validation_that_raises(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_what_a_validation_writes_to_a_buffer_stays_and_in_center_weights_it_does_not(mode):
+    class Thresholds(Regression):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("threshold", torch.zeros(()))
+
+        def on_validation_epoch_end(self):
+            self.threshold += 1
+
+        def on_train_epoch_end(self):
+            with self.trainer.strategy.center_weights():
+                self.threshold -= 5
+
+    def train():
+        return fitted(Thresholds(), EASGDStrategy(mode=mode, tau=1), 2, max_epochs=3).threshold.item()
+
+    assert run_ranks(train, 2) == [3.0] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_fit_validate_test_and_predict_after_each_other(mode):
     class Full(Regression):
         def test_step(self, batch, index):

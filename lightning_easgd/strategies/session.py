@@ -51,8 +51,6 @@ class CenterSession:
     Attributes:
         averaging: As given.
         common: Of the last meeting: what belongs to the center beside what the averagers hold.
-        same_everywhere: Of the last meeting: parameters and buffers that no averager has and that are the same on all
-            ranks.
         steps_made: The steps of each averager's optimizer in this training.
         outside: What no averager holds; None before the start.
     """
@@ -76,7 +74,7 @@ class CenterSession:
         self._shown: ShownWeights | None = None  # while the module shows the center
         self.outside: OutsideValues | None = None
         self.common = CommonValues()
-        self.same_everywhere: frozenset[str] = frozenset()
+        self._same: frozenset[str] = frozenset()  # of the last meeting
         self.steps_made: dict[Averager, int] = {}
 
     def start(self, steps: Steps, trained: Collection[str] = ()) -> None:
@@ -279,11 +277,20 @@ class CenterSession:
         self.averaging.meet(meeting)
         assert self.outside is not None
         self.common = self.outside.in_common(self.averaging, self._finite)
-        self.same_everywhere = self.common.same & self.outside.tensors().keys()
+        self._same = self.common.same & self.outside.tensors().keys()
 
-    def show_center(self) -> None:
-        """Show the center in the module, with the common values of the last meeting."""
-        self._shown = ShownWeights(self.module, self.averagers)
+    @property
+    def same_everywhere(self) -> frozenset[str]:
+        """Parameters and buffers that no averager has and that are the same on all ranks, and in the center."""
+        return self._same if self._shown is None else self._same - self._shown.altered
+
+    def show_center(self, *, keeps_writes: bool = False) -> None:
+        """Show the center in the module, with the common values of the last meeting.
+
+        Args:
+            keeps_writes: As for :class:`ShownWeights`.
+        """
+        self._shown = ShownWeights(self.module, self.averagers, keeps_writes=keeps_writes)
         self._shown.show_center(self.common.values)
 
     def show_worker(self) -> None:
@@ -291,6 +298,7 @@ class CenterSession:
         shown, self._shown = self._shown, None
         if shown is not None:
             shown.show_worker()
+            self._same -= shown.altered  # a checkpoint of what was shown may yet be written
 
     @contextmanager
     def worker(self) -> Iterator[None]:
@@ -307,6 +315,8 @@ class CenterSession:
         calibrate()
         self.averaging.assemble()
         load_buffers(self.module, self.averaging.common_values(self.outside.buffers()).values)
+        assert self._shown is not None
+        self._shown.note_calibration()
 
     @torch.no_grad()
     def share_what_is_shown(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.averagers import Averager
-from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, restore_buffers
+from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, make_writable, restore_buffers
+from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.shards import local, reshard, sharded_like
 
 __all__ = ["ShownWeights", "at_known_center"]
@@ -26,15 +27,21 @@ class ShownWeights:
     Args:
         module: The module.
         averagers: The averagers that hold its parameters' center.
+        keeps_writes: Whether a buffer that is written to while the center is shown, such as a threshold that a
+            validation sets, is the worker's from then on; else the worker's own comes back.
 
     Attributes:
         center: Whether the module shows the center.
     """
 
-    def __init__(self, module: nn.Module, averagers: Sequence[Averager]) -> None:
+    def __init__(self, module: nn.Module, averagers: Sequence[Averager], *, keeps_writes: bool = False) -> None:
         self._module = module
         self._averagers = averagers
+        self._keeps_writes = keeps_writes
         self._worker_buffers: list[KeptBuffer] = []
+        self._sums: list[int | None] = []  # of what is shown in place of each
+        self._written: list[KeptBuffer] = []  # since then
+        self._calibrated: frozenset[str] = frozenset()
         self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
         self._common: Mapping[str, Tensor] = {}
         self.center = False
@@ -57,6 +64,20 @@ class ShownWeights:
             local(parameter).copy_(local(value))
         load_buffers(self._module, common)
         self.center = True
+        self._sums = self._sums_of_buffers()
+
+    def note_calibration(self) -> None:
+        """What has been written to buffers since :meth:`show_center` is the center's."""
+        self._calibrated = self.altered
+        self._sums = self._sums_of_buffers()
+
+    @property
+    def altered(self) -> frozenset[str]:
+        """Names of the buffers whose values in the center are not those that workers had in common."""
+        if self.center:
+            self._look_for_writes()
+        prefixes = {owner: f"{prefix}." if prefix else "" for prefix, owner in self._module.named_modules()}
+        return self._calibrated | {prefixes[each.owner] + each.name for each in self._written}
 
     def values(self) -> dict[Tensor, Tensor]:
         """What is shown of each parameter that has a center or a common value."""
@@ -66,7 +87,6 @@ class ShownWeights:
     def show_worker(self) -> None:
         """Show the worker's own values, bit for bit those of before :meth:`show_center`."""
         self._load_worker()
-        self.center = False
 
     @contextlib.contextmanager
     def worker(self) -> Iterator[None]:
@@ -84,6 +104,7 @@ class ShownWeights:
             reshard(self._module)
             restore_buffers(buffers)
             _load(shown)
+            self.center = True
 
     def _replaced(self) -> list[tuple[Tensor, Tensor]]:
         parameters = dict(self._module.named_parameters())
@@ -93,9 +114,21 @@ class ShownWeights:
             if name in parameters
         ]
 
+    def _sums_of_buffers(self) -> list[int | None]:
+        buffers = [each.owner._buffers.get(each.name) for each in self._worker_buffers]
+        return [None if buffer is None else checksum(buffer) for buffer in buffers]
+
+    def _look_for_writes(self) -> None:
+        now = zip(self._worker_buffers, self._sums, self._sums_of_buffers(), strict=True)
+        self._written = [each for each, shown, value in now if value != shown]
+
     def _load_worker(self) -> None:
         reshard(self._module)
-        restore_buffers(self._worker_buffers)
+        self._look_for_writes()
+        stay = {id(each) for each in self._written} if self._keeps_writes else set()
+        restore_buffers([each for each in self._worker_buffers if id(each) not in stay])
+        make_writable([each for each in self._worker_buffers if id(each) in stay])
+        self.center = False
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
         _load(self._worker_parameters)

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from lightning_easgd.tensors.shards import local
 
-__all__ = ["FiniteValues", "KeptBuffer", "can_be_written", "keep_buffers", "load_buffers", "restore_buffers"]
+__all__ = [
+    "FiniteValues",
+    "KeptBuffer",
+    "can_be_written",
+    "keep_buffers",
+    "load_buffers",
+    "make_writable",
+    "restore_buffers",
+]
 
 
 @final
@@ -45,6 +53,15 @@ def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
         elif can_be_written(each.buffer) or each.buffer.layout is not torch.strided:
             each.buffer.copy_(each.value)
         each.owner._buffers[each.name] = each.buffer
+
+
+def make_writable(kept: Sequence[KeptBuffer]) -> None:
+    """Make plain tensors of what inference mode has left in place of buffers: training may write to them."""
+    with torch.inference_mode(False):
+        for each in kept:
+            buffer = each.owner._buffers.get(each.name)
+            if buffer is not None and buffer.is_inference():
+                each.owner._buffers[each.name] = buffer.clone()
 
 
 @torch.no_grad()

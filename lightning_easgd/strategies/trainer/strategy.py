@@ -375,7 +375,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._validating = True
         self._meet(Meeting.VALIDATION)
         if self.evaluate == "center":
-            self._show_center()
+            self._show_center(keeps_writes=True)
 
     def on_validation_end(self) -> None:
         """Go back to the worker's own weights."""
@@ -651,10 +651,10 @@ class TrainerStrategy(WorkerProcess, _Base):
         finally:
             session.show_worker()
 
-    def _show_center(self) -> None:
+    def _show_center(self, *, keeps_writes: bool = False) -> None:
         """Show the center after a meeting: here all ranks may communicate."""
         assert self._session is not None
-        self._session.show_center()
+        self._session.show_center(keeps_writes=keeps_writes)
         if self._calibrate is not None:
             self._session.calibrate(self._calibrate)
 
