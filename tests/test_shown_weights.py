@@ -241,3 +241,34 @@ def test_without_such_callbacks_the_center_keeps_its_bits():
     assert equal(first[1], first[2])
     assert equal(first[1], second[1])
     assert equal(first[3], second[3])
+
+
+class Normalized(Slow):
+    """Two layers with spectral normalization, of both kinds, whose singular vectors have another sign on rank 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0] = nn.utils.parametrizations.spectral_norm(self.net[0])
+        self.net[2] = nn.utils.spectral_norm(self.net[2])
+        self.norms = []
+
+    def on_train_batch_end(self, *_):
+        if self.global_rank == 1 and self.trainer.global_step == 1:
+            for vector in self.buffers():
+                vector.neg_()
+
+    def on_validation_start(self):
+        self.net(torch.zeros(1, 4))
+        self.norms.append([torch.linalg.matrix_norm(layer.weight, 2).item() for layer in (self.net[0], self.net[2])])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_spectral_normalization_is_that_of_the_center(mode):
+    def train():
+        module = fitted(Normalized(), EASGDStrategy(mode=mode, tau=2), 2, max_epochs=2)
+        module.eval().on_validation_start()
+        return module.norms, [a.tobytes() for a in arrays(module.buffers())]
+
+    (norms, buffers), (_, theirs) = run_ranks(train, 2)
+    assert buffers == theirs
+    np.testing.assert_allclose(norms, np.ones((3, 2)), rtol=1e-3)

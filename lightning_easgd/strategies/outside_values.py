@@ -1,6 +1,7 @@
 """The parameters and buffers of a module that no averager holds: teachers, frozen weights, BatchNorm's statistics."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -11,11 +12,15 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_easgd.averagers import Averager, Averaging
 from lightning_easgd.averagers.common_values import CommonValues
+from lightning_easgd.strategies.spectral_norm import singular_vectors
 from lightning_easgd.tensors.buffers import FiniteValues
 from lightning_easgd.tensors.checksums import checksum
-from lightning_easgd.tensors.shards import local, reshard
+from lightning_easgd.tensors.shards import is_shard, local, reshard
 
 __all__ = ["OutsideValues", "ignored_names", "listed"]
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes."""
 
 
 def ignored_names(module: nn.Module) -> frozenset[str]:
@@ -98,7 +103,7 @@ class OutsideValues:
         if not averaging.has_exchanged:
             averaging.check_finite()
             tensors |= self.apart()
-        common = averaging.common_values(tensors)
+        common = self.common_values(averaging, tensors)
         if finite is not None:
             finite.update(common.values)
         if common.own and not self._has_warned:
@@ -108,6 +113,18 @@ class OutsideValues:
                 " not there on all of them. Each rank keeps its own, and checkpoints hold rank 0's."
             )
         return common
+
+    def common_values(self, averaging: Averaging, tensors: Mapping[str, Tensor]) -> CommonValues:
+        """What the workers' values of these tensors of the module have in common: of singular vectors rank 0's."""
+        names = {name for name in singular_vectors(self._module) & tensors.keys() if not is_shard(tensors[name])}
+        vectors = {name: tensors[name].dtype for name in names}
+        # Of integers, as which their bits are seen, rank 0's are the common ones.
+        seen = {name: tensors[name].view(_INTEGERS[dtype.itemsize]) for name, dtype in vectors.items()}
+        common = averaging.common_values({**tensors, **seen})
+        values = {
+            name: value.view(vectors[name]) if name in vectors else value for name, value in common.values.items()
+        }
+        return replace(common, values=values)
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Take notice of a step of an optimizer that the strategy does not know."""

@@ -15,6 +15,7 @@ from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.strategies.handed_values import HandedValues, take_over
 from lightning_easgd.strategies.outside_values import OutsideValues
 from lightning_easgd.strategies.shown_weights import ShownWeights
+from lightning_easgd.strategies.spectral_norm import iterate_power_method
 from lightning_easgd.strategies.steps import Steps, averagers_of
 from lightning_easgd.tensors.buffers import FiniteValues, load_buffers
 from lightning_easgd.tensors.shards import local, reshard
@@ -314,7 +315,7 @@ class CenterSession:
         assert self.outside is not None
         calibrate()
         self.averaging.assemble()
-        load_buffers(self.module, self.averaging.common_values(self.outside.buffers()).values)
+        load_buffers(self.module, self.outside.common_values(self.averaging, self.outside.buffers()).values)
         assert self._shown is not None
         self._shown.note_calibration()
 
@@ -327,8 +328,10 @@ class CenterSession:
         assert self.outside is not None
         self.averaging.assemble()
         tensors = self.outside.parameters() | self.outside.buffers()
-        for name, value in self.averaging.common_values(tensors).values.items():
+        values = self.outside.common_values(self.averaging, tensors).values
+        for name, value in values.items():
             local(tensors[name]).copy_(value)
+        iterate_power_method(self.module, values)
 
     # The end
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_easgd.averagers import Averager
+from lightning_easgd.strategies.spectral_norm import iterate_power_method
 from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, make_writable, restore_buffers
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.shards import local, reshard, sharded_like
@@ -63,6 +64,7 @@ class ShownWeights:
         for parameter, value in self._replaced():
             local(parameter).copy_(local(value))
         load_buffers(self._module, common)
+        iterate_power_method(self._module, common)
         self.center = True
         self._sums = self._sums_of_buffers()
 
