@@ -13,6 +13,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics import MeanMetric
 from toys import quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
@@ -263,6 +264,28 @@ def test_buffers_that_a_validation_writes_to_go_on_exactly(tmp_path: Path) -> No
 def test_buffers_that_are_calibrated_in_the_center_go_on_exactly(tmp_path: Path) -> None:
     recalibrating = partial(EASGDStrategy, tau=3, recalibrate_batchnorm=1)
     every_rank_goes_on_exactly(tmp_path, recalibrating, {"saving": {"every_n_train_steps": 4}})
+
+
+class Metered(Noisy):
+    """Its state has tensors that are neither parameters nor buffers, and which each training resets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metric = MeanMetric()
+        self.metric.persistent(True)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.metric.reset()
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = super().training_step(batch, index)
+        self.metric.update(loss.detach())
+        return loss
+
+
+def test_a_metric_that_is_reset_is_no_edited_checkpoint(tmp_path: Path) -> None:
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), {"saving": {"every_n_train_steps": 4}}, Metered)
 
 
 def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:

@@ -415,11 +415,18 @@ def _unsaved_buffers(module: nn.Module) -> set[str]:
 
 
 def edited_tensors(module: nn.Module, keys: Collection[str]) -> set[str]:
-    """The names of the tensors that keys of the module's state stand for; all, where that cannot be told."""
+    """The names of the tensors that keys of the module's state stand for.
+
+    A key of another one, as a metric may have, can stand for those that are in the state under no key of their own, if
+    the module makes its state otherwise.
+    """
     tensors = named_tensors(module)
     if not keys - tensors.keys():
         return set(keys)
     places = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
-    state = module.state_dict()
-    names = {key if key in tensors else places.get(state[key].data_ptr()) for key in keys}
-    return set(tensors) if None in names else {name for name in names if name is not None}
+    state = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+    found = {key: key if key in tensors else places.get(value.data_ptr()) for key, value in state.items()}
+    names = {found[key] for key in keys}
+    if None in names:
+        names |= tensors.keys() - found.values() - _unsaved_buffers(module)
+    return {name for name in names if name is not None}
