@@ -141,6 +141,27 @@ def test_a_checkpoint_saved_after_fit_goes_on_too(tmp_path: Path) -> None:
         assert start == own
 
 
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar", "none"])
+def test_a_checkpoint_saved_after_a_fit_without_steps_is_the_one_that_was_read(
+    tmp_path: Path, worker_state: str
+) -> None:
+    def train() -> tuple[Any, Any]:
+        def strategy() -> EASGDStrategy:
+            return EASGDStrategy(tau=3, outer_momentum=0.5, worker_state=worker_state)
+
+        starts = []
+        fit(strategy=strategy()).save_checkpoint(tmp_path / "x.ckpt")
+        fit(None, tmp_path / "x.ckpt", strategy=strategy()).save_checkpoint(tmp_path / "y.ckpt")
+        for name in ("x", "y"):
+            again = Starts()
+            fit(again, tmp_path / f"{name}.ckpt", strategy=strategy(), max_epochs=3)
+            starts.append([*numbers(again.start), *numbers(again.parameters()), *numbers(again.buffers())])
+        return starts[0], starts[1]
+
+    for read, saved in run_ranks(train, 2):
+        assert saved == read
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_checkpoint_saved_after_fit_has_the_center_beside_what_callbacks_left(tmp_path: Path, mode: str) -> None:
     class Average(L.Callback):

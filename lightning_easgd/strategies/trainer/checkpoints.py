@@ -29,6 +29,9 @@ from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeepe
 
 __all__ = ["TrainerCheckpoints"]
 
+_OF_ONE_FILE = ("workers", "generation", "sums", "fingerprints")
+"""What another checkpoint of the same state has anew."""
+
 
 class Strategy(Protocol):
     """What checkpoints ask of the strategy."""
@@ -70,6 +73,7 @@ class TrainerCheckpoints:
         self._of_session: CenterSession | None = session  # until the fit is torn down, as the ranks
         self._ranks: FreeRanks | None = ranks
         self._resumed: Kept | None = None  # what to go on from, until training starts
+        self._read: dict[str, Any] | None = None  # what all workers share of that; a fit may have no steps left
         self._edits: EditedState | None = None  # of what was loaded, on rank 0
         self._sums: StateSums | None = None  # of what is being saved, on rank 0
         self._random: dict[str, Any] | None = None  # of the generators, to set when the first batch has been fetched
@@ -118,17 +122,17 @@ class TrainerCheckpoints:
             alone: Whether this rank must not wait for the others, also in a run after the fit.
         """
         sums, self._sums = self._sums, None
-        if "optimizer_states" not in checkpoint or not (training or self._final):
+        if "optimizer_states" not in checkpoint or not (training or self._final or self._read):
             write()
         elif alone:
-            checkpoint[KEY] = self._final["common"] if self._final else self._keeper.common(self._session, {})
+            common = self._final["common"] if self._final else self._read
+            checkpoint[KEY] = common or self._keeper.common(self._session, {})
             write()
         else:
             with nullcontext() if self._of_session is None else self._of_session.worker():
-                averaging = self._final or self._averaging_state()
+                common, own = self._state(checkpoint)
                 states = self._keeper.states()
-                kept = states.save(self._own_state(checkpoint, averaging), path)
-                checkpoint[KEY] = averaging["common"] | kept
+                checkpoint[KEY] = common if own is None else common | states.save(own, path)
                 if self._strategy.is_global_zero and not self._strategy.is_sharded:
                     written = checkpoint["state_dict"]
                     checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
@@ -150,6 +154,14 @@ class TrainerCheckpoints:
                 self._session.averaging.center_state_dict()
             )
             self._final = apply_to_collection(state, Tensor, _copy_on_host)
+
+    def _state(self, checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What a checkpoint holds for all workers, and this worker's own; None if that is not known."""
+        if self._read is not None:  # no step has been made since
+            assert self._resumed is not None
+            return self._read, None if self._resumed.own is None else dict(self._resumed.own)
+        averaging = self._final or self._averaging_state()
+        return averaging["common"], self._own_state(checkpoint, averaging)
 
     def _averaging_state(self) -> dict[str, Any]:
         """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""
@@ -191,7 +203,9 @@ class TrainerCheckpoints:
         Returns:
             What holds the optimizers' states that this worker goes on with: its own, or else the checkpoint.
         """
-        kept = self._keeper.find(checkpoint.get(KEY), path, weights_only)
+        saved = checkpoint.get(KEY)
+        self._read = None if saved is None else {name: saved[name] for name in saved if name not in _OF_ONE_FILE}
+        kept = self._keeper.find(saved, path, weights_only)
         optimizers = self._strategy.optimizers
         if not kept.clocks:  # it was saved by another strategy
             steps = checkpoint.get("global_step", 0) // max(1, len(optimizers))
@@ -220,7 +234,7 @@ class TrainerCheckpoints:
     def resume(self) -> None:
         """Go on where a checkpoint was saved, if one has been found; the session has been started."""
         kept, self._resumed = self._resumed, None
-        self._final = None
+        self._final = self._read = None
         if kept is None:
             return
         edited = self._edited(kept)
