@@ -288,6 +288,24 @@ def test_a_metric_that_is_reset_is_no_edited_checkpoint(tmp_path: Path) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), {"saving": {"every_n_train_steps": 4}}, Metered)
 
 
+class ChannelsLast(Noisy):
+    """A fused optimizer goes through memory, where the state has to lie as its parameter does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 2, 2)), layer, nn.Flatten(), nn.Linear(3, 1))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9, fused=True)
+
+
+@pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
+def test_the_state_of_a_fused_optimizer_goes_on_exactly(tmp_path: Path, worker_state: str) -> None:
+    make = partial(EASGDStrategy, tau=3, worker_state=worker_state)
+    every_rank_goes_on_exactly(tmp_path, make, {"saving": {"every_n_train_steps": 4}}, ChannelsLast)
+
+
 def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:
     class Draws(L.Callback):
         def on_train_batch_end(self, *_: Any) -> None:

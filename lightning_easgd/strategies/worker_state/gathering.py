@@ -15,7 +15,8 @@ __all__ = ["gather_states"]
 def gather_states(state: Any, timeout: timedelta, what: str = "gather_states") -> list[Any] | None:
     """The states of all workers on rank 0, in the order of the ranks; None on the others.
 
-    All workers call it at the same point. Tensors travel as they are, one message each, and arrive on the CPU.
+    All workers call it at the same point. Tensors travel as they are, one message each, and arrive on the CPU, laid out
+    as they were: fused optimizers take it that a state has its parameter's strides.
 
     Args:
         state: Containers and primitives that can be pickled, and dense tensors. Not changed.
@@ -66,9 +67,11 @@ def _messages(state: Any) -> list[Tensor]:
     outline = io.BytesIO()
     pickler = _Pickler(outline)
     pickler.dump(state)
-    tensors = [tensor.detach().cpu().contiguous() for tensor in pickler.tensors]
-    shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-    message = torch.frombuffer(bytearray(pickle.dumps((outline.getvalue(), shapes))), dtype=torch.uint8)
+    orders = [sorted(range(tensor.dim()), key=tensor.stride, reverse=True) for tensor in pickler.tensors]
+    pairs = zip(pickler.tensors, orders, strict=True)
+    tensors = [tensor.detach().cpu().permute(order).contiguous() for tensor, order in pairs]
+    layouts = [(tensor.shape, tensor.dtype, order) for tensor, order in zip(tensors, orders, strict=True)]
+    message = torch.frombuffer(bytearray(pickle.dumps((outline.getvalue(), layouts))), dtype=torch.uint8)
     return [torch.tensor(message.numel()), message, *map(_bytes_of, tensors)]
 
 
@@ -77,11 +80,13 @@ def _receive(rank: int, group: Any) -> Any:
     dist.recv(size, rank, group)
     message = torch.empty(int(size), dtype=torch.uint8)
     dist.recv(message, rank, group)
-    outline, shapes = pickle.loads(message.numpy().tobytes())
-    tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-    for tensor in tensors:
+    outline, layouts = pickle.loads(message.numpy().tobytes())
+    tensors = []
+    for shape, dtype, order in layouts:
+        tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             dist.recv(_bytes_of(tensor), rank, group)
+        tensors.append(tensor.permute([order.index(dimension) for dimension in range(len(order))]))
     return _Unpickler(io.BytesIO(outline), tensors).load()
 
 
