@@ -288,6 +288,26 @@ def test_a_metric_that_is_reset_is_no_edited_checkpoint(tmp_path: Path) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), {"saving": {"every_n_train_steps": 4}}, Metered)
 
 
+class Constrained(nn.Linear):
+    """Keeps its weight short, also where it is evaluated, as ``nn.Embedding(max_norm=...)`` does."""
+
+    def forward(self, batch: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.3)
+        return super().forward(batch)
+
+
+class Renormalized(Noisy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0] = Constrained(4, 8)
+
+
+def test_a_center_that_a_validation_renormalizes_goes_on_exactly(tmp_path: Path) -> None:
+    saving = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+    arguments = {"trainer": {"limit_val_batches": 2}, "saving": saving}
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), arguments, Renormalized)
+
+
 class ChannelsLast(Noisy):
     """A fused optimizer goes through memory, where the state has to lie as its parameter does."""
 

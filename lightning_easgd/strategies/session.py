@@ -191,7 +191,8 @@ class CenterSession:
     @property
     def is_center_in_module(self) -> bool:
         """Whether the module's state at a meeting says all about the center; asked after all have met."""
-        return self.center_has_moved and self.averaging.is_in_parameters
+        holds = self._shown is None or self._shown.holds_center
+        return holds and self.center_has_moved and self.averaging.is_in_parameters
 
     # A step
 

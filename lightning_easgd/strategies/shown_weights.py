@@ -43,6 +43,7 @@ class ShownWeights:
         self._sums: list[int | None] = []  # of what is shown in place of each
         self._written: list[KeptBuffer] = []  # since then
         self._calibrated: frozenset[str] = frozenset()
+        self._holds_center = True
         self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
         self._common: Mapping[str, Tensor] = {}
         self.center = False
@@ -81,6 +82,17 @@ class ShownWeights:
         prefixes = {owner: f"{prefix}." if prefix else "" for prefix, owner in self._module.named_modules()}
         return self._calibrated | {prefixes[each.owner] + each.name for each in self._written}
 
+    @property
+    def holds_center(self) -> bool:
+        """Whether the parameters still are the averagers' center: a forward pass may renormalize them, for one."""
+        if self.center:
+            self._holds_center = all(
+                torch.equal(local(parameter), local(value).to(parameter.device, parameter.dtype))
+                for averager in self._averagers
+                for parameter, value in zip(averager.parameters, averager.center_values(), strict=True)
+            )
+        return self._holds_center
+
     def values(self) -> dict[Tensor, Tensor]:
         """What is shown of each parameter that has a center or a common value."""
         pairs = [pair for each in self._averagers for pair in zip(each.parameters, each.center_values(), strict=True)]
@@ -97,6 +109,7 @@ class ShownWeights:
             yield
             return
         reshard(self._module)
+        self._holds_center = self.holds_center
         shown = {parameter: parameter.detach().clone() for parameter in self.values()}
         buffers = keep_buffers(self._module)
         self._load_worker()
