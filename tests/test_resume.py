@@ -261,6 +261,31 @@ def test_buffers_that_a_validation_writes_to_go_on_exactly(tmp_path: Path) -> No
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), arguments, Thresholds)
 
 
+class OneThreshold(Thresholds):
+    """One rank alone writes to a buffer that all had in common."""
+
+    writer = 0
+
+    def on_validation_epoch_end(self) -> None:
+        if self.global_rank == self.writer:
+            self.common += 1
+
+
+class OtherThreshold(OneThreshold):
+    writer = 1
+
+
+@pytest.mark.parametrize("module", [OneThreshold, OtherThreshold])
+@pytest.mark.parametrize("recalibrate", [0, 1])
+def test_a_buffer_that_a_validation_writes_to_on_one_rank_goes_on_exactly(
+    tmp_path: Path, module: type[Noisy], recalibrate: int
+) -> None:
+    saving = {"every_n_epochs": 1, "save_on_train_epoch_end": False}
+    arguments = {"trainer": {"limit_val_batches": 2}, "saving": saving}
+    make = partial(EASGDStrategy, tau=3, recalibrate_batchnorm=recalibrate)
+    every_rank_goes_on_exactly(tmp_path, make, arguments, module)
+
+
 def test_buffers_that_are_calibrated_in_the_center_go_on_exactly(tmp_path: Path) -> None:
     recalibrating = partial(EASGDStrategy, tau=3, recalibrate_batchnorm=1)
     every_rank_goes_on_exactly(tmp_path, recalibrating, {"saving": {"every_n_train_steps": 4}})

@@ -286,6 +286,15 @@ class CenterSession:
         """Parameters and buffers that no averager has and that are the same on all ranks, and in the center."""
         return self._same if self._shown is None else self._same - self._shown.altered
 
+    def agree_on_writes(self, gather: Callable[[Any], list[Any]]) -> None:
+        """Let all ranks know which buffers of what is shown are written to: a validation may do it on one of them.
+
+        Args:
+            gather: Gives what each rank gives; all ranks call this at the same point.
+        """
+        if self._shown is not None:
+            self._shown.note_writes_elsewhere(frozenset().union(*gather(self._shown.altered)))
+
     def show_center(self, *, keeps_writes: bool = False) -> None:
         """Show the center in the module, with the common values of the last meeting.
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -42,7 +42,7 @@ class ShownWeights:
         self._worker_buffers: list[KeptBuffer] = []
         self._sums: list[int | None] = []  # of what is shown in place of each
         self._written: list[KeptBuffer] = []  # since then
-        self._calibrated: frozenset[str] = frozenset()
+        self._not_common: frozenset[str] = frozenset()  # calibrated, or written to on another rank
         self._holds_center = True
         self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
         self._common: Mapping[str, Tensor] = {}
@@ -71,8 +71,12 @@ class ShownWeights:
 
     def note_calibration(self) -> None:
         """What has been written to buffers since :meth:`show_center` is the center's."""
-        self._calibrated = self.altered
+        self._not_common = self.altered
         self._sums = self._sums_of_buffers()
+
+    def note_writes_elsewhere(self, names: Collection[str]) -> None:
+        """Take notice of buffers that other ranks have written to: this rank's is no common value any more."""
+        self._not_common |= frozenset(names)
 
     @property
     def altered(self) -> frozenset[str]:
@@ -80,7 +84,7 @@ class ShownWeights:
         if self.center:
             self._look_for_writes()
         prefixes = {owner: f"{prefix}." if prefix else "" for prefix, owner in self._module.named_modules()}
-        return self._calibrated | {prefixes[each.owner] + each.name for each in self._written}
+        return self._not_common | {prefixes[each.owner] + each.name for each in self._written}
 
     @property
     def holds_center(self) -> bool:

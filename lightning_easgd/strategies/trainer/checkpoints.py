@@ -48,6 +48,7 @@ class Strategy(Protocol):
     @property
     def lightning_module(self) -> Any: ...
     def broadcast(self, obj: Any, src: int = 0) -> Any: ...
+    def gather(self, obj: Any) -> list[Any]: ...
     def own_optimizer_states(self, checkpoint: Mapping[str, Any]) -> list[Any]: ...
 
 
@@ -129,6 +130,8 @@ class TrainerCheckpoints:
             checkpoint[KEY] = common or self._keeper.common(self._session, {})
             write()
         else:
+            if training:
+                self._session.agree_on_writes(self._strategy.gather)
             with nullcontext() if self._of_session is None else self._of_session.worker():
                 common, own = self._state(checkpoint)
                 states = self._keeper.states()
