@@ -272,3 +272,39 @@ def test_spectral_normalization_is_that_of_the_center(mode):
     (norms, buffers), (_, theirs) = run_ranks(train, 2)
     assert buffers == theirs
     np.testing.assert_allclose(norms, np.ones((3, 2)), rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:EASGDStrategy.*were not finite:RuntimeWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_spectral_normalization_is_that_of_the_center_beside_a_worker_that_is_not_finite(mode):
+    class Diverges(Normalized):
+        def on_train_batch_end(self, batch, outputs, index):
+            if self.global_rank == 0 and self.current_epoch == 0 and self.trainer.is_last_batch:
+                for vector in self.buffers():
+                    vector.fill_(torch.nan)
+
+    def train():
+        strategy = EASGDStrategy(mode=mode, tau=2, on_nonfinite="reset")
+        module = fitted(Diverges(), strategy, 2, max_epochs=2)
+        module.eval().on_validation_start()
+        return module.norms
+
+    (norms, _) = run_ranks(train, 2)
+    np.testing.assert_allclose(norms, np.ones((3, 2)), rtol=1e-3)
+
+
+def test_spectral_normalization_of_wide_complex_weights():
+    class Wide(Normalized):
+        def __init__(self):
+            super().__init__()
+            self.wide = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2, dtype=torch.complex128))
+
+        def training_step(self, batch, index):
+            wide = self.wide(torch.ones(2, dtype=torch.complex128) * self.global_rank)
+            return super().training_step(batch, index) + wide.abs().sum()
+
+    def train():
+        return [a.tobytes() for a in arrays(fitted(Wide(), EASGDStrategy(tau=2), 2).buffers())]
+
+    first, second = run_ranks(train, 2)
+    assert first == second

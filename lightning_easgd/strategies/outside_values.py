@@ -12,15 +12,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_easgd.averagers import Averager, Averaging
 from lightning_easgd.averagers.common_values import CommonValues
-from lightning_easgd.strategies.spectral_norm import singular_vectors
+from lightning_easgd.strategies.spectral_norm import finite_vector, singular_vectors
 from lightning_easgd.tensors.buffers import FiniteValues
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.shards import is_shard, local, reshard
 
 __all__ = ["OutsideValues", "ignored_names", "listed"]
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By their bytes."""
 
 
 def ignored_names(module: nn.Module) -> frozenset[str]:
@@ -115,14 +112,18 @@ class OutsideValues:
         return common
 
     def common_values(self, averaging: Averaging, tensors: Mapping[str, Tensor]) -> CommonValues:
-        """What the workers' values of these tensors of the module have in common: of singular vectors rank 0's."""
+        """What the workers' values of these tensors of the module have in common: of singular vectors rank 0's.
+
+        Where rank 0's are not finite, others to begin with take their place, the same on all ranks.
+        """
         names = {name for name in singular_vectors(self._module) & tensors.keys() if not is_shard(tensors[name])}
         vectors = {name: tensors[name].dtype for name in names}
-        # Of integers, as which their bits are seen, rank 0's are the common ones.
-        seen = {name: tensors[name].view(_INTEGERS[dtype.itemsize]) for name, dtype in vectors.items()}
+        # Of integers, as which their bytes are seen, rank 0's are the common ones.
+        seen = {name: tensors[name].contiguous().view(torch.uint8) for name in vectors}
         common = averaging.common_values({**tensors, **seen})
         values = {
-            name: value.view(vectors[name]) if name in vectors else value for name, value in common.values.items()
+            name: finite_vector(value.view(vectors[name])) if name in vectors else value
+            for name, value in common.values.items()
         }
         return replace(common, values=values)
 

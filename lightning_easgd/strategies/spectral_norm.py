@@ -8,14 +8,14 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_easgd.tensors.shards import is_shard
 
-__all__ = ["iterate_power_method", "singular_vectors"]
+__all__ = ["finite_vector", "iterate_power_method", "singular_vectors"]
 
 _ITERATIONS = 15
 """As many as torch makes from random vectors; these are a worker's, whose weight is near."""
@@ -24,6 +24,11 @@ _ITERATIONS = 15
 def singular_vectors(module: nn.Module) -> frozenset[str]:
     """The names of the buffers that are singular vectors of weights."""
     return frozenset(name for vectors, _ in _norms(module) for name in vectors)
+
+
+def finite_vector(vector: Tensor) -> Tensor:
+    """The same vector, or, of a worker that is not finite, one of the same length to begin the iterations with."""
+    return vector if bool(vector.isfinite().all()) else torch.full_like(vector, vector.numel() ** -0.5)
 
 
 @torch.no_grad()
