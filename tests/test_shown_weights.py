@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from toys import Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.strategies.shown_weights import ShownWeights
 
 pytestmark = pytest.mark.timeout(120)
 MODES = ["sync", "async"]
@@ -308,3 +309,26 @@ def test_spectral_normalization_of_wide_complex_weights():
 
     first, second = run_ranks(train, 2)
     assert first == second
+
+
+def test_a_buffer_of_two_modules_that_a_validation_replaces_stays_one():
+    module = nn.ModuleList([nn.Module(), nn.Module()])
+    for part in module:
+        part.register_buffer("bank", torch.zeros(2))
+    shown = ShownWeights(module, [], keeps_writes=True)
+    shown.show_center({})
+    with torch.inference_mode():
+        module[0].bank = module[1].bank = torch.ones(2)
+    shown.show_worker()
+    assert module[0].bank is module[1].bank
+    assert not module[0].bank.is_inference()
+
+
+def test_a_module_that_a_validation_writes_to_and_takes_away():
+    module = nn.ModuleDict({"stays": nn.BatchNorm1d(2), "goes": nn.BatchNorm1d(2)})
+    shown = ShownWeights(module, [], keeps_writes=True)
+    shown.show_center({})
+    for part in module.values():
+        part.running_mean += 1
+    del module["goes"]
+    assert shown.altered == {"stays.running_mean"}

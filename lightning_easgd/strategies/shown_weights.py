@@ -84,7 +84,9 @@ class ShownWeights:
         if self.center:
             self._look_for_writes()
         prefixes = {owner: f"{prefix}." if prefix else "" for prefix, owner in self._module.named_modules()}
-        return self._not_common | {prefixes[each.owner] + each.name for each in self._written}
+        # A validation may have taken a module away.
+        written = (each for each in self._written if each.owner in prefixes)
+        return self._not_common | {prefixes[each.owner] + each.name for each in written}
 
     @property
     def holds_center(self) -> bool:

@@ -57,11 +57,14 @@ def restore_buffers(kept: Sequence[KeptBuffer]) -> None:
 
 def make_writable(kept: Sequence[KeptBuffer]) -> None:
     """Make plain tensors of what inference mode has left in place of buffers: training may write to them."""
+    made: dict[Tensor, Tensor] = {}  # two modules may have one buffer
     with torch.inference_mode(False):
         for each in kept:
             buffer = each.owner._buffers.get(each.name)
             if buffer is not None and buffer.is_inference():
-                each.owner._buffers[each.name] = buffer.clone()
+                if buffer not in made:
+                    made[buffer] = buffer.clone()
+                each.owner._buffers[each.name] = made[buffer]
 
 
 @torch.no_grad()
