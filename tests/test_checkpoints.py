@@ -162,6 +162,29 @@ def test_a_checkpoint_saved_after_a_fit_without_steps_is_the_one_that_was_read(
         assert saved == read
 
 
+def test_an_edit_is_not_lost_in_a_fit_without_steps(tmp_path: Path) -> None:
+    def strategy() -> EASGDStrategy:
+        return EASGDStrategy(tau=3, outer_momentum=0.5)
+
+    def save() -> None:
+        fit(strategy=strategy()).save_checkpoint(tmp_path / "x.ckpt")
+
+    def go_on() -> tuple[Any, Any]:
+        fit(None, tmp_path / "x.ckpt", strategy=strategy()).save_checkpoint(tmp_path / "y.ckpt")
+        read, saved = (started(tmp_path / f"{name}.ckpt", strategy=strategy()) for name in "xy")
+        return read, saved
+
+    run_ranks(save, 2)
+    checkpoint = torch.load(tmp_path / "x.ckpt")
+    checkpoint["state_dict"]["net.0.weight"] += 100
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    outcomes = run_ranks(go_on, 2)
+    assert "net.0.weight had other names, shapes or values" in outcomes[0][0][2]
+    for read, saved in outcomes:
+        assert saved == read
+        assert min(saved[0][0]) > 50
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_checkpoint_saved_after_fit_has_the_center_beside_what_callbacks_left(tmp_path: Path, mode: str) -> None:
     class Average(L.Callback):

@@ -138,7 +138,7 @@ class TrainerCheckpoints:
                 checkpoint[KEY] = common if own is None else common | states.save(own, path)
                 if self._strategy.is_global_zero and not self._strategy.is_sharded:
                     written = checkpoint["state_dict"]
-                    checkpoint[KEY]["sums"] = (sums or StateSums(written)).saved(written)
+                    checkpoint[KEY]["sums"] = self._with_edits((sums or StateSums(written)).saved(written))
                     checkpoint[KEY]["fingerprints"] = fingerprints(_progress(checkpoint))
                 with self._keeper.written_or_discarded(states, path):
                     write()
@@ -165,6 +165,12 @@ class TrainerCheckpoints:
             return self._read, None if self._resumed.own is None else dict(self._resumed.own)
         averaging = self._final or self._averaging_state()
         return averaging["common"], self._own_state(checkpoint, averaging)
+
+    def _with_edits(self, sums: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+        """The sums of a module's state; what was edited in the checkpoint that was read is so in the next one, too."""
+        if self._read is None or self._edits is None:
+            return sums
+        return self._edits.handed_on(sums, self._strategy.lightning_module.state_dict())
 
     def _averaging_state(self) -> dict[str, Any]:
         """What checkpoints of this fit hold of its averaging, and this worker's own tensors, which the module shows."""

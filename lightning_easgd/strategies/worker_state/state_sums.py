@@ -57,6 +57,7 @@ class EditedState:
     """
 
     def __init__(self, saved: Mapping[str, Mapping[str, int]], loaded: Mapping[str, Any], held: Mapping[str, Any]):
+        self._saved = saved["module"]
         self._held = _sums(held)
         self._names = {
             name
@@ -74,6 +75,19 @@ class EditedState:
         """
         sums = _sums(now)
         return self._names | {name for name, value in sums.items() if value != self._held.get(name, value)}
+
+    def handed_on(self, sums: Mapping[str, dict[str, int]], now: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+        """Sums for a checkpoint of the same workers, by which the same tensors are found to be edited.
+
+        Args:
+            sums: What :meth:`StateSums.saved` has returned of what is saved.
+            now: The module's state.
+        """
+        edited = self.names(now)
+        return {
+            "module": sums["module"] | {name: self._saved[name] for name in edited & self._saved.keys()},
+            "written": {name: value for name, value in sums["written"].items() if name not in edited},
+        }
 
 
 def _is_as_written(name: str, held: Tensor, saved: Mapping[str, Mapping[str, int]], loaded: Mapping[str, Any]) -> bool:
