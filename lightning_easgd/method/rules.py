@@ -109,7 +109,7 @@ def _check_momentum(rule: "NesterovRule | HeavyBallRule") -> None:
     momentum: object = rule.momentum
     if not (isinstance(momentum, int | float) and 0 <= momentum < 1):
         raise ValueError(
-            f"{type(rule).__name__}(momentum={momentum!r}): the center's momentum lies in [0, 1); give 0.9, as DiLoCo."
+            f"{type(rule).__name__}(momentum={momentum!r}): the center's momentum is a float in [0, 1), such as 0.9."
         )
 
 
@@ -207,7 +207,7 @@ class ConstantRate(AveragingRate):
         rate: object = self.rate
         if not (isinstance(rate, int | float) and 0 < rate <= 1):
             raise ValueError(
-                f"ConstantRate(rate={rate!r}): the rate of a running average lies in (0, 1]; give 0.001, as the paper."
+                f"ConstantRate(rate={rate!r}): a running average's rate is a float in (0, 1], such as 0.001."
             )
 
     @override
