@@ -151,9 +151,9 @@ def test_sockets_serve_local_ranks_where_memory_cannot_be_shared():
             assert rank.result() == 0.0
 
 
-def open_in_vain(port, rank, changes):
+def open_in_vain(port, rank, changes, timeout=20.0):
     try:
-        opened(port, rank, [[0], [1]], timeout=1.0, **changes[rank])
+        opened(port, rank, [[0], [1]], timeout=timeout, **changes[rank])
     except CenterError as error:
         return type(error).__name__, str(error), trace_of_resources()
     return None
@@ -181,7 +181,7 @@ def test_ranks_that_open_different_centers_are_told_in_what(changes, difference,
 
 
 def test_a_rank_that_never_comes_is_named():
-    with world(open_in_vain, 1, [{}]) as (_, (rank,)):
+    with world(open_in_vain, 1, [{}], 1.0) as (_, (rank,)):
         name, text, _ = rank.result()
         assert name == "CenterTimeoutError"
         assert "ranks [1] have not come" in text
