@@ -6,6 +6,7 @@ Tests that start processes are marked `processes` here, by what they call; the o
 import functools
 import gc
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def pytest_xdist_setupnodes(specs):
     from preloaded import python
 
     for spec in specs:  # each of them would import the same, and have a server of its own
-        spec.python = python()
+        spec.python = shlex.quote(python())
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
