@@ -5,10 +5,10 @@ them. `python()` is a small program that hands its arguments, environment, folde
 server has imported the libraries, has done nothing else, and forks a process that goes on as ``python -m MODULE ...``
 or ``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes and tracebacks. There the interpreter
 is `python()` again, so that ranks which Lightning or torchrun start are forked too, and so are processes that
-multiprocessing spawns, which then import their main module alone. pytest-xdist's processes are forked so, too, but see
-the real interpreter. It lives as long as that process, passes signals on,
+multiprocessing spawns, which then import their main module alone. It lives as long as that process, passes signals on,
 and ends as it ends; when it is killed the process is killed. Other command lines, such as ``-c CODE``, get the real
-interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone.
+interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone. pytest-xdist's processes are forked, too, and see the
+real one.
 With ``EASGD_WHOLE_EXIT=1`` a process takes its modules to pieces as it ends, as others need not.
 """
 
@@ -33,8 +33,8 @@ _MODULES = """
     lightning_easgd.lab.simulation PIL.Image torch.utils.tensorboard torch.distributed.checkpoint torchft
 """
 
-_TESTS = "import sys;exec(eval(sys.stdin.readline()))"  # what pytest-xdist's processes are started with
-_OF_ALL = "EASGD_TESTS_PYTHON"
+_XDIST = "import sys;exec(eval(sys.stdin.readline()))"  # what pytest-xdist's processes are started with
+_SHARED = "EASGD_XDIST_PYTHON"
 
 # The client, which imports little, and its request: one packet of JSON, the three streams, and where the process is
 # spawned all that its parent has left open for it.
@@ -50,8 +50,8 @@ arguments = sys.argv[1:]
 while arguments[:1] in (["-u"], ["-B"]):  # what an environment that is handed on says as well
     del arguments[0]
 spawned = arguments[:1] == ["-c"] and arguments[-1] == "--multiprocessing-fork"
-tests = arguments == ["-c", {tests!r}]
-known = spawned or tests or arguments and (arguments[0] == "-m" or arguments[0].endswith(".py"))
+is_of_xdist = arguments == ["-c", {xdist!r}]
+known = spawned or is_of_xdist or arguments and (arguments[0] == "-m" or arguments[0].endswith(".py"))
 if not known or "EASGD_REAL_PYTHON" in os.environ:
     os.execv({python!r}, [{python!r}, *sys.argv[1:]])
 files = [0, 1, 2]
@@ -151,7 +151,7 @@ def answer(listener):
                     pass
                 connection.close()
 
-address, python, tests, folder, *modules = sys.argv[1:]
+address, python, xdist, folder, *modules = sys.argv[1:]
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(address + "-")
 listener.listen(64)
@@ -183,7 +183,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(folder)
 os.environ.clear()
 os.environ.update(environment)
-if arguments == ["-c", tests]:  # tests that run see the interpreter itself
+if arguments == ["-c", xdist]:  # tests that run see the interpreter itself
     del __file__  # which processes that multiprocessing spawns would import
 else:
     sys.executable = python
@@ -239,19 +239,19 @@ def python(*modules: str) -> str:
     Without any it has imported all that the package's commands need, and the package; it is then the one of pytest's
     first process, if that has one.
     """
-    if not modules and _OF_ALL in os.environ:
-        return os.environ[_OF_ALL]
+    if not modules and _SHARED in os.environ:
+        return os.environ[_SHARED]
     folder = tempfile.TemporaryDirectory(prefix="easgd-python-")
     address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
     server.write_text(_SERVER)
     process = subprocess.Popen(
-        [sys.executable, server, address, client, _TESTS, Path(__file__).parent, *(modules or _MODULES.split())],
+        [sys.executable, server, address, client, _XDIST, Path(__file__).parent, *(modules or _MODULES.split())],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd=folder.name,
         env={**os.environ, "RUST_LOG": "error"},  # torchft reads it as it is imported
     )
-    client.write_text(_CLIENT.format(python=sys.executable, address=str(address), tests=_TESTS))
+    client.write_text(_CLIENT.format(python=sys.executable, address=str(address), xdist=_XDIST))
     client.chmod(0o755)
 
     owner = os.getpid()
@@ -264,7 +264,7 @@ def python(*modules: str) -> str:
 
     atexit.register(end)
     if not modules:
-        os.environ[_OF_ALL] = str(client)
+        os.environ[_SHARED] = str(client)
     while not address.exists():
         time.sleep(0.01)
         assert process.poll() is None, "the server of tests/preloaded.py has ended"

@@ -21,6 +21,7 @@ from toys import Regression, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.strategies.worker_state import worker_states
+from lightning_easgd.strategies.worker_state.keeper import edited_tensors
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed",
@@ -483,3 +484,7 @@ def test_after_a_fit_a_rank_that_an_error_leaves_alone_saves_alone(tmp_path, mon
         return len(gathered), len(list(tmp_path.iterdir()))
 
     assert run_ranks(run, 1) == [(0, 1)]
+
+
+def test_an_edited_key_that_is_gone_when_training_starts_is_no_tensors():
+    assert edited_tensors(torch.nn.Linear(1, 1), {"gone", "bias"}) == {"bias"}

@@ -61,33 +61,39 @@ def _try_out(what: str, rule: CenterRule) -> None:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         says_all = isinstance(error, ValueError | TypeError | IndexError | RuntimeError)
         raise kind(f"{what}, tried on {len(_CENTER)} numbers: {error if says_all else repr(error)}.") from error
-    if not all(map(_same, stores, starts_again)):
-        raise ValueError(
-            f"{what}: initial_stores, called twice on the same numbers, makes different ones, so that the ranks'"
-            " centers would part; let it draw nothing at random."
-        )
-    if not all(map(_same, stores, starts_in_parts)):
-        raise ValueError(
-            f"{what}: initial_stores begins a part of a store by what is in other parts; parts are cut otherwise by"
-            " each transport, so that a number may depend on the center at its own place alone."
-        )
-    if not all(bool(whole[store].isfinite().all()) for store in (0, rule.shown)):
-        raise ValueError(f"{what}: of finite numbers it makes some that are not; look at its arguments.")
-    if not all(map(_same, whole, again)):
-        raise ValueError(
-            f"{what}: tried twice on the same numbers it makes different ones, so that the ranks' centers would part;"
-            " what a rule remembers lies in its stores (names, initial_stores), and nothing is drawn at random."
-        )
-    if not all(map(_same, whole, parts)):
-        raise ValueError(
-            f"{what}: it moves a part of the center by what is in other parts; parts are cut otherwise by each"
-            " transport, so that a number may depend on those at its own place alone."
-        )
-    if not rule.has_memory and (rule.stores > 1 or not all(map(_same, whole, late))):
-        raise ValueError(
-            f"{what}: has_memory=False is for a rule whose moves depend on nothing before, and checkpoints then leave"
-            " its stores and the version out; leave has_memory=True."
-        )
+    for holds, problem in (
+        (
+            all(map(_same, stores, starts_again)),
+            "initial_stores, called twice on the same numbers, makes different ones, so that the ranks' centers would"
+            " part; let it draw nothing at random",
+        ),
+        (
+            all(map(_same, stores, starts_in_parts)),
+            "initial_stores begins a part of a store by what is in other parts; parts are cut otherwise by each"
+            " transport, so that a number may depend on the center at its own place alone",
+        ),
+        (
+            all(bool(whole[store].isfinite().all()) for store in (0, rule.shown)),
+            "of finite numbers it makes some that are not; look at its arguments",
+        ),
+        (
+            all(map(_same, whole, again)),
+            "tried twice on the same numbers it makes different ones, so that the ranks' centers would part; what a"
+            " rule remembers lies in its stores (names, initial_stores), and nothing is drawn at random",
+        ),
+        (
+            all(map(_same, whole, parts)),
+            "it moves a part of the center by what is in other parts; parts are cut otherwise by each transport, so"
+            " that a number may depend on those at its own place alone",
+        ),
+        (
+            rule.has_memory or (rule.stores == 1 and all(map(_same, whole, late))),
+            "has_memory=False is for a rule whose moves depend on nothing before, and checkpoints then leave its stores"
+            " and the version out; leave has_memory=True",
+        ),
+    ):
+        if not holds:
+            raise ValueError(f"{what}: {problem}.")
 
 
 def _initial(rule: CenterRule, parts: Sequence[slice]) -> list[Tensor]:

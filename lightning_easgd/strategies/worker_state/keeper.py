@@ -426,7 +426,7 @@ def edited_tensors(module: nn.Module, keys: Collection[str]) -> set[str]:
     places = {tensor.data_ptr(): name for name, tensor in tensors.items() if tensor.numel()}
     state = {key: value for key, value in module.state_dict().items() if isinstance(value, Tensor)}
     found = {key: key if key in tensors else places.get(value.data_ptr()) for key, value in state.items()}
-    names = {found[key] for key in keys}
+    names = {found.get(key) for key in keys}
     if None in names:
         names |= tensors.keys() - found.values() - _unsaved_buffers(module)
     return {name for name in names if name is not None}
