@@ -2,6 +2,8 @@ PYTHON ?= python3
 
 VENV := .venv
 BIN := $(VENV)/bin
+# What is imported is compiled then; pip would compile all of it, for a minute.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
 STAMP := $(VENV)/.installed
 # What the tests of the documentation and of the release need beside it; make train does without.
 CHECKS_STAMP := $(VENV)/.installed-checks
@@ -50,11 +52,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo 'make: $(PYTHON) is missing or older than Python 3.11; name a newer one: make PYTHON=python3.12 ...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(INSTALL) '.[dev]'
 	@touch $@
 
 $(CHECKS_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs,release]'
+	$(INSTALL) '.[docs,release]'
 	@touch $@
 
 train: $(STAMP)
@@ -70,7 +72,8 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 # Many tests wait, for a timeout or a process: more of them at once than cores. Those that measure time run alone.
-test: lint $(CHECKS_STAMP)
+test: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs=2 lint $(CHECKS_STAMP)
 	$(BIN)/python -m pytest -m 'not serial' -n $(JOBS) --dist worksteal $(ARGS)
 	$(BIN)/python -m pytest -m serial $(or $(ARGS),$(SERIAL)) || [ $$? -eq 5 ]  # none is left of ARGS
 

@@ -87,14 +87,11 @@ def composed(run: Path, *overrides: str, name: str = "train") -> DictConfig:
     return config
 
 
-def command(
-    module: str, *arguments: str, cwd: Path, timeout: float = 150, interpreter: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command of the package as a user does, in its own process, with `python()` or the interpreter named."""
+def command(module: str, *arguments: str, cwd: Path, timeout: float = 150) -> subprocess.CompletedProcess[str]:
+    """Runs a command of the package as a user does, in its own process, with `python()`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    interpreter = interpreter or python()
     return run_process(
-        [interpreter, "-m", f"lightning_easgd.{module}", *arguments], cwd=cwd, env=environment, timeout=timeout
+        [python(), "-m", f"lightning_easgd.{module}", *arguments], cwd=cwd, env=environment, timeout=timeout
     )
 
 

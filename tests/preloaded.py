@@ -8,7 +8,7 @@ is `python()` again, so that ranks which Lightning or torchrun start are forked 
 multiprocessing spawns, which then import their main module alone. It lives as long as that process, passes signals on,
 and ends as it ends; when it is killed the process is killed. Other command lines, such as ``-c CODE``, get the real
 interpreter, and ``EASGD_REAL_PYTHON=1`` gives it to everyone. pytest-xdist's processes are forked, too, and see the
-real one.
+real one. `python_of_torch()` has imported neither Lightning nor this package, for tests of what is imported when.
 With ``EASGD_WHOLE_EXIT=1`` a process takes its modules to pieces as it ends, as others need not.
 """
 
@@ -21,6 +21,11 @@ import tempfile
 import time
 from pathlib import Path
 
+# What all trees of Lightning import, which takes most of the time; then the rest.
+_OF_TORCH = """
+    torch torch._dynamo torch.distributed.fsdp torch.nn.parallel torch.optim.swa_utils torch.utils.tensorboard
+    torchmetrics lightning_utilities fsspec tqdm yaml
+"""
 _MODULES = """
     lightning.pytorch lightning.pytorch.cli lightning.fabric torchmetrics.classification hydra
     hydra.core.override_parser.overrides_parser hydra.experimental.callbacks
@@ -35,6 +40,7 @@ _MODULES = """
 
 _XDIST = "import sys;exec(eval(sys.stdin.readline()))"  # what pytest-xdist's processes are started with
 _SHARED = "EASGD_XDIST_PYTHON"
+_NAMES = ("python", "python_of_torch")
 
 # The client, which imports little, and its request: one packet of JSON, the three streams, and where the process is
 # spawned all that its parent has left open for it.
@@ -151,18 +157,31 @@ def answer(listener):
                     pass
                 connection.close()
 
-address, python, xdist, folder, *modules = sys.argv[1:]
-listener = socket.socket(socket.AF_UNIX)
-listener.bind(address + "-")
-listener.listen(64)
-os.rename(address + "-", address)
+xdist, folder, of_torch, modules, *programs = sys.argv[1:]
+def listen(program):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(program + ".socket-")
+    listener.listen(64)
+    os.rename(program + ".socket-", program + ".socket")
+    return listener
+def load(names):
+    for name in names.split():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # an older Lightning, an extra that is not installed
+python, python_of_torch = programs
+listeners = [listen(program) for program in programs]
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' own; a command that runs gets it too
-for name in modules:
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        pass  # an older Lightning, an extra that is not installed
-del name
+load(of_torch)
+if os.fork() == 0:  # the second server; it ends as the first does, with the pipe
+    listeners.reverse()
+    python = python_of_torch
+else:
+    load(modules)
+listener, other = listeners
+other.close()
+del python_of_torch, listeners, other, modules, of_torch, programs, listen, load
 if "torch.distributed.elastic.rendezvous.dynamic_rendezvous" in sys.modules:
     # torchrun reads the source of its whole stack for the name of one caller: half a second for each of its processes.
     sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"].get_method_name = (
@@ -178,7 +197,7 @@ gc.freeze()
 use_huge_pages()
 del use_huge_pages, sys.modules["huge_pages"]
 arguments, folder, environment = answer(listener)
-del listener, answer, modules
+del listener, answer
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(folder)
 os.environ.clear()
@@ -232,27 +251,35 @@ else:
 """
 
 
-@functools.cache
-def python(*modules: str) -> str:
-    """Start a server that has imported these modules, once; return the path of what stands for the interpreter.
+def python() -> str:
+    """The path of what stands for the interpreter and has imported all that the package's commands need."""
+    return _programs()[0]
 
-    Without any it has imported all that the package's commands need, and the package; it is then the one of pytest's
-    first process, if that has one.
-    """
-    if not modules and _SHARED in os.environ:
-        return os.environ[_SHARED]
+
+def python_of_torch() -> str:
+    """The path of one that has imported torch, but neither Lightning nor this package."""
+    return _programs()[1]
+
+
+@functools.cache
+def _programs() -> list[str]:
+    """Start the servers, once; with pytest-xdist those of pytest's first process are all processes'."""
+    if _SHARED in os.environ:
+        return [str(Path(os.environ[_SHARED], name)) for name in _NAMES]
     folder = tempfile.TemporaryDirectory(prefix="easgd-python-")
-    address, client, server = (Path(folder.name, name) for name in ("socket", "python", "server.py"))
+    programs = [Path(folder.name, name) for name in _NAMES]
+    server = Path(folder.name, "server.py")
     server.write_text(_SERVER)
     process = subprocess.Popen(
-        [sys.executable, server, address, client, _XDIST, Path(__file__).parent, *(modules or _MODULES.split())],
+        [sys.executable, server, _XDIST, Path(__file__).parent, _OF_TORCH, _MODULES, *programs],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         cwd=folder.name,
         env={**os.environ, "RUST_LOG": "error"},  # torchft reads it as it is imported
     )
-    client.write_text(_CLIENT.format(python=sys.executable, address=str(address), xdist=_XDIST))
-    client.chmod(0o755)
+    for program in programs:
+        program.write_text(_CLIENT.format(python=sys.executable, address=f"{program}.socket", xdist=_XDIST))
+        program.chmod(0o755)
 
     owner = os.getpid()
 
@@ -263,9 +290,8 @@ def python(*modules: str) -> str:
             folder.cleanup()
 
     atexit.register(end)
-    if not modules:
-        os.environ[_SHARED] = str(client)
-    while not address.exists():
+    os.environ[_SHARED] = folder.name
+    while not all(Path(f"{program}.socket").exists() for program in programs):
         time.sleep(0.01)
         assert process.poll() is None, "the server of tests/preloaded.py has ended"
-    return str(client)
+    return [str(program) for program in programs]

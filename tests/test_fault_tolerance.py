@@ -2,7 +2,6 @@
 
 import socket
 import subprocess
-import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from membership_job import clean_environment
+from preloaded import python_of_torch
 from ranks import end_ranks
 from toys import Quadratic, quiet_trainer
 
@@ -342,8 +342,9 @@ class TestStrategy:
             "quiet_trainer(strategy='easgd', devices=1).fit(Quadratic(steps=12, record=False))\n"
             "print([name for name in sys.modules if name.startswith(('torchft', 'opentelemetry'))])\n"
         )
+        command = [python_of_torch(), script]
         ended = subprocess.run(
-            [sys.executable, script], env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
+            command, env=clean_environment(), capture_output=True, text=True, timeout=100, check=False
         )
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.splitlines()[-1] == "[]"

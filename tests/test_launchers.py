@@ -155,15 +155,17 @@ def test_one_device(name, tmp_path):
     assert all(torch.isfinite(value).all() for value in state.values())
 
 
-@pytest.mark.parametrize("name", ["easgd_notebook", "easgd_fork"])
-def test_an_interactive_interpreter(name, reference, tmp_path):
-    """As in a notebook: Lightning takes an interpreter with a prompt for interactive."""
+def test_an_interactive_interpreter(reference, tmp_path):
+    """As in a notebook: Lightning takes an interpreter with a prompt for interactive. One trains after the other."""
+    folders = {name: tmp_path / name for name in ("easgd_notebook", "easgd_fork")}
     lines = f"""
 import sys
 assert hasattr(sys, "ps1")
-sys.path.insert(0, {str(SCRIPT.parent)!r}); sys.argv = ["", {name!r}, {str(tmp_path)!r}]
-exec(open({str(SCRIPT)!r}).read())
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 """
+    for name, folder in folders.items():
+        folder.mkdir()
+        lines += f"sys.argv = ['', {name!r}, {str(folder)!r}]\nexec(open({str(SCRIPT)!r}).read())\n"
     command = [sys.executable, "-i", "-q"]
     clean = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "LOCAL_RANK", "RANK")}
     done = subprocess.run(
@@ -171,8 +173,9 @@ exec(open({str(SCRIPT)!r}).read())
         capture_output=True,
     )  # fmt: skip
     assert "Traceback" not in done.stderr, done.stderr
-    (state,) = states(tmp_path)
-    assert same(state, reference)
+    for folder in folders.values():
+        (state,) = states(folder)
+        assert same(state, reference)
 
 
 @pytest.mark.parametrize("method", ["popen", "spawn"])

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from preloaded import python_of_torch
 
 PACKAGE = Path(__file__).parents[1] / "lightning_easgd"
 
@@ -151,14 +152,21 @@ def test_there_is_no_circle():
         visit(module)
 
 
-def test_the_package_imports_no_laboratory():
-    code = (
-        "import sys, lightning_easgd; alone = set(sys.modules); from lightning_easgd import EASGDStrategy;"
-        "import lightning_easgd.callbacks, lightning_easgd.fabric, lightning_easgd.sampling;"
-        "print([n for n in alone if n.split('.')[0] in ('torch', 'lightning', 'matplotlib')]"
-        "+ [n for n in sys.modules if n.startswith(('hydra', 'omegaconf', 'lightning_easgd.lab'))])"
-    )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize(
+    ("interpreter", "imports", "without"),
+    [
+        (lambda: sys.executable, "lightning_easgd", ("torch", "lightning.", "matplotlib")),
+        (
+            python_of_torch,
+            "lightning_easgd.strategies, lightning_easgd.callbacks, lightning_easgd.fabric, lightning_easgd.sampling",
+            ("hydra", "omegaconf", "lightning_easgd.lab"),
+        ),
+    ],
+)
+def test_the_package_imports_no_laboratory(interpreter, imports, without, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys, {imports}\nprint([name for name in sys.modules if name.startswith({without})])")
+    output = subprocess.run([interpreter(), script], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
 
 

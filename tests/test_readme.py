@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from application import ROOT
-from preloaded import python
+from preloaded import python, python_of_torch
 from ranks import free_port
 from test_configs import FROM_TRAINER
 from test_packaging import PROJECT, sources
@@ -147,8 +147,8 @@ def run_script(block: Block, folder: Path) -> None:
 def run_alone(text: str, folder: Path) -> None:
     script = folder / "script.py"
     script.write_text(PREAMBLE + text + EPILOGUE)
-    # A new interpreter: in the other one the names are there without the import.
-    assert "trained 24" in run([sys.executable, str(script)], folder).stdout
+    # Another interpreter: in the usual one the names are there without the import.
+    assert "trained 24" in run([python_of_torch(), str(script)], folder).stdout
 
 
 def check_diff(block: Block, folder: Path) -> None:

@@ -18,7 +18,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.strategies import STRATEGY_REGISTRY as OTHER_FABRIC_REGISTRY
 from lightning_utilities.core.imports import compare_version
-from preloaded import python
+from preloaded import python_of_torch
 from pytorch_lightning.strategies import StrategyRegistry as OtherRegistry
 from ranks import end_ranks, run_ranks
 from test_asynchronous import ASYNCHRONOUS
@@ -69,20 +69,13 @@ print(*sorted(finder.tree for finder in sys.meta_path if hasattr(finder, "tree")
 """
 
 
-# What all trees import, which takes most of the time.
-UNDER_ALL_TREES = (
-    "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "torch.optim.swa_utils",
-    "torch.utils.tensorboard", "torchmetrics", "lightning_utilities", "fsspec", "tqdm", "yaml",
-)  # fmt: skip
-
-
-def in_new_process(code: str, *under: str) -> list[str]:
-    """What it prints in an interpreter that has imported nothing, or some libraries."""
+def in_new_process(code: str, interpreter: str = sys.executable) -> list[str]:
+    """What it prints in an interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")
         script.write_text("import warnings; warnings.simplefilter('error')\n" + code)
         done = subprocess.run(
-            [python(*under) if under else sys.executable, script],
+            [interpreter, script],
             capture_output=True, text=True, timeout=140, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -108,7 +101,7 @@ LIGHTNING, OTHER = ["lightning.fabric", "lightning.pytorch"], ["lightning_fabric
     ],
 )
 def test_order_of_imports(code, imported, waiting):
-    lines = in_new_process(code + CHECK, *(UNDER_ALL_TREES if imported else ()))
+    lines = in_new_process(code + CHECK, python_of_torch() if imported else sys.executable)
     assert [line.split() for line in lines] == [imported, sorted(waiting)]
 
 
@@ -120,7 +113,7 @@ import lightning.fabric
 importlib.reload(lightning.fabric)
 importlib.reload(lightning_easgd)
 """
-    lines = in_new_process(code + CHECK, *UNDER_ALL_TREES)
+    lines = in_new_process(code + CHECK, python_of_torch())
     assert lines[1].split() == OTHER
 
 
