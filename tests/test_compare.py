@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from application import CONF, command, composed, options
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
+from preloaded import python
 from test_configs import SINGLE_RUNS, available
 
 from lightning_easgd.callbacks import LocalEnergyMonitor
@@ -575,10 +575,9 @@ def test_sigterm_ends_the_run_under_way(tmp_path):
         "command.main()"
     )
     (tmp_path / "tree.py").write_text(TREE)
-    arguments = ("experiment=quick", "directory=d", "grid.only=[msgd]")
-    process = subprocess.Popen(
-        script(waiting, "tree.py", *arguments), cwd=tmp_path, env=os.environ, stdout=subprocess.DEVNULL
-    )
+    (tmp_path / "waiting.py").write_text(waiting)
+    arguments = ("tree.py", "experiment=quick", "directory=d", "grid.only=[msgd]")
+    process = subprocess.Popen([python(), "waiting.py", *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL)
     pid = tmp_path / "pid"
     try:
         deadline = time.monotonic() + 60
