@@ -179,6 +179,25 @@ def test_center_weights_checkpoint_and_end(strategy, tmp_path):
     assert center[4] == pytest.approx((worker[4] + other[4]) / 2, abs=1e-6)  # BatchNorm's mean
 
 
+def test_a_compiled_module_has_a_center_as_it_was_given_and_as_it_came_back():
+    def run():
+        strategy = EASGDStrategy(tau=2)
+        fabric = launched(strategy)
+        module = network(0)
+        given = torch.compile(module, backend="eager")
+        model, optimizer = fabric.setup(given, torch.optim.SGD(module.parameters(), lr=0.1))
+        torch.manual_seed(fabric.global_rank)
+        train(fabric, model, optimizer, 5)
+        worker, shown = copies(module), []
+        for each in (module, given, model):
+            with strategy.center_weights(each):
+                shown.append(copies(module))
+        strategy.finalize()
+        return [same(each, shown[0]) and not same(each, worker) for each in shown]
+
+    assert run_ranks(run, 2) == [[True] * 3] * 2
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_buffers_of_different_shapes_stay_each_ranks_own_and_are_named_once(mode):
     def run():

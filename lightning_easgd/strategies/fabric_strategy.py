@@ -347,6 +347,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def _has(self, module: nn.Module) -> bool:
         self._take_up_ended()
+        module = getattr(module, "_orig_mod", module)  # torch.compile's, of which Fabric sets up what is inside
         return module in self._modules or getattr(module, "module", None) in self._modules
 
     def _all_modules(self) -> nn.Module:
