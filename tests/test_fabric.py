@@ -179,6 +179,25 @@ def test_center_weights_checkpoint_and_end(strategy, tmp_path):
     assert center[4] == pytest.approx((worker[4] + other[4]) / 2, abs=1e-6)  # BatchNorm's mean
 
 
+def test_a_compiled_module_has_a_center_as_it_was_given_and_as_it_came_back():
+    def run():
+        strategy = EASGDStrategy(tau=2)
+        fabric = launched(strategy)
+        module = network(0)
+        given = torch.compile(module, backend="eager")
+        model, optimizer = fabric.setup(given, torch.optim.SGD(module.parameters(), lr=0.1))
+        torch.manual_seed(fabric.global_rank)
+        train(fabric, model, optimizer, 5)
+        worker, shown = copies(module), []
+        for each in (module, given, model):
+            with strategy.center_weights(each):
+                shown.append(copies(module))
+        strategy.finalize()
+        return [same(each, shown[0]) and not same(each, worker) for each in shown]
+
+    assert run_ranks(run, 2) == [[True] * 3] * 2
+
+
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_buffers_of_different_shapes_stay_each_ranks_own_and_are_named_once(mode):
     def run():
@@ -256,6 +275,49 @@ def test_two_modules_and_optimizers_have_their_own_clocks():
         assert names[0] == "0.0.weight"
         assert names[-1] == "1.bias"
         assert exchanges == 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [
+        (EASGDStrategy(tau=9, timeout=TIMEOUT), 2),
+        (EASGDStrategy(tau=2, mode="async", timeout=TIMEOUT), 2),
+        (EASGDStrategy(tau=9, devices_per_worker=2, timeout=TIMEOUT), 4),
+    ],
+)
+def test_modules_of_a_training_that_has_ended_are_trained_on_with_other_optimizers(strategy, ranks):
+    """As the error about an optimizer that comes too late advises; nothing averaged what was no module's."""
+
+    def run():
+        fabric = launched(strategy, ranks)
+        first, second = network(0), network(1)
+        one, optimizer = fabric.setup(first, torch.optim.SGD(first.parameters(), lr=0.1))
+        two, _ = fabric.setup(second, torch.optim.SGD(second.parameters(), lr=0.1))
+        strategy.finalize()
+        both = [*first.parameters(), *second.parameters()]
+        two = fabric.setup_module(second)  # one of them may be set up anew
+        optimizer = fabric.setup_optimizers(torch.optim.SGD(both, lr=0.1))
+        generator = torch.Generator().manual_seed(fabric.global_rank)
+        for _ in range(5):
+            optimizer.zero_grad()
+            fabric.backward(sum(each(torch.randn(8, 3, generator=generator)).square().mean() for each in (one, two)))
+            optimizer.step()
+        own = copies(first) + copies(second)
+        with strategy.center_weights(one):
+            center = copies(first) + copies(second)
+        names = list(strategy.center)
+        strategy.finalize()
+        assert same(copies(first) + copies(second), center)
+        return [tensor.numpy() for tensor in own], [tensor.numpy() for tensor in center], names
+
+    (own, center, names), *others = run_ranks(run, ranks)
+    assert not any(name.startswith("optimizers.") for name in names)
+    assert all(np.array_equal(a, b) for _, other, _ in others for a, b in zip(center, other, strict=True))
+    everyones = zip(own, *(each for each, _, _ in others), strict=True)
+    means = [np.mean(each, axis=0) for each in everyones]
+    averaged = [4, 5, 13, 14]  # BatchNorm's statistics; without an exchange all else, too
+    for place in averaged if strategy.mode == "async" else {*range(18)} - {6, 15}:
+        assert center[place] == pytest.approx(means[place], abs=1e-6)
 
 
 @pytest.mark.parametrize("strategy", [EASGDStrategy(tau=1, timeout=TIMEOUT), LocalStrategy(timeout=TIMEOUT)])

@@ -167,6 +167,34 @@ def test_every_checkpoint_has_them(tmp_path):
     assert all(torch.equal(state[key], final[key]) and torch.equal(shown[key], final[key]) for key in final)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint")
+@pytest.mark.parametrize("mode", MODES)
+def test_a_run_that_goes_on_has_those_of_its_checkpoint_until_there_is_a_batch(mode, tmp_path):
+    """The workers' mean is another model: a job that goes on from its last batch, and tests, would score that one."""
+
+    def train():
+        def run(ckpt_path=None):
+            watch = Watch()
+            saver = ModelCheckpoint(tmp_path / str(ckpt_path is None), every_n_train_steps=5, filename="last")
+            seed()
+            module = Noisy(batches=5)
+            trainer = quiet_trainer(
+                strategy=strategy(mode, recalibrate_batchnorm=2),
+                callbacks=[watch, saver],
+                devices=2,
+                num_sanity_val_steps=0,
+                use_distributed_sampler=False,
+                enable_checkpointing=True,
+            )
+            trainer.fit(module, ckpt_path=ckpt_path)
+            return module.net.state_dict(), len(watch.batches)
+
+        (whole, _), (again, batches) = run(), run(tmp_path / "True" / "last.ckpt")
+        return batches, [name for name in whole if not torch.equal(whole[name], again[name])]
+
+    assert run_ranks(train, 2) == [(0, [])] * 2
+
+
 def test_layers_that_do_not_train_or_are_not_reached_keep_the_mean_of_the_workers():
     class Partly(Noisy):
         def __init__(self, **arguments):

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_easgd.strategies.rehearsal import copy_batch, rehearsal, rehearse_step
@@ -45,7 +45,8 @@ class RecalibrateBatchNorm(Callback):
 
     Args:
         batches: Mini-batches of each worker; 0 keeps the mean of the workers' statistics. A validation that comes
-            before a worker has trained on so many uses those there are.
+            before a worker has trained on so many uses those there are; where a resumed run has trained on none yet the
+            statistics are those of the checkpoint.
         forward: Called with the module and a batch, runs its forward pass, in place of ``training_step``; needed with
             manual optimization, where ``training_step`` trains.
 
@@ -62,6 +63,7 @@ class RecalibrateBatchNorm(Callback):
         self.batches = batches
         self.forward = forward
         self._latest: deque[tuple[Any, int]] = deque(maxlen=batches)
+        self._begun_with: dict[nn.Module, dict[str, Tensor]] = {}  # the center's statistics, until there is a batch
         self._training: dict[nn.Module, bool] = {}  # of each submodule, where the module trains
         self._active = False
 
@@ -91,7 +93,9 @@ class RecalibrateBatchNorm(Callback):
         strategy.calibrate_buffers_with(partial(self._calibrate, trainer, pl_module))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Refuses layers that communicate.
+        """Refuses layers that communicate; keeps the statistics of the checkpoint that a run goes on from.
+
+        The module holds the center yet, as it was saved: strategies give the workers their own afterwards.
 
         Raises:
             TypeError: If there is SyncBatchNorm.
@@ -102,6 +106,12 @@ class RecalibrateBatchNorm(Callback):
                 " ranks may have different numbers of batches; leave out sync_batchnorm, the result is the mean over"
                 " all ranks anyway."
             )
+        if self._active:
+            self._begun_with = {
+                part: {name: buffer.clone() for name, buffer in part.named_buffers(recurse=False)}
+                for part in pl_module.modules()
+                if isinstance(part, _BatchNorm)
+            }
 
     def on_train_batch_start(
         self,
@@ -113,6 +123,7 @@ class RecalibrateBatchNorm(Callback):
         """Keeps the batch."""
         if self._active:
             self._latest.append((copy_batch(batch), batch_idx))
+            self._begun_with.clear()
             self._training = {part: part.training for part in pl_module.modules()}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
@@ -122,11 +133,16 @@ class RecalibrateBatchNorm(Callback):
             strategy.calibrate_buffers_with(None)
         self._active = False
         self._latest.clear()
+        self._begun_with.clear()
         self._training = {}
 
     @torch.no_grad()
     def _calibrate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Leave in the module's buffers this worker's estimate, with the parameters that the module holds."""
+        for part, values in self._begun_with.items():
+            for name, buffer in part.named_buffers(recurse=False):
+                if name in values and values[name].shape == buffer.shape:
+                    buffer.copy_(values[name])
         layers = [
             part
             for part, trains in self._training.items()

@@ -18,6 +18,7 @@ from lightning_easgd.strategies.steps import Steps
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
+from lightning_easgd.tensors.shards import reshard
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy as _Base
@@ -64,6 +65,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
         self._modules: list[nn.Module] = []
+        self._ended: list[nn.Module] = []  # those of the training before, until the next one begins
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
@@ -98,7 +100,8 @@ class FabricStrategy(WorkerProcess, _Base):
     def finalize(self) -> None:
         """End the training: wait for all ranks, and leave the center in the modules.
 
-        All ranks call it, after any number of steps each. To train on, set up modules and optimizers anew.
+        All ranks call it, after any number of steps each. To train on, set up optimizers anew, and modules where they
+        are others.
 
         Raises:
             ExchangeError: If another rank failed.
@@ -109,9 +112,7 @@ class FabricStrategy(WorkerProcess, _Base):
         session.meet(Meeting.TRAINING_END)
         session.show_center()
         self._final_center = session.final_center()
-        self._modules.clear()
-        if self._inside is not None:
-            self._inside.unwrap()
+        self._ended, self._modules = self._modules, []
         self._optimizers.clear()
         if self._steps is not None:
             self._steps.close()
@@ -257,8 +258,23 @@ class FabricStrategy(WorkerProcess, _Base):
             return None  # of something else, before training starts
         return self._started()
 
+    def _take_up_ended(self) -> None:
+        """Train the modules of the training before that optimizers have now and that were not set up anew."""
+        if not (self._ended and self._optimizers):
+            return
+        trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        for module in self._ended:
+            known = {id(parameter) for each in self._modules for parameter in reshard(each).parameters()}
+            if any(id(parameter) in trained - known for parameter in reshard(module).parameters()):
+                self._modules.append(module)
+        self._ended = [module for module in self._ended if module not in self._modules]
+
     def _started(self) -> CenterSession:
         if self._session is None:
+            self._take_up_ended()
+            ended, self._ended = self._ended, []
+            if self._inside is not None:
+                self._inside.forget(ended)
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None
             assert self._steps is not None
@@ -330,6 +346,8 @@ class FabricStrategy(WorkerProcess, _Base):
         )
 
     def _has(self, module: nn.Module) -> bool:
+        self._take_up_ended()
+        module = getattr(module, "_orig_mod", module)  # torch.compile's, of which Fabric sets up what is inside
         return module in self._modules or getattr(module, "module", None) in self._modules
 
     def _all_modules(self) -> nn.Module:

@@ -51,6 +51,7 @@ class WorkerGroup:
             yield
         finally:
             del ddp_arguments["process_group"]  # it cannot go to another process
+        self.forget([module])
         self._wrapped.append(module)
         self._seen |= {id(parameter): parameter for parameter in module.parameters()}
         ignored = ignored_names(module)
@@ -126,6 +127,16 @@ class WorkerGroup:
             return []
         groups = (group["params"] for optimizer in optimizers for group in optimizer.param_groups)
         return [parameter for group in groups for parameter in group if id(parameter) not in self._seen]
+
+    def forget(self, modules: Iterable[nn.Module]) -> None:
+        """Take notice that some modules are not trained any more, or are about to be wrapped again."""
+        gone = {id(module) for module in modules}
+        if not any(id(module) in gone for module in self._wrapped):
+            return
+        self._wrapped = [module for module in self._wrapped if id(module) not in gone]
+        left = {id(parameter) for module in self._wrapped for parameter in module.parameters()}
+        self._unreduced = {p: name for p, name in self._unreduced.items() if id(p) in left}
+        self._seen = {number: parameter for number, parameter in self._seen.items() if number in left}
 
     def unwrap(self) -> None:
         """Take notice that no module is wrapped any more."""
