@@ -15,6 +15,7 @@ from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.sharded_workers import load_parts, parts_of
 from lightning_easgd.strategies.steps import Steps
+from lightning_easgd.strategies.worker_group import Modules
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
@@ -65,7 +66,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
         self._modules: list[nn.Module] = []
-        self._ended: list[nn.Module] = []  # those of the training before, until the next one begins
+        self._ended = Modules()  # of the training before, until the next one begins
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
@@ -112,7 +113,8 @@ class FabricStrategy(WorkerProcess, _Base):
         session.meet(Meeting.TRAINING_END)
         session.show_center()
         self._final_center = session.final_center()
-        self._ended, self._modules = self._modules, []
+        self._ended = Modules(self._modules)
+        self._modules.clear()
         self._optimizers.clear()
         if self._steps is not None:
             self._steps.close()
@@ -260,21 +262,21 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def _take_up_ended(self) -> None:
         """Train the modules of the training before that optimizers have now and that were not set up anew."""
-        if not (self._ended and self._optimizers):
+        if not self._optimizers:
             return
         trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         for module in self._ended:
-            known = {id(parameter) for each in self._modules for parameter in reshard(each).parameters()}
-            if any(id(parameter) in trained - known for parameter in reshard(module).parameters()):
+            unknown = trained - {id(parameter) for each in self._modules for parameter in reshard(each).parameters()}
+            if any(id(parameter) in unknown for parameter in reshard(module).parameters()):
                 self._modules.append(module)
-        self._ended = [module for module in self._ended if module not in self._modules]
+        self._ended = Modules(module for module in self._ended if module not in self._modules)
 
     def _started(self) -> CenterSession:
         if self._session is None:
             self._take_up_ended()
-            ended, self._ended = self._ended, []
             if self._inside is not None:
-                self._inside.forget(ended)
+                self._inside.forget(self._ended)
+            self._ended = Modules()
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None
             assert self._steps is not None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import ref
 
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -13,7 +14,24 @@ from torch.optim import Optimizer
 from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.transport.channel import OwnGroup
 
-__all__ = ["WorkerGroup"]
+__all__ = ["Modules", "WorkerGroup"]
+
+
+class Modules:
+    """Modules in an order, as long as somebody else has them; a copy has none.
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
+        self._modules = [ref(module) for module in modules]
+
+    def __reduce__(self) -> tuple[type["Modules"], tuple[()]]:
+        return Modules, ()
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (module for each in self._modules if (module := each()) is not None)
 
 
 class WorkerGroup:
@@ -28,9 +46,10 @@ class WorkerGroup:
         self._owner = owner
         self._own_group = group
         self._borrowers: list[Any] = []
-        self._unreduced: dict[Tensor, str] = {}  # parameters that were frozen when DDP wrapped them
-        self._wrapped: list[nn.Module] = []
-        self._seen: dict[int, Tensor] = {}  # all parameters that DDP wrapped, by their identity
+        # Nothing is kept for this: what Fabric has wrapped may be trained again, or be gone.
+        self._unreduced: list[tuple[ref[Tensor], str]] = []  # parameters that were frozen when DDP wrapped them
+        self._wrapped = Modules()
+        self._seen: dict[int, ref[Tensor]] = {}  # all parameters that DDP wrapped, by their identity
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -52,12 +71,12 @@ class WorkerGroup:
         finally:
             del ddp_arguments["process_group"]  # it cannot go to another process
         self.forget([module])
-        self._wrapped.append(module)
-        self._seen |= {id(parameter): parameter for parameter in module.parameters()}
+        self._wrapped = Modules([*self._wrapped, module])
+        self._see(module.parameters())
         ignored = ignored_names(module)
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad and name not in ignored:
-                self._unreduced[parameter] = name
+                self._unreduced.append((ref(parameter), name))
 
     def register_hook(
         self,
@@ -85,7 +104,7 @@ class WorkerGroup:
         Args:
             optimizers: Those that may have parameters which have been made since.
         """
-        if any(parameter.requires_grad for parameter in self._unreduced):
+        if any(parameter.requires_grad for parameter, _ in self._frozen()):
             return True
         made = set(self._made_since(optimizers))
         return bool(made) and any(parameter in made for module in self._wrapped for parameter in module.parameters())
@@ -101,7 +120,7 @@ class WorkerGroup:
             RuntimeError: If a parameter that was frozen when DDP wrapped its module, or not in it, has a gradient, of
                 this rank's data alone.
         """
-        frozen = [name for p, name in self._unreduced.items() if p.requires_grad and p.grad is not None]
+        frozen = [name for p, name in self._frozen() if p.requires_grad and p.grad is not None]
         made = dict.fromkeys(p for p in self._made_since(optimizers) if p.grad is not None)
         if not frozen and not made:
             return
@@ -113,7 +132,7 @@ class WorkerGroup:
                 f"{self._owner}: {what} when DDP wrapped the module, so that nothing reduces their gradients over the"
                 f" ranks of a worker; {remedy}."
             )
-        self._seen |= {id(parameter): parameter for parameter in made}
+        self._see(made)
         shapes = listed(str(tuple(parameter.shape)) for parameter in made)
         rank_zero_warn(
             f"{self._owner}: no module has some of the optimizers' parameters (of the shapes {shapes}): nothing reduces"
@@ -123,25 +142,35 @@ class WorkerGroup:
 
     def _made_since(self, optimizers: Iterable[Optimizer]) -> list[Tensor]:
         """The parameters of optimizers that no module had when DDP wrapped it."""
-        if not self._wrapped:
+        if not any(True for _ in self._wrapped):
             return []
         groups = (group["params"] for optimizer in optimizers for group in optimizer.param_groups)
-        return [parameter for group in groups for parameter in group if id(parameter) not in self._seen]
+        return [parameter for group in groups for parameter in group if not self._has_seen(parameter)]
+
+    def _see(self, parameters: Iterable[Tensor]) -> None:
+        self._seen |= {id(parameter): ref(parameter) for parameter in parameters}
+
+    def _has_seen(self, parameter: Tensor) -> bool:
+        seen = self._seen.get(id(parameter))
+        return seen is not None and seen() is parameter
+
+    def _frozen(self) -> Iterator[tuple[Tensor, str]]:
+        return ((parameter, name) for each, name in self._unreduced if (parameter := each()) is not None)
 
     def forget(self, modules: Iterable[nn.Module]) -> None:
         """Take notice that some modules are not trained any more, or are about to be wrapped again."""
-        gone = {id(module) for module in modules}
-        if not any(id(module) in gone for module in self._wrapped):
+        gone = set(modules)
+        if gone.isdisjoint(self._wrapped):
             return
-        self._wrapped = [module for module in self._wrapped if id(module) not in gone]
-        left = {id(parameter) for module in self._wrapped for parameter in module.parameters()}
-        self._unreduced = {p: name for p, name in self._unreduced.items() if id(p) in left}
-        self._seen = {number: parameter for number, parameter in self._seen.items() if number in left}
+        self._wrapped = Modules(module for module in self._wrapped if module not in gone)
+        left = {parameter for module in self._wrapped for parameter in module.parameters()}
+        self._unreduced = [(each, name) for each, name in self._unreduced if each() in left]
+        self._seen = {number: each for number, each in self._seen.items() if each() in left}
 
     def unwrap(self) -> None:
         """Take notice that no module is wrapped any more."""
         self._unreduced.clear()
-        self._wrapped.clear()
+        self._wrapped = Modules()
         self._seen.clear()
 
     def synchronize(self, module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
