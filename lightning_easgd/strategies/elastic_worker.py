@@ -228,7 +228,7 @@ class ElasticWorker:
         self._clocks = self._values = None
         self._parameters = session.described()
         begin_epoch_whole(trainer)
-        self.note_clocks()
+        self.note_clocks(begins=True)
         self._check_handed()
         session.averaging.enter()
         if self._clocks is not None:
@@ -267,15 +267,18 @@ class ElasticWorker:
                     f" {ours}; give all workers the same parameters, in the same groups."
                 )
 
-    def note_clocks(self) -> None:
+    def note_clocks(self, *, begins: bool = False) -> None:
         """Before each step: keep how far this worker is, for one that comes.
 
         Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together, nor
         would the averager's clock and the trainer's steps after it.
+
+        Args:
+            begins: Whether there has been no batch yet.
         """
         assert self._session is not None
         (averager,) = self._session.averagers
-        self._now = {**clocks_of(self._trainer), "clock": averager.clock, "parameters": self._parameters}
+        self._now = {**clocks_of(self._trainer, begins=begins), "clock": averager.clock, "parameters": self._parameters}
 
 
 def _number(schedulers: Sized | None) -> int | None:

@@ -123,16 +123,20 @@ def has_new_loader(trainer: Any) -> bool:
     return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
 
 
-def clocks_of(trainer: Any) -> dict[str, Any]:
-    """How far a fit is, in primitives and tensors: its steps, batches and epochs, learning rates and schedules."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    done = max(0, batches.current.ready - 1)  # but for the one that is trained on
-    done -= done % trainer.accumulate_grad_batches
+def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:
+    """How far a fit is, in primitives and tensors: its steps, batches and epochs, learning rates and schedules.
+
+    Args:
+        trainer: The trainer.
+        begins: Whether the fit is about to begin its first epoch; else it is in the middle of a batch.
+    """
+    epoch, done, of_all = _begins_at(trainer) if begins else _is_at(trainer)
+    in_next_step = done % trainer.accumulate_grad_batches
     return {
         "steps": trainer.global_step,
-        "epoch": trainer.current_epoch,
-        "batch": done,
-        "batches": max(0, batches.total.ready - batches.current.ready) + done,
+        "epoch": epoch,
+        "batch": done - in_next_step,
+        "batches": of_all - in_next_step,
         "rates": [
             [
                 {name: _kept(group[name]) for name in ("lr", "initial_lr") if name in group}
@@ -142,6 +146,29 @@ def clocks_of(trainer: Any) -> dict[str, Any]:
         ],
         "schedulers": _schedulers_of(trainer),
     }
+
+
+def _is_at(trainer: Any) -> tuple[int, int, int]:
+    """The epoch of the batch that a fit trains on, the batches before it in that epoch, and those of all epochs."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return trainer.current_epoch, max(0, batches.current.ready - 1), max(0, batches.total.ready - 1)
+
+
+def _begins_at(trainer: Any) -> tuple[int, int, int]:
+    """The same of the first batch of a fit that is about to begin its first epoch.
+
+    Until then the loops hold what the checkpoint, or the fit before, has left in them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress
+    follows_batch = loop.restarted_on_train_batch_end  # the hook, after which the batch counts as completed
+    epoch, of_all = trainer.current_epoch, batches.total.completed + follows_batch
+    if not (loop.restarting or follows_batch):
+        return epoch, 0, of_all
+    done = batches.current.completed + follows_batch
+    if done < trainer.num_training_batches:
+        return epoch, done, of_all
+    return epoch + (not follows_batch), 0, of_all  # there is no batch left of the one that it goes on with
 
 
 def _schedulers_of(trainer: Any) -> list[dict[str, Any]] | None:
