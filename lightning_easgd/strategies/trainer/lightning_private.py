@@ -5,6 +5,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "interactive_error",
     "is_search",
     "is_without_steps",
+    "linking_what_is_saved",
     "reads_common_clock",
     "renew_training_iterator",
     "request_stop",
@@ -308,6 +310,34 @@ def saves_after_batch(callback: Any, step: int) -> bool:
     """Whether a callback is about to save a checkpoint because of this step."""
     due = saves_in_epoch(callback) and step % callback._every_n_train_steps == 0
     return due and step != callback._last_global_step_saved
+
+
+def linking_what_is_saved(trainer: Any, has_saved: Callable[[], bool]) -> Callable[[], None]:
+    """Have ``ModelCheckpoint(save_last="link")`` make its link only where the strategy has written the checkpoint.
+
+    It makes the link by itself, beside the strategy, which may have left the checkpoint to another worker: the file has
+    another name there, or is not there yet.
+
+    Args:
+        trainer: The trainer.
+        has_saved: Whether this worker has written the last checkpoint.
+
+    Returns:
+        A function that undoes it.
+    """
+    callbacks = [each for each in trainer.checkpoint_callbacks if hasattr(each, "_link_checkpoint")]
+
+    def link(make: Callable[..., None], *arguments: Any, **keywords: Any) -> None:
+        if has_saved():
+            make(*arguments, **keywords)
+
+    def undo() -> None:
+        for callback in callbacks:
+            vars(callback).pop("_link_checkpoint", None)
+
+    for callback in callbacks:
+        callback._link_checkpoint = partial(link, callback._link_checkpoint)
+    return undo
 
 
 def is_without_steps(trainer: Any) -> bool:
