@@ -259,6 +259,7 @@ class FabricStrategy(WorkerProcess, _Base):
 
     def _started(self) -> CenterSession:
         if self._session is None:
+            self._assemble()
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None
             assert self._steps is not None

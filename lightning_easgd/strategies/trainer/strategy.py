@@ -227,7 +227,10 @@ class TrainerStrategy(WorkerProcess, _Base):
         super().setup(trainer)
         self._had_sigterm = False
         self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
-        averaging = self.make_averaging(self.optimizers) if fits else None
+        if not fits:
+            return
+        self._assemble()
+        averaging = self.make_averaging(self.optimizers)
         if averaging is None:
             return
         assert self.lightning_module is not None
