@@ -536,6 +536,24 @@ class TestSum:
         self.step(2)  # at x = 4.5: d = -1.5; α = β = ½
         assert self.values == (4.5 + 0.75 - 1, 6 - 0.75)
 
+    @pytest.mark.parametrize("rates", [{"alpha": 0.6}, {"alpha": 0.6, "outer_momentum": 0.5}], ids=["paper", "outer"])
+    def test_rates_that_more_workers_make_unstable_are_warned_of_when_these_have_come(self, rates, recwarn):
+        """Kind: what is judged at the start is judged by the workers of the start, here one."""
+        strategy = EASGDStrategy(fault_tolerance=HERE, **rates)
+        strategy._warn_of_rates(1)
+        others = Others(size=2)
+        self.averaging(others, judge=strategy._warn_of_rates)
+        self.step(5)
+        assert not recwarn
+        others.size = 4
+        said = rf"^EASGDStrategy\(alpha={rates['alpha']}, beta=.* unstable"
+        with pytest.warns(UserWarning, match=said):
+            self.step(2)
+        recwarn.clear()
+        for others.size in (2, 4):  # some of them come and go
+            self.step(2)
+        assert not recwarn
+
     @pytest.mark.parametrize("delay", [0, 1])
     def test_a_pull_to_the_new_center(self, delay):
         self.averaging(Others(size=2, gives=-6.0), partial(PullToNew, delay))

@@ -143,6 +143,7 @@ class ElasticWorker:
         judges_together: bool,
         host: str,
         device: torch.device,
+        judge: Callable[[int], object],
         who_is_missing: Callable[[], str],
     ) -> tuple[Channel, MakeSum, WorkerRanks]:
         """Find the lighthouse, and open the channels of this worker's ranks; all of them call it at the same point.
@@ -156,6 +157,7 @@ class ElasticWorker:
             judges_together: As for :class:`WorkerRanks`.
             host: Of this worker's first rank.
             device: Where this rank trains.
+            judge: As for :class:`MembershipSum`.
             who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
 
         Returns:
@@ -201,6 +203,7 @@ class ElasticWorker:
             restart_after_missed=settings.restart_after_missed,
             in_common={**in_common, "group_size": f"FaultTolerance(group_size={settings.group_size})"},
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
+            judge=judge,
             strategy=self._strategy,
         )
         if not (is_alone or is_sharded):
