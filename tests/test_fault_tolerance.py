@@ -214,6 +214,7 @@ class TestStrategy:
         worker._trainer = SimpleNamespace(
             global_step=0, current_epoch=0, accumulate_grad_batches=1, optimizers=[sgd], lr_scheduler_configs=configs,
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+            lightning_module=SimpleNamespace(automatic_optimization=True),
         )  # fmt: skip
         for _ in range(6):
             worker.note_clocks()
@@ -300,6 +301,33 @@ class TestStrategy:
             assert trainers[0].global_step == trainers[1].global_step
             rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in trainers]
             assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("steps_of_batch", [0, 1, 2])
+    def test_who_comes_logs_at_the_others_steps_also_where_these_are_made_by_hand(self, steps_of_batch):
+        """Kind: Lightning counts steps and batches, which are as many where it makes the steps."""
+
+        class ByHand(Quadratic):
+            def __init__(self):
+                super().__init__(record=False)
+                self.automatic_optimization = False
+                self.clocks, self.logged_at = [], []
+
+            def training_step(self, batch, index):
+                optimizer = self.optimizers()
+                for _ in range(steps_of_batch or (index + 1) % 2):  # or one in two batches
+                    self.clocks.append((index, clocks_of(self.trainer)))
+                    self.manual_backward(super().training_step(batch, index))
+                    optimizer.step()
+                self.logged_at.append(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+        first, other = ByHand(), ByHand()
+        quiet_trainer(devices=1).fit(first)
+        index, clocks = first.clocks[-1]
+        trainer = quiet_trainer(devices=1)
+        other.on_train_start = lambda: go_on_at(trainer, clocks)
+        trainer.fit(other)
+        assert other.logged_at == first.logged_at[index:]
 
     @pytest.mark.timeout(60)
     def test_the_next_fit_of_a_trainer_begins_with_a_whole_epoch_for_all(self):

@@ -136,6 +136,7 @@ def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:
     in_next_step = done % trainer.accumulate_grad_batches
     return {
         "steps": trainer.global_step,
+        "stepped": _stepped(trainer),
         "epoch": epoch,
         "batch": done - in_next_step,
         "batches": of_all - in_next_step,
@@ -148,6 +149,13 @@ def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:
         ],
         "schedulers": _schedulers_of(trainer),
     }
+
+
+def _stepped(trainer: Any) -> int:
+    """The batches that have been stepped with, by which is logged; by hand there may be more or fewer steps."""
+    if trainer.lightning_module.automatic_optimization:
+        return int(trainer.global_step)  # of a resumed fit Lightning's own number is one behind until it begins
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def _is_at(trainer: Any) -> tuple[int, int, int]:
@@ -203,7 +211,8 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
         if optimization is None
         else optimization.optim_progress.optimizer.step
     )
-    steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
+    steps.total.ready = steps.total.completed = clocks["steps"]
+    loop._batches_that_stepped = clocks["stepped"]
     _begin_epoch_at(trainer, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
