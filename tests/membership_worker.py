@@ -16,7 +16,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch.distributed.fsdp import fully_shard
 from toys import quiet_trainer
@@ -38,6 +38,7 @@ SETTINGS = {
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
+    "links": False,  # to its last checkpoint, of which it saves one in 10 steps
     "strays_at": None,  # this step, from the center of the others
     "finds_rate": False,  # which takes a fit of its own
     "tunes": False,  # in a fit of its own, before the first one
@@ -155,13 +156,14 @@ if __name__ == "__main__":
             method = settings["start_method"]
             strategy = EASGDStrategy(devices_per_worker=settings["ranks"], start_method=method, **arguments)
         finder = LearningRateFinder(num_training_steps=10, early_stop_threshold=None)
+        links = ModelCheckpoint(Path(folder, "links"), "{step}", every_n_train_steps=10, save_last="link")
         trainer = quiet_trainer(
             strategy=strategy,
             **places,
             max_epochs=-1,
             max_steps=settings["steps"],
-            callbacks=[finder] if settings["finds_rate"] else [],
-            enable_checkpointing=settings["finds_rate"] or settings["tunes"],
+            callbacks=[*([finder] if settings["finds_rate"] else []), *([links] if settings["links"] else [])],
+            enable_checkpointing=settings["finds_rate"] or settings["tunes"] or settings["links"],
             default_root_dir=folder,
         )
         module = Paced(settings, Path(folder), int(number))

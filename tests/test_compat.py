@@ -22,7 +22,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from ranks import run_ranks
-from toys import Regression, fitted, quiet_trainer
+from toys import Quadratic, Regression, fitted, quiet_trainer
 
 import lightning_easgd
 from lightning_easgd import LocalStrategy
@@ -30,6 +30,7 @@ from lightning_easgd.strategies.trainer.lightning_private import (
     communicates_at_epoch_end,
     free_running,
     is_without_steps,
+    linking_what_is_saved,
     reads_common_clock,
     request_stop,
 )
@@ -254,3 +255,14 @@ def test_a_lightning_without_the_method_needs_no_replacement(missing):
     trainer = type("T", (), {"fit_loop": type("F", (), {"epoch_loop": owner}), "_signal_connector": owner})
     free_running(trainer, lambda: None, nullcontext, nullcontext)()
     assert not hasattr(owner, missing)
+
+
+@pytest.mark.parametrize("has_saved", [True, False])
+def test_a_link_to_the_last_checkpoint_is_made_where_the_strategy_has_saved_it(has_saved, tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_last="link")
+    trainer = quiet_trainer(devices=1, max_steps=4, callbacks=[checkpoint], enable_checkpointing=True)
+    undo = linking_what_is_saved(trainer, lambda: has_saved)
+    trainer.fit(Quadratic(record=False))
+    assert (tmp_path / "last.ckpt").is_symlink() == has_saved
+    undo()
+    assert "_link_checkpoint" not in vars(checkpoint)

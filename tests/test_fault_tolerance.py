@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, StochasticWeightAveraging
 from membership_job import clean_environment
 from preloaded import python_of_torch
 from ranks import end_ranks
@@ -93,6 +93,36 @@ class TestSettings:
         monkeypatch.setattr("lightning_easgd.strategies.fault_tolerance.find_spec", lambda name: None)
         with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning_easgd\[elastic\]'"):
             quiet_trainer(strategy=EASGDStrategy(fault_tolerance=HERE), devices=1)
+
+
+class Noting(Quadratic):
+    """Notes where it begins, as another worker would hear it, and where each of its batches is."""
+
+    NAMES = ("epoch", "batch", "steps", "batches")
+
+    def __init__(self):
+        super().__init__(steps=6, record=False)
+        self.goes_on_at = None
+        self.places = []
+
+    def on_train_start(self):
+        self.began = clocks_of(self.trainer, begins=True)
+        if self.goes_on_at is not None:
+            go_on_at(self.trainer, self.goes_on_at)
+
+    def on_train_batch_start(self, batch, index):
+        ready = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        self.places.append([self.current_epoch, index, self.global_step, ready - 1])
+
+    def validation_step(self, batch, index):
+        pass
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.zeros(1))
+
+    def configure_optimizers(self):
+        sgd = super().configure_optimizers()
+        return [sgd], [torch.optim.lr_scheduler.StepLR(sgd, 1, gamma=0.9)]
 
 
 class Scheduled(Quadratic):
@@ -184,6 +214,7 @@ class TestStrategy:
         worker._trainer = SimpleNamespace(
             global_step=0, current_epoch=0, accumulate_grad_batches=1, optimizers=[sgd], lr_scheduler_configs=configs,
             fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+            lightning_module=SimpleNamespace(automatic_optimization=True),
         )  # fmt: skip
         for _ in range(6):
             worker.note_clocks()
@@ -240,6 +271,72 @@ class TestStrategy:
             warnings.filterwarnings("error", "You're resuming from a checkpoint")
             trainer.fit(module)
         assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2  # after 6 and 12 steps
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when using")
+    @pytest.mark.parametrize(
+        ("saves", "accumulate", "ends"),
+        [
+            ({"every_n_train_steps": 3}, 1, {"max_epochs": 4}),
+            ({"every_n_train_steps": 2}, 2, {"max_epochs": -1, "max_steps": 12}),
+            ({"save_last": True}, 2, {"max_epochs": 4}),
+            ({"save_last": True}, 1, {"max_epochs": -1, "max_steps": 20}),
+        ],
+    )
+    def test_who_begins_with_a_resumed_worker_begins_at_that_ones_first_batch(self, saves, accumulate, ends, tmp_path):
+        """Kind: before the first epoch the loops hold what was saved, as of a batch that is over, or of an epoch."""
+        given = {"devices": 1, "accumulate_grad_batches": accumulate}
+        checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, **saves)
+        quiet_trainer(max_epochs=2, callbacks=[checkpoint], enable_checkpointing=True, **given).fit(Noting())
+        saved = sorted(tmp_path.glob("*.ckpt"))
+        assert len(saved) > 1
+        for path in saved:
+            first, other = Noting(), Noting()
+            trainers = [quiet_trainer(**given, **ends) for _ in range(2)]
+            trainers[0].fit(first, ckpt_path=path)
+            other.goes_on_at = first.began
+            trainers[1].fit(other)
+            assert first.places[0] == other.places[0] == [first.began[name] for name in Noting.NAMES]
+            assert [place[:2] for place in first.places] == [place[:2] for place in other.places]
+            assert trainers[0].global_step == trainers[1].global_step
+            rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in trainers]
+            assert rates[0] == pytest.approx(rates[1], rel=1e-12)
+
+    @pytest.mark.timeout(60)
+    @pytest.mark.parametrize("steps_of_batch", [0, 1, 2])
+    def test_who_comes_logs_at_the_others_steps_also_where_these_are_made_by_hand(self, steps_of_batch):
+        """Kind: Lightning counts steps and batches, which are as many where it makes the steps."""
+
+        class ByHand(Quadratic):
+            def __init__(self):
+                super().__init__(record=False)
+                self.automatic_optimization = False
+                self.clocks, self.logged_at = [], []
+
+            def training_step(self, batch, index):
+                optimizer = self.optimizers()
+                for _ in range(steps_of_batch or (index + 1) % 2):  # or one in two batches
+                    self.clocks.append((index, clocks_of(self.trainer)))
+                    self.manual_backward(super().training_step(batch, index))
+                    optimizer.step()
+                self.logged_at.append(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+        first, other = ByHand(), ByHand()
+        quiet_trainer(devices=1).fit(first)
+        index, clocks = first.clocks[-1]
+        trainer = quiet_trainer(devices=1)
+        other.on_train_start = lambda: go_on_at(trainer, clocks)
+        trainer.fit(other)
+        assert other.logged_at == first.logged_at[index:]
+
+    @pytest.mark.timeout(60)
+    def test_the_next_fit_of_a_trainer_begins_with_a_whole_epoch_for_all(self):
+        trainer, module = quiet_trainer(devices=1, max_epochs=2), Noting()
+        trainer.fit(module)
+        module.places.clear()
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(module)
+        assert module.places[0] == [module.began[name] for name in Noting.NAMES] == [2, 0, 12, 12]
 
     def test_what_swa_has_put_in_place_of_a_schedule_is_each_workers_own(self):
         trainer = quiet_trainer(devices=1, max_epochs=4, callbacks=[StochasticWeightAveraging(0.1, swa_epoch_start=2)])
@@ -467,6 +564,24 @@ class TestSum:
         others.size, others.gives = 1, 0.0
         self.step(2)  # at x = 4.5: d = -1.5; α = β = ½
         assert self.values == (4.5 + 0.75 - 1, 6 - 0.75)
+
+    @pytest.mark.parametrize("rates", [{"alpha": 0.6}, {"alpha": 0.6, "outer_momentum": 0.5}], ids=["paper", "outer"])
+    def test_rates_that_more_workers_make_unstable_are_warned_of_when_these_have_come(self, rates, recwarn):
+        """Kind: what is judged at the start is judged by the workers of the start, here one."""
+        strategy = EASGDStrategy(fault_tolerance=HERE, **rates)
+        strategy._warn_of_rates(1)
+        others = Others(size=2)
+        self.averaging(others, judge=strategy._warn_of_rates)
+        self.step(5)
+        assert not recwarn
+        others.size = 4
+        said = rf"^EASGDStrategy\(alpha={rates['alpha']}, beta=.* unstable"
+        with pytest.warns(UserWarning, match=said):
+            self.step(2)
+        recwarn.clear()
+        for others.size in (2, 4):  # some of them come and go
+            self.step(2)
+        assert not recwarn
 
     @pytest.mark.parametrize("delay", [0, 1])
     def test_a_pull_to_the_new_center(self, delay):

@@ -9,12 +9,14 @@ from datetime import timedelta
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from ranks import end_ranks, run_ranks
 from torch.utils.data import DataLoader, IterableDataset
 from toys import Quadratic, Regression, fitted
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricStrategy
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT = timedelta(seconds=6)
@@ -51,6 +53,34 @@ def test_an_exception_on_one_rank_ends_all(rank, batch):
     assert "the user's own error" in outcomes[rank].error
     for other in {0, 1, 2} - {rank}:
         assert "ExchangeError: EASGDStrategy(timeout=0:00:06): an exchange failed" in outcomes[other].error
+
+
+class FailsEarly(Quadratic):
+    def configure_optimizers(self):
+        if self.trainer.global_rank == 1:
+            fail()
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("given", [{}, {"mode": "async"}, {"devices_per_worker": 2}, "fabric"])
+def test_an_exception_before_ranks_open_what_they_exchange_through_ends_all_at_once(given):
+    """Kind: waiting in the store for a rank that is lost, of which it does not tell."""
+
+    def run():
+        if given != "fabric":
+            fitted(FailsEarly(), EASGDStrategy(timeout=timedelta(seconds=90), **given), 2)
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricStrategy(timeout=timedelta(seconds=90)))
+        fabric.launch()
+        module = torch.nn.Linear(1, 1)
+        module, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        if fabric.global_rank == 1:
+            fail()
+        fabric.backward(module(torch.ones(1)).sum())
+        optimizer.step()
+
+    outcomes = end_ranks(run, 2, timeout=45)
+    assert "the user's own error" in outcomes[1].error
+    assert "Ranks [1] have died or raised an error" in outcomes[0].error
 
 
 def test_an_exception_after_the_last_exchange_ends_all():

@@ -309,6 +309,16 @@ def test_a_checkpoint_between_a_death_and_the_next_exchange_is_written(job):
     assert (job.folder / "of_1.ckpt").exists()
 
 
+def test_links_to_the_last_checkpoint_are_made_by_the_worker_that_has_written_it(job):
+    """Kind: what a callback does by itself beside the strategy is done by all workers in one folder."""
+    for steps, resumes in ((62, None), (95, "last")):
+        workers = [job.start(number, links=True, pace=0.04, steps=steps, resumes=resumes) for number in (0, 1)]
+        assert [worker.wait(60) for worker in workers] == [0, 0], job.said(0) + job.said(1)
+        links = [*(job.folder / "links").glob("last*.ckpt")]
+        assert links
+        assert all(link.is_symlink() and link.exists() for link in links)
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_workers_of_two_ranks_save_and_go_on(job, is_sharded):
     settings = {"ranks": 2, "is_sharded": is_sharded, "pace": 0.02}

@@ -243,17 +243,21 @@ class EASGDMethod(CenterMethod):
         self.center_device = center_device
 
     def _warn_of_arguments(self) -> None:
-        problem = self.rates.instability(self.workers) or self._outer_instability()
+        self._warn_of_rates(self.workers)
+
+    def _warn_of_rates(self, workers: int) -> None:
+        """Warn of rates with which so many workers are unstable at every learning rate."""
+        problem = self.rates.instability(workers) or self._outer_instability(workers)
         if problem is not None:
             rank_zero_warn(problem)
 
-    def _outer_instability(self) -> str | None:
+    def _outer_instability(self, workers: int) -> str | None:
         """What is wrong with the rates at every learning rate, where the center or the pull is not the paper's."""
-        rates = self.rates.largest(self.workers)
+        rates = self.rates.largest(workers)
         if self.rates.is_judged or self.is_served or self.center_rule is not None or rates is None:
             return None
         alpha, beta = rates
-        radius = outer.radius(0.0, alpha, beta, workers=self.workers, **self.family)
+        radius = outer.radius(0.0, alpha, beta, workers=workers, **self.family)
         if is_contraction(radius):
             return None
         return (
@@ -366,6 +370,7 @@ class EASGDMethod(CenterMethod):
             judges_together=self._judges_together,
             host=self.cluster_environment.main_address,
             device=self.root_device,
+            judge=self._warn_of_rates,
             who_is_missing=self._groups.who_is_missing,
         )
         return self.synchronous_averaging(control, make_sum, worker)

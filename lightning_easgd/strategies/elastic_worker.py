@@ -143,6 +143,7 @@ class ElasticWorker:
         judges_together: bool,
         host: str,
         device: torch.device,
+        judge: Callable[[int], object],
         who_is_missing: Callable[[], str],
     ) -> tuple[Channel, MakeSum, WorkerRanks]:
         """Find the lighthouse, and open the channels of this worker's ranks; all of them call it at the same point.
@@ -156,6 +157,7 @@ class ElasticWorker:
             judges_together: As for :class:`WorkerRanks`.
             host: Of this worker's first rank.
             device: Where this rank trains.
+            judge: As for :class:`MembershipSum`.
             who_is_missing: Finds a sentence on who is to blame, when an operation has failed.
 
         Returns:
@@ -201,6 +203,7 @@ class ElasticWorker:
             restart_after_missed=settings.restart_after_missed,
             in_common={**in_common, "group_size": f"FaultTolerance(group_size={settings.group_size})"},
             make_addition=ExactAddition if wire_dtype is None else partial(CompressedAddition, wire_dtype=wire_dtype),
+            judge=judge,
             strategy=self._strategy,
         )
         if not (is_alone or is_sharded):
@@ -228,7 +231,7 @@ class ElasticWorker:
         self._clocks = self._values = None
         self._parameters = session.described()
         begin_epoch_whole(trainer)
-        self.note_clocks()
+        self.note_clocks(begins=True)
         self._check_handed()
         session.averaging.enter()
         if self._clocks is not None:
@@ -267,15 +270,18 @@ class ElasticWorker:
                     f" {ours}; give all workers the same parameters, in the same groups."
                 )
 
-    def note_clocks(self) -> None:
+    def note_clocks(self, *, begins: bool = False) -> None:
         """Before each step: keep how far this worker is, for one that comes.
 
         Read by another thread in the middle of a scheduler's step, rates and schedule would not belong together, nor
         would the averager's clock and the trainer's steps after it.
+
+        Args:
+            begins: Whether there has been no batch yet.
         """
         assert self._session is not None
         (averager,) = self._session.averagers
-        self._now = {**clocks_of(self._trainer), "clock": averager.clock, "parameters": self._parameters}
+        self._now = {**clocks_of(self._trainer, begins=begins), "clock": averager.clock, "parameters": self._parameters}
 
 
 def _number(schedulers: Sized | None) -> int | None:

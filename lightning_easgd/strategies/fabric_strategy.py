@@ -277,6 +277,7 @@ class FabricStrategy(WorkerProcess, _Base):
             if self._inside is not None:
                 self._inside.forget(self._ended)
             self._ended = Modules()
+            self._assemble()
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None
             assert self._steps is not None

@@ -242,6 +242,17 @@ class WorkerProcess(_Base):
         """What has no served center, for errors: the strategy, and how it is asked for that."""
         return "EASGDStrategy(mode='sync')"
 
+    def _assemble(self) -> None:
+        """Wait for all ranks, before they open together what :meth:`make_averaging` makes.
+
+        There they wait for each other in the store, which does not tell that one is lost: they would until the timeout.
+
+        Raises:
+            ExchangeError: If one is lost; it says why.
+        """
+        if dist.is_initialized() and self.world_size > 1:
+            self._groups.gather(None)
+
     def _check_center(self, what: str) -> None:
         if not self.has_center:
             raise RuntimeError(f"{type(self).__name__}.{what}: the workers of this strategy have no center.")

@@ -49,6 +49,7 @@ class MembershipSum(DifferenceSum):
             number.
         in_common: What all workers must be told alike, as a user gives it, by name.
         make_addition: Makes what adds up the differences of those that are there.
+        judge: Is told p wherever there are more workers than before.
         strategy: Name of the strategy, for errors.
     """
 
@@ -63,6 +64,7 @@ class MembershipSum(DifferenceSum):
         restart_after_missed: int | None = None,
         in_common: Mapping[str, str] = MappingProxyType({}),
         make_addition: MakeAddition = ExactAddition,
+        judge: Callable[[int], object] = bool,
         strategy: str = "EASGDStrategy",
     ) -> None:
         super().__init__(center, center.values.like())
@@ -72,6 +74,8 @@ class MembershipSum(DifferenceSum):
         self._patience, self._timeout = patience, timeout
         self._restart_after_missed = restart_after_missed
         self._strategy = strategy
+        self._judge = judge
+        self._most = 1  # workers of an exchange so far
         self._in_common = {
             **in_common,
             "rule": f"{strategy}(center_rule={center.rule})",
@@ -257,6 +261,9 @@ class MembershipSum(DifferenceSum):
 
     @override
     def start(self, shares: Sequence[float]) -> None:
+        if self.workers > self._most:
+            self._most = self.workers
+            self._judge(self._most)
         self._addition.start(shares)
         self.is_lost = False
         self._is_under_way = True

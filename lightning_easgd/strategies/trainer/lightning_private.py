@@ -5,6 +5,7 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "interactive_error",
     "is_search",
     "is_without_steps",
+    "linking_what_is_saved",
     "reads_common_clock",
     "renew_training_iterator",
     "request_stop",
@@ -123,16 +125,21 @@ def has_new_loader(trainer: Any) -> bool:
     return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
 
 
-def clocks_of(trainer: Any) -> dict[str, Any]:
-    """How far a fit is, in primitives and tensors: its steps, batches and epochs, learning rates and schedules."""
-    batches = trainer.fit_loop.epoch_loop.batch_progress
-    done = max(0, batches.current.ready - 1)  # but for the one that is trained on
-    done -= done % trainer.accumulate_grad_batches
+def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:
+    """How far a fit is, in primitives and tensors: its steps, batches and epochs, learning rates and schedules.
+
+    Args:
+        trainer: The trainer.
+        begins: Whether the fit is about to begin its first epoch; else it is in the middle of a batch.
+    """
+    epoch, done, of_all = _begins_at(trainer) if begins else _is_at(trainer)
+    in_next_step = done % trainer.accumulate_grad_batches
     return {
         "steps": trainer.global_step,
-        "epoch": trainer.current_epoch,
-        "batch": done,
-        "batches": max(0, batches.total.ready - batches.current.ready) + done,
+        "stepped": _stepped(trainer),
+        "epoch": epoch,
+        "batch": done - in_next_step,
+        "batches": of_all - in_next_step,
         "rates": [
             [
                 {name: _kept(group[name]) for name in ("lr", "initial_lr") if name in group}
@@ -142,6 +149,36 @@ def clocks_of(trainer: Any) -> dict[str, Any]:
         ],
         "schedulers": _schedulers_of(trainer),
     }
+
+
+def _stepped(trainer: Any) -> int:
+    """The batches that have been stepped with, by which is logged; by hand there may be more or fewer steps."""
+    if trainer.lightning_module.automatic_optimization:
+        return int(trainer.global_step)  # of a resumed fit Lightning's own number is one behind until it begins
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def _is_at(trainer: Any) -> tuple[int, int, int]:
+    """The epoch of the batch that a fit trains on, the batches before it in that epoch, and those of all epochs."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    return trainer.current_epoch, max(0, batches.current.ready - 1), max(0, batches.total.ready - 1)
+
+
+def _begins_at(trainer: Any) -> tuple[int, int, int]:
+    """The same of the first batch of a fit that is about to begin its first epoch.
+
+    Until then the loops hold what the checkpoint, or the fit before, has left in them.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress
+    follows_batch = loop.restarted_on_train_batch_end  # the hook, after which the batch counts as completed
+    epoch, of_all = trainer.current_epoch, batches.total.completed + follows_batch
+    if not (loop.restarting or follows_batch):
+        return epoch, 0, of_all
+    done = batches.current.completed + follows_batch
+    if done < trainer.num_training_batches:
+        return epoch, done, of_all
+    return epoch + (not follows_batch), 0, of_all  # there is no batch left of the one that it goes on with
 
 
 def _schedulers_of(trainer: Any) -> list[dict[str, Any]] | None:
@@ -174,7 +211,8 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
         if optimization is None
         else optimization.optim_progress.optimizer.step
     )
-    steps.total.ready = steps.total.completed = loop._batches_that_stepped = clocks["steps"]
+    steps.total.ready = steps.total.completed = clocks["steps"]
+    loop._batches_that_stepped = clocks["stepped"]
     _begin_epoch_at(trainer, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
@@ -281,6 +319,34 @@ def saves_after_batch(callback: Any, step: int) -> bool:
     """Whether a callback is about to save a checkpoint because of this step."""
     due = saves_in_epoch(callback) and step % callback._every_n_train_steps == 0
     return due and step != callback._last_global_step_saved
+
+
+def linking_what_is_saved(trainer: Any, has_saved: Callable[[], bool]) -> Callable[[], None]:
+    """Have ``ModelCheckpoint(save_last="link")`` make its link only where the strategy has written the checkpoint.
+
+    It makes the link by itself, beside the strategy, which may have left the checkpoint to another worker: the file has
+    another name there, or is not there yet.
+
+    Args:
+        trainer: The trainer.
+        has_saved: Whether this worker has written the last checkpoint.
+
+    Returns:
+        A function that undoes it.
+    """
+    callbacks = [each for each in trainer.checkpoint_callbacks if hasattr(each, "_link_checkpoint")]
+
+    def link(make: Callable[..., None], *arguments: Any, **keywords: Any) -> None:
+        if has_saved():
+            make(*arguments, **keywords)
+
+    def undo() -> None:
+        for callback in callbacks:
+            vars(callback).pop("_link_checkpoint", None)
+
+    for callback in callbacks:
+        callback._link_checkpoint = partial(link, callback._link_checkpoint)
+    return undo
 
 
 def is_without_steps(trainer: Any) -> bool:

@@ -24,7 +24,12 @@ from lightning_easgd.strategies.shown_weights import at_known_center
 from lightning_easgd.strategies.steps import Steps
 from lightning_easgd.strategies.trainer.checkpoints import TrainerCheckpoints
 from lightning_easgd.strategies.trainer.free_ranks import FreeRanks
-from lightning_easgd.strategies.trainer.lightning_private import is_search, is_without_steps, request_stop
+from lightning_easgd.strategies.trainer.lightning_private import (
+    is_search,
+    is_without_steps,
+    linking_what_is_saved,
+    request_stop,
+)
 from lightning_easgd.strategies.trainer.meetings import Meetings
 from lightning_easgd.strategies.trainer.refusals import (
     check_callbacks,
@@ -222,7 +227,10 @@ class TrainerStrategy(WorkerProcess, _Base):
         super().setup(trainer)
         self._had_sigterm = False
         self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
-        averaging = self.make_averaging(self.optimizers) if fits else None
+        if not fits:
+            return
+        self._assemble()
+        averaging = self.make_averaging(self.optimizers)
         if averaging is None:
             return
         assert self.lightning_module is not None
@@ -235,6 +243,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         )
         self._statistics = averaging.statistics
         self._checkpoints = TrainerCheckpoints(self, self._keeper, self._session, self._ranks)
+        if self.elastic is not None:
+            self._end_linking = linking_what_is_saved(trainer, lambda: self._is_saver)
         self._own_callbacks = [self.tree.callback(self), *self._recalibration(trainer)]
         trainer.callbacks[:0] = self._own_callbacks  # before all others
 
@@ -402,7 +412,8 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a checkpoint, with the workers' states unless it is for weights only or cannot wait for all."""
-        if self.elastic is not None and not self.elastic.is_saver:
+        self._is_saver = self.elastic is None or self.elastic.is_saver
+        if not self._is_saver:
             return
         write = partial(self._write_checkpoint, checkpoint, filepath, storage_options)
         if self._checkpoints is None:
@@ -444,6 +455,8 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._checkpoints.restore_loops()
 
     _read_from: tuple[str, bool | None] = ("", None)
+    _is_saver = True  # whether it has written the last checkpoint
+    _end_linking: Callable[[], None] | None = None
     _had_sigterm = _ends_at_sigterm = False
 
     # Errors, signals, and the end
@@ -487,6 +500,9 @@ class TrainerStrategy(WorkerProcess, _Base):
                     self._trainer.callbacks.remove(callback)
             for callback in callbacks[1:]:
                 callback.teardown(self._trainer, self.lightning_module, "fit")
+            if self._end_linking is not None:
+                self._end_linking()
+                self._end_linking = None
             self._session = None
             if session is not None:
                 session.close()
