@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import signal
+import threading
 import time
 import warnings
 import weakref
@@ -435,6 +436,32 @@ def test_forked_ranks(failing):
     else:
         assert outcome.exitcode != 0
         assert "the user's own error" in outcome.error
+
+
+@pytest.mark.parametrize("name", ["easgd_fork", "easgd_async_fork"])
+def test_whosever_error_a_parent_shows_it_says_why_the_first_rank_failed(name):
+    """It shows that of the first in number that it finds ended: here of the other, as the first takes its time."""
+
+    def train_rank(fabric):
+        module = network(fabric.global_rank)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.01))
+        train(fabric, model, optimizer, 25)
+        if fabric.global_rank == 1:
+            threading.Thread(target=time.sleep, args=(20,)).start()  # it would be waited for, but the parent kills it
+            raise KeyError("the user's own error")
+        fabric.strategy.finalize()
+
+    def run():
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RUN_ID"):
+            del os.environ[variable]
+        Fabric(accelerator="cpu", devices=2, strategy=name).launch(train_rank)
+
+    started = time.monotonic()
+    (outcome,) = end_ranks(run, 1)
+    assert outcome.exitcode != 0
+    assert "Process 0 terminated" in outcome.error
+    assert 'rank 1: KeyError: "the user\'s own error"' in outcome.error
+    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])

@@ -2,15 +2,16 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Meeting, Statistics
+from lightning_easgd.strategies.failures import first_line
 from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.sharded_workers import load_parts, parts_of
@@ -20,6 +21,7 @@ from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
 from lightning_easgd.tensors.shards import reshard
+from lightning_easgd.transport.errors import WorkerLostError
 
 if TYPE_CHECKING:
     from lightning.fabric.strategies.ddp import DDPStrategy as _Base
@@ -119,6 +121,22 @@ class FabricStrategy(WorkerProcess, _Base):
         if self._steps is not None:
             self._steps.close()
             self._steps = None
+        self._end()
+
+    # Ranks and their errors
+
+    rank_launcher: ClassVar[Callable[..., Any] | None] = None  # of spawned and forked ranks; None where there are none
+
+    def _make_launcher(self) -> Any:
+        if self.rank_launcher is None or self._start_method == "popen":
+            return None
+        return self.rank_launcher(self, start_method=self._start_method)
+
+    def tell_failure(self, error: BaseException) -> None:
+        """Tell the other ranks that this one has failed, and why; it takes part in nothing any more."""
+        self._groups.fail(error)
+        if self._session is not None and not isinstance(error, WorkerLostError):  # the first to fail is to be named
+            self._session.averaging.fail(first_line(error))
         self._end()
 
     # Fabric's hooks

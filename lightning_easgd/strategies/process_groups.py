@@ -12,6 +12,7 @@ from lightning_easgd.strategies.failures import first_line, is_of_process_group
 from lightning_easgd.strategies.worker_group import WorkerGroup
 from lightning_easgd.transport.channel import ExchangeError, Failure, OwnGroup
 from lightning_easgd.transport.errors import StoreLostError
+from lightning_easgd.transport.liveness import ENDED
 from lightning_easgd.transport.roll_call import RollCall
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -65,11 +66,14 @@ class ProcessGroups:
             self._roll_call = RollCall(_get_default_store(), rank, size)
 
     def fail(self, exception: BaseException) -> None:
-        """Tell the others that this rank has failed, and why; an error of a group's own gets who was missing."""
+        """Tell the others that this rank has failed, and why; an error that knows no reason of another's gets it."""
         if self._roll_call is None:
             return
-        if is_of_process_group(exception):
-            exception.add_note(f"{self._strategy}: {self.who_is_missing()}")
+        is_foreign = is_of_process_group(exception)
+        if is_foreign or ENDED in str(exception):
+            known = self.who_is_missing()
+            if is_foreign or ENDED not in known:
+                exception.add_note(f"{self._strategy}: {known}")
         self._roll_call.fail(first_line(exception))
 
     def leave(self) -> None:
