@@ -1,4 +1,4 @@
-"""Kind: what a fit holds is given back when it ends, not when the garbage collector comes by, and does not grow in it."""
+"""Kind: what a fit holds does not grow, and is given back when it ends, not when the garbage collector comes by."""
 
 import copy
 import gc
