@@ -2,11 +2,13 @@
 
 from datetime import timedelta
 
+import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
 from torch import nn
-from toys import TwoLayers, quiet_trainer
+from torch.utils.data import DataLoader
+from toys import TwoLayers, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.tensors.memory import Memory, once
@@ -114,6 +116,42 @@ def test_they_go_on_bit_for_bit(name, kind, tmp_path):
     for (trace, final, _), (of_all, final_of_all, _) in zip(resumed, whole, strict=True):
         assert all(map(equal, trace, of_all[9:]))
         assert equal(final, final_of_all)
+
+
+class Pair(L.LightningModule):
+    """½(a - c)² + ½(b + 2)² from 1, where b is a, or another parameter of its memory."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.b = self.a if kind == "one" else nn.Parameter(self.a.data)
+        self.trace = []
+
+    def training_step(self, batch, index):
+        return 0.5 * ((self.a - (1 + 3 * self.global_rank)).square() + (self.b + 2).square()).sum()
+
+    def on_train_batch_end(self, *_):
+        self.trace.append(self.a.tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(2 * 12))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"momentum": 0.5}, {"momentum": 0.5, "mode": "async", "order": "round_robin"}]
+)
+def test_a_gradient_of_each_moves_them_like_one_parameter(arguments):
+    def train(kind):
+        module = Pair(kind)
+        module.momentum = arguments.get("momentum", 0.0)
+        fitted(module, EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
+        return [*module.trace, module.a.tolist()]
+
+    one, two = run_ranks(train, 2, "one"), run_ranks(train, 2, "two")
+    torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))
 
 
 def test_one_of_those_that_are_one_memory_is_chosen():
