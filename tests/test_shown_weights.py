@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from ranks import end_ranks, run_ranks
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from toys import Regression, fitted, quiet_trainer
 
 from lightning_easgd import EASGDStrategy
+from lightning_easgd.fabric import EASGDStrategy as FabricEASGDStrategy
 from lightning_easgd.strategies.shown_weights import ShownWeights
 
 pytestmark = pytest.mark.timeout(120)
@@ -332,3 +334,71 @@ def test_a_module_that_a_validation_writes_to_and_takes_away():
         part.running_mean += 1
     del module["goes"]
     assert shown.altered == {"stays.running_mean"}
+
+
+class Deep(Regression):
+    """Saves, or looks at the center, between the forward and the backward pass of a step without an exchange."""
+
+    def __init__(self, what, path=None):
+        super().__init__()
+        self.net.append(nn.Linear(1, 1))
+        self.what, self.path = what, path
+        self.register_buffer("scale", torch.full((4,), 0.5))  # what a multiplication keeps for the backward pass
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+
+    def training_step(self, batch, index):
+        with torch.no_grad():
+            self.teacher.weight.add_(0.01 * (1 + self.global_rank))
+        loss = self.loss(self.teacher(batch * self.net[0].weight[0]) * self.scale)
+        if self.what == "step" and index == 3:
+            self.trainer.save_checkpoint(self.path)
+        if self.what == "center" and index == 3:
+            with self.trainer.strategy.center_weights():
+                center = self.loss(batch)
+            with self.trainer.strategy.center_weights(), self.trainer.strategy.worker_weights():
+                again = self.loss(batch)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                center.backward()  # of weights that are not there any more
+            self.zero_grad()
+            again.backward()  # the worker's
+            self.zero_grad()
+        return loss
+
+    def on_before_backward(self, loss):
+        if self.what == "hook" and self.trainer.global_step == 3:
+            self.trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("what", ["step", "hook", "center"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"mode": "async", "order": "round_robin"}, {"process_group_backend": "gloo"}]
+)
+def test_a_checkpoint_or_the_center_between_forward_and_backward(what, arguments, tmp_path):
+    def train(each):
+        torch.manual_seed(1)
+        module = fitted(Deep(each, tmp_path / "x.ckpt"), EASGDStrategy(tau=2, **arguments), 2, limit_val_batches=0)
+        return arrays(list(module.net.parameters()))
+
+    plain, looked = run_ranks(train, 2, ""), run_ranks(train, 2, what)
+    assert all(map(equal, plain, looked))
+
+
+def test_the_center_between_forward_and_backward_under_fabric():
+    def train():
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2))
+        fabric.launch()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+        module, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        batch = torch.ones(1, 2) * (1 + fabric.global_rank)
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = module(batch).square().sum()
+            if step == 3:
+                with fabric.strategy.center_weights(module):
+                    module(batch)
+            fabric.backward(loss)
+            optimizer.step()
+        fabric.strategy.finalize()
+
+    run_ranks(train, 2)

@@ -3,13 +3,14 @@
 import operator
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_easgd.tensors.flat_tensors import as_real
+from lightning_easgd.tensors.memory import once
 
 __all__ = ["AveragedParameters", "Names", "check_in_common", "described", "in_order"]
 
@@ -64,7 +65,7 @@ class AveragedParameters:
 
     A parameter that has never been trained (it has no gradient and ``requires_grad=False``, or is of integers) is the
     same on all workers, and needs no averaging. It takes part from the step on before which it is unfrozen, and to the
-    end, frozen again or not.
+    end, frozen again or not. Of several that are one memory one takes part: all would be pulled by each.
 
     Args:
         optimizer: The worker's optimizer; what is done to its groups later is seen by :meth:`watch` and
@@ -164,10 +165,12 @@ class AveragedParameters:
     def _selected(self) -> list[list[Tensor]]:
         known = {id(parameter) for parameter in (*self.flat, *self._entered)}
         names = self._names()
-        return [
+        groups = [
             in_order([parameter for parameter in group["params"] if self._counts(parameter, known)], names)
             for group in self.optimizer.param_groups
         ]
+        chosen = once(in_order(chain.from_iterable(groups), names))
+        return [[parameter for parameter in group if id(parameter) in chosen] for group in groups]
 
     def _counts(self, parameter: Tensor, known: Collection[int]) -> bool:
         numbers = parameter.is_floating_point() or parameter.is_complex()

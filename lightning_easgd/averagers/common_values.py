@@ -104,7 +104,7 @@ def _counts(tensor: Tensor, rank: int) -> bool:
 def _mean(tensor: Tensor, counts: bool, number: int, channel: "Channel") -> Tensor:
     """The sum of a tensor over the workers where it counts, divided by their number."""
     value = torch.empty_like(tensor)
-    source, target = as_real(tensor).reshape(-1), as_real(value)
+    source, target = as_real(tensor.resolve_conj()).reshape(-1), as_real(value)
     dtype = torch.float64 if target.is_floating_point() else torch.int64
     pieces = []
     for piece in torch.split(source, _PIECE):

@@ -181,7 +181,8 @@ def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
 
 def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The same memory without complex numbers, which gloo does not take in torch 2.8."""
-    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+    whole = (tensor.conj() if tensor.is_conj() else tensor for tensor in tensors)
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in whole]
 
 
 def _described(tensors: dict[str, Tensor]) -> dict[str, str]:

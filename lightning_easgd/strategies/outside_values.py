@@ -15,7 +15,8 @@ from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.strategies.spectral_norm import finite_vector, singular_vectors
 from lightning_easgd.tensors.buffers import FiniteValues
 from lightning_easgd.tensors.checksums import checksum
-from lightning_easgd.tensors.shards import is_shard, local, reshard
+from lightning_easgd.tensors.memory import Memory
+from lightning_easgd.tensors.shards import is_shard, reshard
 
 __all__ = ["OutsideValues", "ignored_names", "listed"]
 
@@ -59,7 +60,7 @@ class OutsideValues:
         self._at_start = {name: checksum(p) for name, p in self._parameters().items() if p.requires_grad}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters that no averager holds, and buffers, by name."""
+        """Parameters that no averager holds, and no memory of those that one holds, and buffers, by name."""
         parameters = {name: p.detach() for name, p in self._parameters().items() if name not in self._ignored}
         return parameters | self.buffers()
 
@@ -68,14 +69,14 @@ class OutsideValues:
         return {name: p.detach() for name, p in reshard(self._module).named_parameters() if name not in self._ignored}
 
     def buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong to the center, by name; not those that are views of averaged parameters."""
+        """The buffers that belong to the center, by name; not those that lie in averaged parameters' memory."""
         if not self._with_buffers:
             return {}
-        memory = {_memory(p) for averager in self._averagers for p in averager.parameters} - {None}
+        memory = self._memory()
         return {
             name: buffer.detach()
             for name, buffer in self._module.named_buffers()
-            if name not in self._ignored and _memory(buffer) not in memory
+            if name not in self._ignored and not memory.touches(buffer)
         }
 
     def apart(self) -> dict[str, Tensor]:
@@ -168,19 +169,15 @@ class OutsideValues:
         return stepped and checksum(parameter) != self._at_start[name]
 
     def _parameters(self) -> Mapping[str, nn.Parameter]:
-        held = self._held()
-        return {name: p for name, p in reshard(self._module).named_parameters() if id(p) not in held}
+        held, memory = self._held(), self._memory()
+        named = reshard(self._module).named_parameters()
+        return {name: p for name, p in named if id(p) not in held and not memory.touches(p)}
 
     def _held(self) -> set[int]:
         return {id(parameter) for averager in self._averagers for parameter in averager.parameters}
 
-
-def _memory(tensor: Tensor) -> int | None:
-    """Where a tensor's memory begins; None for one without, and for those that are no plain tensors."""
-    tensor = local(tensor)
-    if tensor.layout is not torch.strided or not tensor.numel():
-        return None
-    return tensor.untyped_storage().data_ptr()
+    def _memory(self) -> Memory:
+        return Memory(parameter for averager in self._averagers for parameter in averager.parameters)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -12,9 +13,12 @@ from lightning_easgd.averagers import Averager
 from lightning_easgd.strategies.spectral_norm import iterate_power_method
 from lightning_easgd.tensors.buffers import KeptBuffer, keep_buffers, load_buffers, make_writable, restore_buffers
 from lightning_easgd.tensors.checksums import checksum
-from lightning_easgd.tensors.shards import local, reshard, sharded_like
+from lightning_easgd.tensors.shards import is_shard, local, reshard, sharded_like
 
 __all__ = ["ShownWeights", "at_known_center"]
+
+_SHOWN = itertools.count(2**30, 2**8)
+"""What torch counts a tensor's writes from while it shows the center: more than there are in training."""
 
 
 @final
@@ -23,7 +27,8 @@ class ShownWeights:
 
     The tensors keep their addresses, which compiled modules and CUDA graphs rely on. What FSDP2's modules have gathered
     is given up before each switch: a forward pass without a backward pass leaves whole parameters there, which would be
-    computed with, and trained on, in place of what is switched to.
+    computed with, and trained on, in place of what is switched to. What the worker has computed may be differentiated
+    when it is back, bit for bit, as if nothing had been written; what was computed at the center may not.
 
     Args:
         module: The module.
@@ -46,12 +51,14 @@ class ShownWeights:
         self._holds_center = True
         self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
         self._common: Mapping[str, Tensor] = {}
+        self._versions: list[tuple[Tensor, int]] = []  # of the worker's tensors
         self.center = False
 
     @torch.no_grad()
     def show_center(self, common: Mapping[str, Tensor]) -> None:
         """Show the center, with these values of buffers and parameters by their names, in place of the averagers'."""
         reshard(self._module)
+        self._versions = _versions(self._module)
         self._worker_buffers = keep_buffers(self._module)  # first: one may be a view of a parameter
         # What has gone to another optimizer is shown by that one's averager: last.
         self._averagers = sorted(self._averagers, key=lambda averager: not averager.has_departed)
@@ -66,6 +73,7 @@ class ShownWeights:
             local(parameter).copy_(local(value))
         load_buffers(self._module, common)
         iterate_power_method(self._module, common)
+        self._count_writes_anew()
         self.center = True
         self._sums = self._sums_of_buffers()
 
@@ -125,6 +133,7 @@ class ShownWeights:
             reshard(self._module)
             restore_buffers(buffers)
             _load(shown)
+            self._count_writes_anew()
             self.center = True
 
     def _replaced(self) -> list[tuple[Tensor, Tensor]]:
@@ -153,12 +162,29 @@ class ShownWeights:
         for averager in reversed(self._averagers):  # a parameter that two optimizers share was kept twice
             averager.show_worker()
         _load(self._worker_parameters)
+        written = {id(each.buffer) for each in self._worker_buffers if id(each) in stay}
+        _set_versions([(tensor, version) for tensor, version in self._versions if id(tensor) not in written])
+
+    def _count_writes_anew(self) -> None:
+        start = next(_SHOWN)
+        _set_versions([(tensor, start) for tensor, _ in self._versions])
 
 
 @torch.no_grad()
 def _load(values: Mapping[Tensor, Tensor]) -> None:
     for tensor, value in values.items():
         local(tensor).copy_(local(value))
+
+
+def _versions(module: nn.Module) -> list[tuple[Tensor, int]]:
+    """How often each parameter and buffer has been written to, by which torch knows what it cannot differentiate."""
+    tensors = (*module.parameters(), *module.buffers())
+    return [(tensor, tensor._version) for tensor in tensors if not (is_shard(tensor) or tensor.is_inference())]
+
+
+def _set_versions(versions: Sequence[tuple[Tensor, int]]) -> None:
+    if versions:
+        torch._C._autograd._unsafe_set_version_counter(*zip(*versions, strict=True))
 
 
 def at_known_center(averagers: Sequence[Averager], read: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from typing import final
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["GroupNumbers"]
 
@@ -11,18 +12,20 @@ __all__ = ["GroupNumbers"]
 class GroupNumbers:
     """Reads numbers; of a tensor each value once, as the host waits for the device to know it.
 
-    A learning rate is a tensor where an optimizer is ``capturable`` or compiled; a scheduler writes into it.
+    A learning rate is a tensor where an optimizer is ``capturable`` or compiled; a scheduler writes into it, and others
+    put a new one there at every step. A copy has read nothing.
     """
 
     def __init__(self) -> None:
-        self._read: dict[int, tuple[Tensor, int, float]] = {}  # the tensors are kept: no other gets the identity of one
+        self._read = WeakIdKeyDictionary()  # of each tensor that lives its version, and the number
+
+    def __reduce__(self) -> tuple[type["GroupNumbers"], tuple[()]]:
+        return GroupNumbers, ()
 
     def of(self, value: float | Tensor) -> float:
         """The number that a group holds."""
         if not isinstance(value, Tensor):
             return float(value)
-        tensor, version, number = self._read.get(id(value), (None, -1, 0.0))
-        if tensor is not value or version != value._version:
-            number = float(value)
-            self._read[id(value)] = value, value._version, number
-        return number
+        if value not in self._read or self._read[value][0] != value._version:
+            self._read[value] = value._version, float(value)
+        return float(self._read[value][1])

@@ -830,6 +830,33 @@ def test_a_buffer_that_is_a_view_of_a_parameter_follows_it(strategy):
     assert final == final2
 
 
+@pytest.mark.parametrize("strategy", MODES)
+def test_a_complex_buffer_that_is_seen_conjugated_is_the_workers_mean(strategy):
+    class Conjugated(Net):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            start = 3.0 if os.environ["RANK"] == "0" else 4.0
+            self.register_buffer("other", torch.full((2,), complex(start, 1.0)).conj())
+            self.begun = []
+
+        def on_train_start(self):
+            self.begun = self.other.resolve_conj().tolist()
+
+        def training_step(self, batch, index):
+            with torch.no_grad():
+                self.other += 1j * self.global_rank
+            return super().training_step(batch, index)
+
+    def train():
+        module = Conjugated()
+        fit(module, strategy)
+        return module.begun, module.other.resolve_conj().tolist()
+
+    for begun, ended in run_ranks(train, 2):
+        assert begun == [3 - 1j] * 2  # rank 0's
+        assert ended == [3 + 3j] * 2  # of 8 steps, from -1 on: the mean of -1 and 7
+
+
 def test_several_modules_of_fabric_name_what_stays_each_ranks_own():
     def train():
         fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricEASGDStrategy(tau=2, timeout=TIMEOUT))

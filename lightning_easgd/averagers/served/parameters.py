@@ -1,6 +1,7 @@
 """An optimizer's parameters as a served center holds them: fixed when it is opened, frozen ones apart."""
 
 from collections.abc import Collection, Sequence
+from itertools import chain
 from typing import final
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_easgd.averagers.averaged_parameters import Names, described, in_order
 from lightning_easgd.tensors.checksums import checksum
 from lightning_easgd.tensors.flat_tensors import FlatTensors, as_real
+from lightning_easgd.tensors.memory import once
 
 __all__ = ["ServedParameters"]
 
@@ -19,7 +21,8 @@ class ServedParameters:
     """The floating-point and complex parameters of an optimizer, in two segments of each group: trained, and frozen.
 
     A served center has room for all of them from the start, as it cannot grow. A frozen segment is the same everywhere
-    and travels only from the moment at which one of its parameters is unfrozen.
+    and travels only from the moment at which one of its parameters is unfrozen. Of several that are one memory one
+    takes part.
 
     Args:
         optimizer: The worker's optimizer.
@@ -55,6 +58,9 @@ class ServedParameters:
             numbers = in_order(numbers, names())
             self.segments.append([p for p in numbers if _is_trained(p) or id(p) in before])
             self.segments.append([p for p in numbers if not (_is_trained(p) or id(p) in before)])
+        first, others = (in_order(chain.from_iterable(self.segments[n::2]), names()) for n in (0, 1))
+        chosen = once(first, others)
+        self.segments = [[p for p in segment if id(p) in chosen] for segment in self.segments]
         self.exchanged: set[int] = {number for number in range(0, len(self.segments), 2) if self.segments[number]}
         self._unfrozen: set[int] = set()  # that will travel
         self._frozen_at = {n: [*map(checksum, self.segments[n])] for n in range(1, len(self.segments), 2)}

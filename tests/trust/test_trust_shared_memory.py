@@ -1,0 +1,181 @@
+"""Kind: parameters that are one memory are one to the center; nothing moves them twice, or from behind."""
+
+from datetime import timedelta
+
+import lightning as L
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+from torch.utils.data import DataLoader
+from toys import TwoLayers, fitted, quiet_trainer
+
+from lightning_easgd import DownpourStrategy, EASGDStrategy
+from lightning_easgd.tensors.memory import Memory, once
+
+pytestmark = pytest.mark.timeout(120)
+TIMEOUT = timedelta(seconds=20)
+STRATEGIES = {
+    "sync": lambda: EASGDStrategy(tau=2, timeout=TIMEOUT),
+    "local sgd": lambda: EASGDStrategy(tau=2, alpha=1.0, beta=1.0, pull_to="new", timeout=TIMEOUT),
+    "async": lambda: EASGDStrategy(tau=2, mode="async", order="round_robin", timeout=TIMEOUT),
+    "downpour": lambda: DownpourStrategy(tau=2, order="round_robin", timeout=TIMEOUT),
+}
+
+
+class Tied(TwoLayers):
+    """The first layer's weight is the memory of other parameters, too, which take no part in the loss."""
+
+    def __init__(self, kind, steps=9):
+        super().__init__(steps=steps)
+        weight, self.kind, self.trace, self.seen = self.net.first.weight, kind, [], []
+        if kind in ("whole", "in another group", "three"):
+            self.other = nn.Parameter(weight.data)
+        if kind == "three":
+            self.third = nn.Parameter(weight.data)
+        if kind in ("part", "part outside"):
+            self.other = nn.Parameter(weight.data[1:], requires_grad=kind == "part")
+        if kind == "larger":  # the module's own order has the part first
+            whole = torch.cat([weight.data, torch.ones(1, 2).double()])
+            weight.data = whole[:-1]
+            self.other = nn.Parameter(whole)
+        if kind == "frozen":
+            self.other = nn.Parameter(weight.data, requires_grad=False)
+        if kind == "outside":
+            self.other = nn.Parameter(weight.data)
+        if kind == "buffer":
+            self.register_buffer("other", weight.data)
+
+    def configure_optimizers(self):
+        inside = [*self.net.parameters()]
+        others = [p for name, p in self.named_parameters() if not name.startswith("net.")]
+        if self.kind == "in another group":
+            return torch.optim.SGD([{"params": others}, {"params": inside}], lr=0.1)
+        return torch.optim.SGD(
+            inside if self.kind in ("frozen", "outside", "part outside") else inside + others, lr=0.1
+        )
+
+    def on_train_batch_end(self, *_):
+        self.trace.append(self.values())
+
+    def validation_step(self, batch, index):
+        super().validation_step(batch, index)
+        center = self.trainer.strategy.center
+        value = center["net.first.weight"] if "net.first.weight" in center else center["other"][:3]
+        self.seen.append(torch.equal(value, self.net.first.weight))
+
+    def values(self):
+        return [p.detach().clone() for p in self.net.parameters()]
+
+
+def train(name, kind, folder=None, **arguments):
+    module = Tied(kind)
+    trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=2, val_check_interval=3, **arguments)
+    trainer.fit(module, ckpt_path=folder)
+    return module.trace, module.values(), module.seen
+
+
+def equal(these, those):
+    return len(these) == len(those) and all(map(torch.equal, these, those))
+
+
+@pytest.mark.parametrize("kind", ["whole", "in another group", "three", "part", "larger"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_parameters_of_one_memory_are_moved_once(name, kind):
+    _compare(name, kind)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "outside", "part outside", "buffer"])
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_what_no_optimizer_has_follows_the_memory_that_it_lies_in(name, kind):
+    _compare(name, kind)
+
+
+def _compare(name, kind):
+    plain = run_ranks(train, 2, name, "")
+    tied = run_ranks(train, 2, name, kind)
+    for (trace, final, seen), (as_one, final_as_one, _) in zip(tied, plain, strict=True):
+        assert all(map(equal, trace, as_one))
+        assert equal(final, final_as_one)
+        assert seen
+        assert all(seen)
+
+
+@pytest.mark.parametrize("kind", ["three", "part", "frozen"])
+@pytest.mark.parametrize("name", ["sync", "async"])
+def test_they_go_on_bit_for_bit(name, kind, tmp_path):
+    def broken():
+        module = Tied(kind)
+        trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=1, val_check_interval=3)
+        trainer.fit(module)
+        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        return module.values()
+
+    run_ranks(broken, 2)
+    resumed, whole = (run_ranks(train, 2, name, kind, folder) for folder in (tmp_path / "x.ckpt", None))
+    for (trace, final, _), (of_all, final_of_all, _) in zip(resumed, whole, strict=True):
+        assert all(map(equal, trace, of_all[9:]))
+        assert equal(final, final_of_all)
+
+
+class Pair(L.LightningModule):
+    """½(a - c)² + ½(b + 2)² from 1, where b is a, or another parameter of its memory."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.b = self.a if kind == "one" else nn.Parameter(self.a.data)
+        self.trace = []
+
+    def training_step(self, batch, index):
+        return 0.5 * ((self.a - (1 + 3 * self.global_rank)).square() + (self.b + 2).square()).sum()
+
+    def on_train_batch_end(self, *_):
+        self.trace.append(self.a.tolist())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=self.momentum)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(2 * 12))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"momentum": 0.5}, {"momentum": 0.5, "mode": "async", "order": "round_robin"}]
+)
+def test_a_gradient_of_each_moves_them_like_one_parameter(arguments):
+    def train(kind):
+        module = Pair(kind)
+        module.momentum = arguments.get("momentum", 0.0)
+        fitted(module, EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
+        return [*module.trace, module.a.tolist()]
+
+    one, two = run_ranks(train, 2, "one"), run_ranks(train, 2, "two")
+    torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))
+
+
+def test_one_of_those_that_are_one_memory_is_chosen():
+    whole = torch.randn(4, 6)
+    same, row, column = whole[:], whole[1], whole[:, 1]
+    other, twin = torch.randn(4, 6), torch.empty(0)
+    assert once([same, whole, row, other]) == {id(same), id(other)}
+    assert once([row, column, whole]) == {id(whole)}
+    assert once([row], [whole]) == {id(row), id(whole)}  # the first come first; the second is more than they are
+    assert once([twin, torch.empty(0, device="meta")], [whole, same]) >= {id(twin), id(whole)}
+
+
+def test_columns_of_one_matrix_are_apart_and_overlap_in_their_bytes():
+    whole = torch.randn(4, 6)
+    left, right, odd = whole[:, :3], whole[:, 3:], whole[:, 1::2]
+    assert once([left, right, odd]) == {id(left), id(right), id(odd)}
+    assert not Memory([left]).holds(odd)
+    assert Memory([left]).touches(odd)
+    assert Memory([left]).holds(whole[:, :3])
+    assert not Memory([whole[0]]).touches(whole[1])
+    assert not Memory([whole]).touches(torch.randn(4, 6))
+
+
+def test_a_sparse_tensor_is_in_nobodys_memory():
+    tensor = torch.eye(3).to_sparse()
+    assert not Memory([tensor]).holds(tensor)
+    assert once([tensor]) == {id(tensor)}
