@@ -1,7 +1,8 @@
 """Who looks for Lightning without importing it leaves the names to be registered: only an executed import counts."""
 
 import pytest
-from test_trees import UNDER_ALL_TREES, in_new_process
+from preloaded import python_of_torch
+from test_trees import in_new_process
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -33,7 +34,7 @@ importlib.import_module(tree)
 
 @pytest.mark.parametrize("tree", TREES)
 def test_a_look_does_not_count(tree):
-    assert in_new_process(f"tree = {tree!r}" + LOOKS + CHECK, *UNDER_ALL_TREES)[-1] == "registered"
+    assert in_new_process(f"tree = {tree!r}" + LOOKS + CHECK, python_of_torch())[-1] == "registered"
 
 
 def test_a_reload_and_an_import_in_another_thread():
@@ -52,7 +53,7 @@ assert all(specs) and len(specs) == 8
 importlib.reload(importlib.import_module(tree))
 importlib.reload(lightning_easgd)
 """
-    assert in_new_process(code + CHECK, *UNDER_ALL_TREES)[-1] == "registered"
+    assert in_new_process(code + CHECK, python_of_torch())[-1] == "registered"
 
 
 def test_a_lazy_import_registers_when_it_is_executed():
@@ -68,7 +69,7 @@ spec.loader.exec_module(module)
 assert any(getattr(finder, "tree", None) == tree for finder in sys.meta_path), "nothing has been executed"
 module.Fabric
 """
-    assert in_new_process(code + CHECK, *UNDER_ALL_TREES)[-1] == "registered"
+    assert in_new_process(code + CHECK, python_of_torch())[-1] == "registered"
 
 
 def test_a_loader_of_a_whole_archive():
