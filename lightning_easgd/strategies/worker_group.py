@@ -144,15 +144,12 @@ class WorkerGroup:
         """The parameters of optimizers that no module had when DDP wrapped it."""
         if not any(True for _ in self._wrapped):
             return []
+        seen = self._seen  # looked into twice a step
         groups = (group["params"] for optimizer in optimizers for group in optimizer.param_groups)
-        return [parameter for group in groups for parameter in group if not self._has_seen(parameter)]
+        return [p for group in groups for p in group if (known := seen.get(id(p))) is None or known() is not p]
 
     def _see(self, parameters: Iterable[Tensor]) -> None:
         self._seen |= {id(parameter): ref(parameter) for parameter in parameters}
-
-    def _has_seen(self, parameter: Tensor) -> bool:
-        seen = self._seen.get(id(parameter))
-        return seen is not None and seen() is parameter
 
     def _frozen(self) -> Iterator[tuple[Tensor, str]]:
         return ((parameter, name) for each, name in self._unreduced if (parameter := each()) is not None)
