@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_easgd.tensors.shards import local
 
-__all__ = ["Memory", "once"]
+__all__ = ["Memory", "once", "place"]
 
 
 class _Span(NamedTuple):
@@ -70,6 +70,12 @@ def once(*tensors: Iterable[Tensor]) -> set[int]:
                 chosen.add(id(tensor))
                 memory.add(tensor)
     return chosen
+
+
+def place(tensor: Tensor) -> tuple[object, ...] | None:
+    """What only tensors have in common that are the same numbers in the same memory; None for one without any."""
+    found = _span(tensor)
+    return None if found is None else (found[0], *found[1])
 
 
 def _span(tensor: Tensor) -> tuple[int, _Span] | None:

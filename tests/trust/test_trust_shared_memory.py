@@ -154,6 +154,35 @@ def test_a_gradient_of_each_moves_them_like_one_parameter(arguments):
     torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))
 
 
+class Comes(Pair):
+    """The other one of b's memory is unfrozen in mid-training, or the optimizer loses it."""
+
+    def __init__(self, kind):
+        super().__init__("two")
+        self.kind = kind
+        self.a.requires_grad_(kind != "comes")
+
+    def training_step(self, batch, index):
+        if index == 5 and self.kind == "comes":
+            self.a.requires_grad_(True)
+        if index == 5 and self.kind == "goes":
+            self.trainer.optimizers[0].param_groups[0]["params"] = [self.b]
+        return ((self.b - (1 + 3 * self.global_rank)).square() + (self.b + 2).square()).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.b] if self.kind == "alone" else self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"wire_dtype": "int8"}, {"outer_momentum": 0.5}])
+@pytest.mark.parametrize("kind", ["comes", "goes"])
+def test_the_center_of_a_memory_goes_on_when_another_parameter_of_it_takes_part(kind, arguments):
+    def train(each):
+        module = fitted(Comes(each), EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
+        return [*module.trace, module.a.tolist()]
+
+    assert run_ranks(train, 2, kind) == run_ranks(train, 2, "alone")
+
+
 def test_one_of_those_that_are_one_memory_is_chosen():
     whole = torch.randn(4, 6)
     same, row, column = whole[:], whole[1], whole[:, 1]
