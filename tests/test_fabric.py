@@ -324,6 +324,40 @@ def test_modules_of_a_training_that_has_ended_are_trained_on_with_other_optimize
 
 
 @pytest.mark.parametrize("per_worker", [1, 2])
+def test_modules_take_turns_in_trainings_of_their_own(per_worker):
+    """Kind: what one training leaves out is trained by a later one."""
+
+    def run():
+        strategy = EASGDStrategy(tau=9, devices_per_worker=per_worker, timeout=TIMEOUT)
+        fabric = launched(strategy, 2 * per_worker)
+        modules = [network(0), network(1)]
+        modules[1][0].bias.requires_grad_(False)  # trained nonetheless it is an error, but in its own training alone
+        models = [fabric.setup_module(module) for module in modules]
+        torch.manual_seed(fabric.global_rank)
+        outcomes = []
+        for turn in (0, 1, 0):
+            if outcomes:
+                bias = modules[1][0].bias.requires_grad_(turn == 0)
+                bias.grad = torch.ones_like(bias) if turn == 0 else None
+            optimizer = fabric.setup_optimizers(torch.optim.SGD(modules[turn].parameters(), lr=0.1))
+            train(fabric, models[turn], optimizer, 3)
+            own = copies(modules[turn])
+            with strategy.center_weights(models[turn]):
+                center = copies(modules[turn])
+            names = [name for name in strategy.center if name.startswith("optimizers.")]
+            strategy.finalize()
+            assert same(copies(modules[turn]), center)
+            outcomes.append((own[4].numpy(), center[4].numpy(), names))
+        return outcomes
+
+    for turns in zip(*run_ranks(run, 2 * per_worker), strict=True):
+        owns, centers, names = zip(*turns, strict=True)
+        assert not any(names)
+        for center in centers:  # BatchNorm's mean
+            assert center == pytest.approx(np.mean(owns, axis=0), abs=1e-6)
+
+
+@pytest.mark.parametrize("per_worker", [1, 2])
 def test_a_module_whose_training_has_ended_is_kept_by_nobody(per_worker):
     """Kind: what may be trained on with other optimizers keeps the memory of what is not."""
 

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -13,7 +12,7 @@ from typing_extensions import override
 from lightning_easgd.method.elastic import nesterov_position_
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_real
 from lightning_easgd.tensors.group_numbers import GroupNumbers
-from lightning_easgd.tensors.shards import local
+from lightning_easgd.tensors.memory import place
 
 __all__ = ["LookAheadPosition", "ParameterPosition", "Position", "make_nesterov"]
 
@@ -136,23 +135,23 @@ class LookAheadPosition(Position):
                 buffers.append(as_real(buffer).to(view.device))
         for lr_times_momentum, (positions, buffers) in pairs.items():
             nesterov_position_(positions, buffers, lr_times_momentum)
-        for place, twin in self._twins(parameters):  # one by one: two may be of one parameter
+        for number, twin in self._twins(parameters):  # one by one: two may be of one parameter
             buffer = as_real(self._optimizer.state[twin]["momentum_buffer"])
-            view = into.views[place]
+            view = into.views[number]
             nesterov_position_([view], [buffer.to(view.device)], *self.state_dict([twin]))
 
     def _twins(self, parameters: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """The others that are one memory with a parameter and have moved it, too, with the place of that one."""
+        """The others that are one memory with a parameter and have moved it, too, with the number of that one."""
         known = {id(parameter) for parameter in parameters}
         moved = (p for p in self._all_parameters() if id(p) not in known)
         others = [p for p in moved if self._optimizer.state.get(p, {}).get("momentum_buffer") is not None]
         if not others:
             return
-        places = {_memory(parameter): place for place, parameter in enumerate(parameters)}
+        numbers = {place(parameter): number for number, parameter in enumerate(parameters)} | {None: None}
         for other in others:
-            place = places.get(_memory(other))
-            if place is not None:
-                yield place, other
+            number = numbers.get(place(other))
+            if number is not None:
+                yield number, other
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Take notice of a step that was made: it wrote the buffers of the parameters that had a gradient."""
@@ -181,11 +180,6 @@ class LookAheadPosition(Position):
 
     def _factor(self, group: Mapping[str, Any]) -> float:
         return self._numbers.of(group["lr"]) * self._numbers.of(group["momentum"])
-
-
-def _memory(parameter: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
-    part = local(parameter)
-    return part.data_ptr(), part.shape, part.stride()
 
 
 def make_nesterov(optimizer: Optimizer, momentum: float, strategy: str = "EASGDStrategy") -> None:

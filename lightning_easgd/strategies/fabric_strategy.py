@@ -68,7 +68,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
         self._modules: list[nn.Module] = []
-        self._ended = Modules()  # of the training before, until the next one begins
+        self._ended = Modules()  # of trainings before, which this one does not train
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
@@ -115,7 +115,7 @@ class FabricStrategy(WorkerProcess, _Base):
         session.meet(Meeting.TRAINING_END)
         session.show_center()
         self._final_center = session.final_center()
-        self._ended = Modules(self._modules)
+        self._ended = Modules([*self._ended, *self._modules])
         self._modules.clear()
         self._optimizers.clear()
         if self._steps is not None:
@@ -279,8 +279,8 @@ class FabricStrategy(WorkerProcess, _Base):
         return self._started()
 
     def _take_up_ended(self) -> None:
-        """Train the modules of the training before that optimizers have now and that were not set up anew."""
-        if not self._optimizers:
+        """Train the modules of trainings before that optimizers have now and that were not set up anew."""
+        if not self._optimizers or self._session is not None:
             return
         trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         for module in self._ended:
@@ -293,8 +293,7 @@ class FabricStrategy(WorkerProcess, _Base):
         if self._session is None:
             self._take_up_ended()
             if self._inside is not None:
-                self._inside.forget(self._ended)
-            self._ended = Modules()
+                self._inside.leave_out(self._ended)
             self._assemble()
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None

@@ -48,6 +48,7 @@ class WorkerGroup:
         self._borrowers: list[Any] = []
         # Nothing is kept for this: what Fabric has wrapped may be trained again, or be gone.
         self._unreduced: list[tuple[ref[Tensor], str]] = []  # parameters that were frozen when DDP wrapped them
+        self._left_out: list[tuple[ref[Tensor], str]] = []  # the same, of modules that are not trained now
         self._wrapped = Modules()
         self._seen: dict[int, ref[Tensor]] = {}  # all parameters that DDP wrapped, by their identity
 
@@ -155,18 +156,29 @@ class WorkerGroup:
         return ((parameter, name) for each, name in self._unreduced if (parameter := each()) is not None)
 
     def forget(self, modules: Iterable[nn.Module]) -> None:
-        """Take notice that some modules are not trained any more, or are about to be wrapped again."""
+        """Take notice that some modules are about to be wrapped again."""
         gone = set(modules)
         if gone.isdisjoint(self._wrapped):
             return
         self._wrapped = Modules(module for module in self._wrapped if module not in gone)
         left = {parameter for module in self._wrapped for parameter in module.parameters()}
         self._unreduced = [(each, name) for each, name in self._unreduced if each() in left]
+        self._left_out = [(each, name) for each, name in self._left_out if each() in left]
         self._seen = {number: each for number, each in self._seen.items() if each() in left}
+
+    def leave_out(self, modules: Iterable[nn.Module]) -> None:
+        """Take notice of which modules a training is not of; those of another one may be of it again."""
+        others = set(modules)
+        trained = {parameter for module in self._wrapped if module not in others for parameter in module.parameters()}
+        without = {parameter for module in others for parameter in module.parameters()} - trained
+        known = self._unreduced + self._left_out
+        self._unreduced = [(each, name) for each, name in known if each() not in without]
+        self._left_out = [(each, name) for each, name in known if each() in without]
 
     def unwrap(self) -> None:
         """Take notice that no module is wrapped any more."""
         self._unreduced.clear()
+        self._left_out.clear()
         self._wrapped = Modules()
         self._seen.clear()
 

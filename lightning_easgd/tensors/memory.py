@@ -1,6 +1,6 @@
 """Which tensors lie in the memory of others: ``a.weight.data = b.weight.data`` makes two parameters of one memory."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, final
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_easgd.tensors.shards import local
 
-__all__ = ["Memory", "once"]
+__all__ = ["Memory", "once", "place"]
 
 
 class _Span(NamedTuple):
@@ -16,7 +16,7 @@ class _Span(NamedTuple):
 
     start: int
     stop: int
-    lies: tuple[object, ...]
+    lies: tuple[torch.dtype, torch.Size, tuple[int, ...]]
     is_dense: bool
 
     def holds(self, other: "_Span") -> bool:
@@ -24,7 +24,13 @@ class _Span(NamedTuple):
         return inside and (self.is_dense or self == other)
 
     def touches(self, other: "_Span") -> bool:
-        return self.start < other.stop and other.start < self.stop
+        if not (self.start < other.stop and other.start < self.stop):
+            return False
+        (dtype, shape, strides), (other_dtype, other_shape, other_strides) = self.lies, other.lies
+        distance, rest = divmod(other.start - self.start, dtype.itemsize)
+        if (dtype, strides) != (other_dtype, other_strides) or 0 in strides or rest:
+            return True  # as far as is looked
+        return _meet(distance, sorted(zip(strides, shape, other_shape, strict=True), reverse=True))
 
 
 @final
@@ -52,7 +58,7 @@ class Memory:
         return found is not None and any(each.holds(found[1]) for each in self._spans.get(found[0], ()))
 
     def touches(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies where one of them does, or between the elements of one."""
+        """Whether a tensor lies where one of them does, or, with other strides, between the elements of one."""
         found = _span(tensor)
         return found is not None and any(each.touches(found[1]) for each in self._spans.get(found[0], ()))
 
@@ -70,6 +76,29 @@ def once(*tensors: Iterable[Tensor]) -> set[int]:
                 chosen.add(id(tensor))
                 memory.add(tensor)
     return chosen
+
+
+def place(tensor: Tensor) -> tuple[object, ...] | None:
+    """What only tensors have in common that are the same numbers in the same memory; None for one without any."""
+    found = _span(tensor)
+    return None if found is None else (found[0], *found[1])
+
+
+def _meet(distance: int, dimensions: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether two tensors have an element in common.
+
+    Args:
+        distance: From the first one's first element to the second one's.
+        dimensions: Of each its stride, and the sizes of the two; the largest stride first.
+    """
+    if not dimensions:
+        return distance == 0
+    (stride, size, other_size), *inner = dimensions
+    before = sum(each * (n - 1) for each, _, n in inner)
+    after = sum(each * (n - 1) for each, n, _ in inner)
+    first, last = -((after - distance) // stride), (distance + before) // stride
+    steps = range(max(1 - other_size, first), min(size - 1, last) + 1)
+    return any(_meet(distance - step * stride, inner) for step in steps)
 
 
 def _span(tensor: Tensor) -> tuple[int, _Span] | None:

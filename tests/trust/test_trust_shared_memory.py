@@ -118,6 +118,33 @@ def test_they_go_on_bit_for_bit(name, kind, tmp_path):
         assert equal(final, final_of_all)
 
 
+def test_what_is_written_to_beside_the_trained_columns_of_a_matrix_has_a_common_value():
+    class Columns(TwoLayers):
+        def __init__(self):
+            super().__init__(steps=6)
+            weight, self.seen = self.net.first.weight, []
+            whole = torch.cat([weight.data, torch.ones_like(weight)], 1)
+            weight.data = whole[:, : weight.shape[1]]
+            self.teacher = nn.Parameter(whole[:, weight.shape[1] :], requires_grad=False)
+
+        def on_train_batch_end(self, *_):
+            with torch.no_grad():
+                self.teacher += 1 + self.global_rank
+
+        def validation_step(self, batch, index):
+            super().validation_step(batch, index)
+            self.seen.append(self.teacher.mean().item())
+
+    def train():
+        strategy = EASGDStrategy(tau=2, timeout=TIMEOUT)
+        trainer = quiet_trainer(strategy=strategy, devices=2, max_epochs=1, val_check_interval=3)
+        module = Columns()
+        trainer.fit(module)
+        return set(module.seen)
+
+    assert run_ranks(train, 2) == [{1 + 3 * 1.5, 1 + 6 * 1.5}] * 2
+
+
 class Pair(L.LightningModule):
     """½(a - c)² + ½(b + 2)² from 1, where b is a, or another parameter of its memory."""
 
@@ -154,6 +181,35 @@ def test_a_gradient_of_each_moves_them_like_one_parameter(arguments):
     torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))
 
 
+class Comes(Pair):
+    """The other one of b's memory is unfrozen in mid-training, or the optimizer loses it."""
+
+    def __init__(self, kind):
+        super().__init__("two")
+        self.kind = kind
+        self.a.requires_grad_(kind != "comes")
+
+    def training_step(self, batch, index):
+        if index == 5 and self.kind == "comes":
+            self.a.requires_grad_(True)
+        if index == 5 and self.kind == "goes":
+            self.trainer.optimizers[0].param_groups[0]["params"] = [self.b]
+        return ((self.b - (1 + 3 * self.global_rank)).square() + (self.b + 2).square()).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.b] if self.kind == "alone" else self.parameters(), lr=0.05)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"wire_dtype": "int8"}, {"outer_momentum": 0.5}])
+@pytest.mark.parametrize("kind", ["comes", "goes"])
+def test_the_center_of_a_memory_goes_on_when_another_parameter_of_it_takes_part(kind, arguments):
+    def train(each):
+        module = fitted(Comes(each), EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
+        return [*module.trace, module.a.tolist()]
+
+    assert run_ranks(train, 2, kind) == run_ranks(train, 2, "alone")
+
+
 def test_one_of_those_that_are_one_memory_is_chosen():
     whole = torch.randn(4, 6)
     same, row, column = whole[:], whole[1], whole[:, 1]
@@ -168,6 +224,13 @@ def test_columns_of_one_matrix_are_apart_and_overlap_in_their_bytes():
     whole = torch.randn(4, 6)
     left, right, odd = whole[:, :3], whole[:, 3:], whole[:, 1::2]
     assert once([left, right, odd]) == {id(left), id(right), id(odd)}
+    assert not Memory([left]).touches(right)
+    assert not Memory([right]).touches(left)
+    assert not Memory([whole[:, ::2]]).touches(whole[:, 1::2])
+    assert not Memory([whole[:2, :3]]).touches(whole[1:, 3:])
+    assert Memory([whole[:2, :4]]).touches(whole[1:, 3:])
+    assert Memory([left.T]).touches(left[2])
+    assert Memory([left]).touches(whole[:, 2])
     assert not Memory([left]).holds(odd)
     assert Memory([left]).touches(odd)
     assert Memory([left]).holds(whole[:, :3])

@@ -26,6 +26,7 @@ from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, center_dtype
+from lightning_easgd.tensors.memory import place
 from lightning_easgd.tensors.shards import copies
 from lightning_easgd.transport.staging import brought_near
 
@@ -450,16 +451,16 @@ class SynchronousAverager(Averager):
     def _lay_out(self, known: Sequence[Tensor]) -> list[int | None]:
         """Make the center anew: it stays for known parameters, and begins for the others where rank 0 has them.
 
+        A parameter is known, too, that takes the part of another one of its memory.
+
         Returns:
             For each parameter its place among the known ones; None for another.
         """
         parameters = self.parameters
         self._digest = self._averaged.digest
-        places = {id(parameter): number for number, parameter in enumerate(known)}
-        origins = [places.get(id(parameter)) for parameter in parameters]
+        origins = _origins(parameters, known)
         values = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
-        pairs = list(zip(parameters, origins, strict=True))
-        values.load_([self._averaged.entered_with(p) if origin is None else p for p, origin in pairs])
+        values.load_([self._averaged.entered_with(parameter) for parameter in parameters])
         self._take_from_first_worker([v for v, origin in zip(values.views, origins, strict=True) if origin is None])
         center = ReplicatedCenter(values, self._rule)
         if known:
@@ -480,3 +481,12 @@ class SynchronousAverager(Averager):
             )
         for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
             value.copy_(part.view(value.shape))
+
+
+def _origins(parameters: Sequence[Tensor], known: Sequence[Tensor]) -> list[int | None]:
+    """For each parameter its place among known ones, or that of one of its memory which is no parameter any more."""
+    places = {id(parameter): number for number, parameter in enumerate(known)}
+    stay = {id(parameter) for parameter in parameters}
+    left = {place(parameter): number for number, parameter in enumerate(known) if id(parameter) not in stay}
+    left.pop(None, None)
+    return [places.get(id(parameter), left.get(place(parameter)) if left else None) for parameter in parameters]
