@@ -39,7 +39,7 @@ help:
 	@echo 'make train   train four workers by elastic averaging on real images; ARGS="key=value ..." overrides'
 	@echo 'make docs    the documentation site, in site/'
 	@echo 'make test    lint, types, all tests; on JOBS processes, $(JOBS) unless you say otherwise'
-	@echo 'make test-fast  the tests that start no processes; two minutes'
+	@echo 'make test-fast  the tests that start no processes; two to three minutes'
 	@echo 'make test-oldest  all tests with the oldest supported Lightning and torch, in a venv of its own'
 	@echo 'make test-clients  real libraries with strategy="ddp" and "easgd", in a venv of their own'
 	@echo 'make test-gpu  tests and benchmarks on a GPU, without network, with the python3 that is there'

@@ -158,7 +158,8 @@ def test_there_is_no_circle():
         (lambda: sys.executable, "lightning_easgd", ("torch", "lightning.", "matplotlib")),
         (
             python_of_torch,
-            "lightning_easgd.strategies, lightning_easgd.callbacks, lightning_easgd.fabric, lightning_easgd.sampling",
+            "lightning_easgd.callbacks, lightning_easgd.fabric, lightning_easgd.sampling, lightning_easgd as package;"
+            " package.EASGDStrategy",
             ("hydra", "omegaconf", "lightning_easgd.lab"),
         ),
     ],

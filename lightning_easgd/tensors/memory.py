@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_easgd.tensors.shards import local
 
-__all__ = ["Memory", "once", "place"]
+__all__ = ["Memory", "once", "origins_of", "place"]
 
 
 class _Span(NamedTuple):
@@ -82,6 +82,20 @@ def place(tensor: Tensor) -> tuple[object, ...] | None:
     """What only tensors have in common that are the same numbers in the same memory; None for one without any."""
     found = _span(tensor)
     return None if found is None else (found[0], *found[1])
+
+
+def origins_of(tensors: Sequence[Tensor], known: Sequence[Tensor]) -> list[int | None]:
+    """For each tensor its number among known ones, or that of a known one of its memory which is none of them any more.
+
+    Args:
+        tensors: The tensors.
+        known: Those of before.
+    """
+    numbers = {id(tensor): number for number, tensor in enumerate(known)}
+    stay = {id(tensor) for tensor in tensors}
+    left = {place(tensor): number for number, tensor in enumerate(known) if id(tensor) not in stay}
+    left.pop(None, None)
+    return [numbers.get(id(tensor), left.get(place(tensor)) if left else None) for tensor in tensors]
 
 
 def _meet(distance: int, dimensions: Sequence[tuple[int, int, int]]) -> bool:

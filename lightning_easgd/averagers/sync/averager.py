@@ -26,7 +26,7 @@ from lightning_easgd.method.position import ParameterPosition, Position
 from lightning_easgd.method.rates import MovingRates
 from lightning_easgd.method.rules import CenterRule, PlainRule
 from lightning_easgd.tensors.flat_tensors import FlatTensors, all_finite, as_parameter, center_dtype
-from lightning_easgd.tensors.memory import place
+from lightning_easgd.tensors.memory import origins_of
 from lightning_easgd.tensors.shards import copies
 from lightning_easgd.transport.staging import brought_near
 
@@ -458,7 +458,7 @@ class SynchronousAverager(Averager):
         """
         parameters = self.parameters
         self._digest = self._averaged.digest
-        origins = _origins(parameters, known)
+        origins = origins_of(parameters, known)
         values = FlatTensors(self._averaged.real, center_dtype(parameters), self._center_device)
         values.load_([self._averaged.entered_with(parameter) for parameter in parameters])
         self._take_from_first_worker([v for v, origin in zip(values.views, origins, strict=True) if origin is None])
@@ -481,12 +481,3 @@ class SynchronousAverager(Averager):
             )
         for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
             value.copy_(part.view(value.shape))
-
-
-def _origins(parameters: Sequence[Tensor], known: Sequence[Tensor]) -> list[int | None]:
-    """For each parameter its place among known ones, or that of one of its memory which is no parameter any more."""
-    places = {id(parameter): number for number, parameter in enumerate(known)}
-    stay = {id(parameter) for parameter in parameters}
-    left = {place(parameter): number for number, parameter in enumerate(known) if id(parameter) not in stay}
-    left.pop(None, None)
-    return [places.get(id(parameter), left.get(place(parameter)) if left else None) for parameter in parameters]
