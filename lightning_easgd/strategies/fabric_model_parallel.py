@@ -97,7 +97,7 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
             """Parallelize a module, and give the ranks of each coordinate what the one in worker 0 has."""
             parallelized: nn.Module = base.setup_module(self, module)
             self._share_parts(parallelized)
-            self._modules.append(parallelized)
+            self._modules.add(parallelized)
             return parallelized
 
         def _write_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:

@@ -11,16 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Meeting, Statistics
+from lightning_easgd.strategies.fabric_modules import FabricModules
 from lightning_easgd.strategies.failures import first_line
-from lightning_easgd.strategies.outside_values import ignored_names
 from lightning_easgd.strategies.session import CenterSession
 from lightning_easgd.strategies.sharded_workers import load_parts, parts_of
 from lightning_easgd.strategies.steps import Steps
-from lightning_easgd.strategies.worker_group import Modules
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import EditedState, StateSums, fingerprints, random_state, set_random_state
 from lightning_easgd.strategies.worker_state.keeper import KEY, Kept, StateKeeper, edited_tensors
-from lightning_easgd.tensors.shards import reshard
 from lightning_easgd.transport.errors import WorkerLostError
 
 if TYPE_CHECKING:
@@ -67,8 +65,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self._hook, *self._of_hook = (self._ddp_kwargs.pop(f"ddp_comm_{name}", None) for name in _OF_HOOK)
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
-        self._modules: list[nn.Module] = []
-        self._ended = Modules()  # of trainings before, which this one does not train
+        self._modules = FabricModules()
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
@@ -115,8 +112,7 @@ class FabricStrategy(WorkerProcess, _Base):
         session.meet(Meeting.TRAINING_END)
         session.show_center()
         self._final_center = session.final_center()
-        self._ended = Modules([*self._ended, *self._modules])
-        self._modules.clear()
+        self._modules.end()
         self._optimizers.clear()
         if self._steps is not None:
             self._steps.close()
@@ -145,7 +141,7 @@ class FabricStrategy(WorkerProcess, _Base):
         """Give all ranks rank 0's weights; wrap the module where workers have several ranks."""
         self._share_start(module)
         if self.has_center:
-            self._modules.append(module)
+            self._modules.add(module)
         if self.layout.per_worker == 1:
             self._backward_sync_control: Any = _NoBackwardSync()
             return module
@@ -278,29 +274,18 @@ class FabricStrategy(WorkerProcess, _Base):
             return None  # of something else, before training starts
         return self._started()
 
-    def _take_up_ended(self) -> None:
-        """Train the modules of trainings before that optimizers have now and that were not set up anew."""
-        if not self._optimizers or self._session is not None:
-            return
-        trained = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
-        for module in self._ended:
-            unknown = trained - {id(parameter) for each in self._modules for parameter in reshard(each).parameters()}
-            if any(id(parameter) in unknown for parameter in reshard(module).parameters()):
-                self._modules.append(module)
-        self._ended = Modules(module for module in self._ended if module not in self._modules)
-
     def _started(self) -> CenterSession:
         if self._session is None:
-            self._take_up_ended()
+            self._modules.take_up(self._optimizers)
             if self._inside is not None:
-                self._inside.leave_out(self._ended)
+                self._inside.leave_out(self._modules.ended)
             self._assemble()
             averaging = self.make_averaging(self._optimizers)
             assert averaging is not None
             assert self._steps is not None
             kept, self._resumed = self._resumed, Kept()
             session = CenterSession(
-                self, averaging, self._all_modules, lambda: self._optimizers, lambda: self._ignored_names
+                self, averaging, self._modules.whole, lambda: self._optimizers, lambda: self._modules.ignored_names
             )
             session.start(self._steps, trained=kept.trained)
             self._statistics = averaging.statistics
@@ -357,21 +342,8 @@ class FabricStrategy(WorkerProcess, _Base):
         if session is not None:
             session.close()
 
-    @property
-    def _ignored_names(self) -> frozenset[str]:
-        if len(self._modules) == 1:
-            return ignored_names(self._modules[0])
-        return frozenset(
-            f"{number}.{name}" for number, each in enumerate(self._modules) for name in ignored_names(each)
-        )
-
     def _has(self, module: nn.Module) -> bool:
-        self._take_up_ended()
-        module = getattr(module, "_orig_mod", module)  # torch.compile's, of which Fabric sets up what is inside
-        return module in self._modules or getattr(module, "module", None) in self._modules
-
-    def _all_modules(self) -> nn.Module:
-        return self._modules[0] if len(self._modules) == 1 else nn.ModuleList(self._modules)
+        return self._modules.has(module, self._optimizers if self._session is None else ())
 
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:
