@@ -160,6 +160,9 @@ class Job:
             before = [[e for e in each if e["clock"] == clock] for each, clock in zip(lines, begun, strict=True)]
             if any(len(found) != 1 or found[0]["version"] != version - 1 for found in before):
                 continue  # a worker that was started again has two steps of one clock
+            start = [each[each.index(found[0]) - 1] for each, found in zip(lines, before, strict=True)]
+            if any(line["missed"] != late["missed"] for line, late in zip(start, after, strict=True)):
+                continue  # it has begun some steps late
             old = before[0][0]["center_weight"]
             moved = old + beta / 2 * sum(found[0]["weight"] - old for found in before)
             assert abs(after[0]["center_weight"] - moved) <= tolerance
