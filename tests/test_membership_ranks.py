@@ -18,7 +18,8 @@ from torch.distributed import ReduceOp
 from lightning_easgd.averagers import ExchangeError
 from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.lighthouse import Heard, Lighthouse
-from lightning_easgd.transport.membership import Membership, _make_transport
+from lightning_easgd.transport.manager import _make_transport
+from lightning_easgd.transport.membership import Membership
 
 WORKERS, RANKS = 2, 2
 

@@ -1,16 +1,11 @@
 """The workers that are alive, as torchft's lighthouse counts them, and the exchanges that those of one count make."""
 
-import importlib
-import logging
 import math
-import os
 import pickle
-import socket
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, final
@@ -28,14 +23,14 @@ from torch._C._distributed_c10d import (
 from lightning_easgd.transport.channel import Channel, ExchangeError, LoneChannel
 from lightning_easgd.transport.daemon import Daemon
 from lightning_easgd.transport.device_queue import make_queue
-from lightning_easgd.transport.lighthouse import CONNECTING, DIRECT, Heard, Lighthouse
+from lightning_easgd.transport.lighthouse import Heard, Lighthouse
+from lightning_easgd.transport.manager import import_quietly, make_manager
 from lightning_easgd.transport.member_groups import GroupKind, make_group
 from lightning_easgd.transport.waiting import wait_until
 
 __all__ = ["Membership"]
 
 _FOR_EVER = timedelta(days=365)
-_RETRIES = 10**9  # ten a second while the lighthouse is away
 _COMMIT = 4
 _MOST_UNHEARD = 5  # exchanges one after the other; with each, somebody's steps are taken to be twice as long
 _NOBODY = -1  # in place of a replica_id
@@ -151,7 +146,7 @@ class Membership:
         self._comes = False  # with the request that has been made
         self.all_begin = False
         self.awaited: int | None = None
-        _import_quietly()
+        import_quietly()
 
     def is_first(self) -> bool:
         """Whether this worker is the one of the smallest number that lives.
@@ -201,32 +196,17 @@ class Membership:
         return int(self._store.port)
 
     def _make_manager(self, port: int) -> None:
-        from torchft import Manager  # noqa: PLC0415 - an extra
-
         self._group = make_group(self._kind, self._timeout)
-        self._manager = Manager(
-            pg=self._group,
-            load_state_dict=None,
-            state_dict=None,
+        self._manager = make_manager(
+            self._group,
+            self._lighthouse.address,
+            self._lighthouse.own.name,
             min_replica_size=self._min_replica_size,
-            use_async_quorum=False,  # it is asynchronous here; so one who returns takes part at once
             timeout=self._timeout,
-            connect_timeout=CONNECTING,
             rank=self._inside.rank,
-            world_size=self._inside.size,
-            store_addr=self._host,
-            store_port=port,
-            lighthouse_addr=self._lighthouse.address,
-            replica_id=self._lighthouse.own.name,
-            checkpoint_transport=_make_transport(self._timeout),
-            init_sync=False,
-            quorum_retries=_RETRIES,
+            ranks=self._inside.size,
+            store=(self._host, port),
         )
-        # A request that nobody answers would hold up the end of this process.
-        self._manager._executor.shutdown()
-        self._manager._executor = Daemon("torchft_quorum")
-        if self.is_of_one_rank:
-            self._manager._client = _LoneClient(self._manager._client)
         for state in self._states.values():
             self._manager.register_state_dict_fn(state.key, state.keep, partial(self._give, state))
 
@@ -620,19 +600,6 @@ class Membership:
                 self._abort()
 
 
-class _LoneClient:
-    """A client of torchft's of a worker of one rank, which need not ask its server whether all of them commit."""
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    def should_commit(self, _rank: int, _step: int, should_commit: bool, *, timeout: timedelta) -> bool:  # noqa: ARG002
-        return should_commit
-
-
 def _packed(value: Any) -> Tensor:
     """A value as bytes, shape (bytes,), uint8."""
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -641,54 +608,3 @@ def _packed(value: Any) -> Tensor:
 def _unpacked(message: Tensor) -> Any:
     """What :func:`_packed` has been given."""
     return pickle.loads(message.numpy().data)
-
-
-def _make_transport(timeout: timedelta) -> Any:
-    """What a worker that comes gets the others' state by.
-
-    torchft's own would ask the proxy of the environment, and end a giver whose receiver is slow.
-    """
-    from torchft.checkpointing import http_transport  # noqa: PLC0415 - an extra
-
-    class Direct(http_transport.HTTPTransport[Any]):  # type: ignore[misc]
-        def __init__(self, **arguments: Any) -> None:
-            self._receivers: set[socket.socket] = set()
-            super().__init__(**arguments)
-            serve = self._server.finish_request
-
-            def finish_request(receiver: socket.socket, address: object) -> None:
-                self._receivers.add(receiver)
-                try:
-                    with suppress(OSError):  # it is lost, or has been cut off
-                        serve(receiver, address)
-                finally:
-                    self._receivers.discard(receiver)
-
-            self._server.finish_request = finish_request
-
-        def disallow_checkpoint(self) -> None:
-            # The exchange is over: who is still receiving has taken no part in it, and must not hold up the giver.
-            for receiver in tuple(self._receivers):
-                with suppress(OSError):
-                    receiver.shutdown(socket.SHUT_RDWR)
-            super().disallow_checkpoint()
-
-        @classmethod
-        def _load_from_address(cls, address: str, timeout: timedelta) -> object:
-            with DIRECT.open(address, timeout=timeout.total_seconds()) as answer:
-                try:
-                    return http_transport._streaming_load(answer, weights_only=False)
-                except Exception as error:  # of what a part of a state may look like
-                    raise ConnectionError(f"their state has not come whole: {error}") from error
-
-    return Direct(timeout=timeout, num_chunks=0)
-
-
-def _import_quietly() -> None:
-    """Import torchft; what it says of each exchange, and of each that fails with a traceback, is said here."""
-    os.environ.setdefault("RUST_LOG", "error")  # it is read at the import
-    importlib.import_module("torchft")
-    for name in ("torchft.manager", "torchft.checkpointing.http_transport"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Where warnings are errors a state would never come.
-    warnings.filterwarnings("ignore", "The given buffer is not writable", module=r"torch\.distributed\._serialization")
