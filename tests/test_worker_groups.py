@@ -355,6 +355,40 @@ def test_a_stop_request_on_any_rank_stops_all_at_the_same_step(rank):
     assert run_ranks(train, 4, timeout=110) == [("SIGTERMException", 17)] * 4
 
 
+class Wish(Callback):
+    """One rank ends its training, as far as it knows, or what all decide together ends it."""
+
+    def __init__(self, rank, together=False):
+        self.rank, self.together = rank, together
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        wishes = (trainer.global_rank, index) == (self.rank, 9)
+        if self.together:
+            wishes = trainer.strategy.reduce_boolean_decision(wishes, all=False)
+        if wishes:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("validates", [False, True])
+@pytest.mark.parametrize("rank", range(4))
+def test_should_stop_of_one_rank_ends_all_at_one_step(rank, validates):
+    """Kind: the other ranks of its worker wait for its gradients."""
+
+    def train(together):
+        strategy = EASGDStrategy(tau=4, devices_per_worker=2, timeout=timedelta(seconds=10))
+        module = TwoLayers(steps=40, **SGD)
+        limits = {"val_check_interval": 15} if validates else {"limit_val_batches": 0}
+        trainer = fitted(module, strategy, 4, callbacks=[Wish(rank, together)], max_epochs=2, **limits).trainer
+        return trainer.global_step, [tensor.tolist() for tensor in module.parameters()]
+
+    ends = run_ranks(train, 4, False)
+    assert ends[0][0] in ([15] if validates else [16, 17])
+    assert ends == ends[:1] * 4
+    ends = run_ranks(train, 4, True)
+    assert ends[0][0] == 10
+    assert ends == ends[:1] * 4
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_dead_rank_ends_all(rank):
     class Die(Callback):

@@ -23,6 +23,7 @@ class FreeRanks:
         trainer: The Trainer, before it registers its signal handlers.
         device: The rank's device.
         on_sigterm: Called by the handler of SIGTERM.
+        on_batch_over: Called after all hooks of a training batch.
 
     Attributes:
         trainer: As given.
@@ -30,7 +31,13 @@ class FreeRanks:
         random_outside: Of the generators, where a validation of a fit is inside.
     """
 
-    def __init__(self, trainer: Any, device: torch.device, on_sigterm: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        device: torch.device,
+        on_sigterm: Callable[[], None],
+        on_batch_over: Callable[[], None],
+    ) -> None:
         self.trainer = trainer
         self.has_failed = False
         self.random_outside: dict[str, Any] | None = None
@@ -38,7 +45,7 @@ class FreeRanks:
         self._in_signal_handler = False
         self._undo: Callable[[], None] | None = None
         if trainer.state.fn == "fit":
-            self._undo = free_running(trainer, on_sigterm, self._handling_signal, self._in_validation)
+            self._undo = free_running(trainer, on_sigterm, on_batch_over, self._handling_signal, self._in_validation)
 
     @property
     def are_interrupted(self) -> bool:

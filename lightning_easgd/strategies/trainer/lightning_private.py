@@ -37,6 +37,7 @@ __all__ = [
 def free_running(
     trainer: Any,
     on_sigterm: Callable[[], None],
+    on_batch_over: Callable[[], None],
     handling_signal: Callable[[], contextlib.AbstractContextManager[None]],
     in_validation: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], None]:
@@ -49,6 +50,7 @@ def free_running(
     Args:
         trainer: The trainer, before it registers its signal handlers (that is: in ``Strategy.setup``).
         on_sigterm: Called in place of the handler's broadcast; it runs inside a signal handler.
+        on_batch_over: Called after all hooks of a training batch, before the loop looks whether to validate or to end.
         handling_signal: Makes the context in which the requeue handler runs.
         in_validation: Makes the context in which a validation of the fit runs; Lightning's hooks come too late for it.
 
@@ -79,9 +81,14 @@ def free_running(
 
         return method
 
+    def on_advance_end(*arguments: Any) -> None:
+        on_batch_over()
+        type(loop).on_advance_end(loop, *arguments)
+
     replaced = []
     for owner, name, replacement in (
         (loop, "_broadcast_sigterm_tensor", lambda: None),
+        (loop, "on_advance_end", on_advance_end),
         (connector, "_sigterm_notifier_fn", notify),
         (connector, "_slurm_sigusr_handler_fn", requeue),
         (validation, "run", apart("run")),
