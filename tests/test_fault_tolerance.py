@@ -716,6 +716,19 @@ class TestSum:
         assert (not self.optimizer.state) == (after == 2)
         assert self.averager.center.version == 8
 
+    def test_who_starts_again_takes_no_gradient_along(self):
+        """Kind: by hand, or of batches that are accumulated, it is there before the step begins."""
+        others = Others(size=1)
+        self.averaging(others, restart_after_missed=2)
+        self.step(4)
+        others.give([torch.tensor([10.0])], version=7, clock=90)
+        others.behind = 2
+        self.x.grad = torch.ones(1)
+        self.averager.begin()
+        self.optimizer.step()
+        self.averager.finish()
+        assert self.values == (10.0, 10.0)
+
     def test_who_has_begun_beside_the_others_does_not_pull_their_center_back(self):
         """They were frozen as it came, and had been given up."""
         others = Others(size=1)
