@@ -21,6 +21,7 @@ from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
+from lightning_easgd.averagers.sync.addition import ExactAddition
 from lightning_easgd.averagers.sync.choice import channel_joins, sliced_sums
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
@@ -741,6 +742,41 @@ class TestSum:
         ):
             self.step()
         assert self.values == (9.0, 10.0)
+
+    def test_who_starts_again_for_two_reasons_does_so_once(self):
+        """Kind: of two questions joined by "or" the second one is not asked, and notes nothing."""
+        others = Others(size=1)
+        self.averaging(others, restart_after_missed=5)
+        self.whole.enter()
+        self.step(4)
+        others.behind = 7
+        others.give([torch.tensor([10.0])], version=7, clock=90, begun_as="theirs")
+        with pytest.warns(RuntimeWarning, match="has begun anew where the others could not"):
+            self.step()
+        assert self.values == (9.0, 10.0)
+        self.step()
+        others.behind = 1
+        others.give([torch.tensor([20.0])], version=8, clock=92, begun_as="theirs")
+        self.step()
+        assert self.values == (8 + 6 - 1, 20 - 6)
+
+    @pytest.mark.filterwarnings("ignore:.*has begun anew where the others")
+    @pytest.mark.parametrize("begun_as", ["theirs", None])
+    def test_what_rounding_has_left_of_another_center_is_not_added_to_theirs(self, begun_as):
+        """Kind: a memory goes with what it is of; who was away all the while has what this center still lacks."""
+        forgotten = []
+
+        class Remembering(ExactAddition):
+            def forget(self):
+                forgotten.append(True)
+
+        others = Others(size=1)
+        self.averaging(others, make_addition=Remembering)
+        self.whole.enter()
+        self.step(4)
+        others.give([torch.tensor([10.0])], version=7, clock=90, begun_as=begun_as)
+        self.step()
+        assert bool(forgotten) == (begun_as is not None)
 
     @pytest.mark.filterwarnings("error::RuntimeWarning")
     def test_who_comes_has_not_begun_beside_the_others(self):
