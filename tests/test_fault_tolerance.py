@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Sto
 from membership_job import clean_environment
 from preloaded import python_of_torch
 from ranks import end_ranks
+from torch.utils.data import DataLoader
 from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
@@ -272,6 +273,20 @@ class TestStrategy:
             warnings.filterwarnings("error", "You're resuming from a checkpoint")
             trainer.fit(module)
         assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2  # after 6 and 12 steps
+
+    def test_who_comes_to_a_later_epoch_of_more_batches_has_those_that_are_left(self):
+        """Kind: a number is asked for before it is made: loaders of that epoch come after the hook (reload)."""
+
+        class Growing(Quadratic):
+            def train_dataloader(self):
+                return DataLoader(torch.zeros(2 + 2 * self.trainer.current_epoch), batch_size=1)
+
+        trainer = quiet_trainer(devices=1, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+        module = Growing(record=False)
+        theirs = {"epoch": 3, "batch": 6, "batches": 18, "steps": 18}
+        module.on_train_start = lambda: go_on_at(trainer, {**clocks_of(trainer), **theirs})
+        trainer.fit(module)
+        assert trainer.global_step == 20  # of 2 + 4 + 6 + 8
 
     @pytest.mark.timeout(60)
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when using")
