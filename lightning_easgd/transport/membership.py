@@ -205,6 +205,7 @@ class Membership:
         from torchft import Manager  # noqa: PLC0415 - an extra
 
         self._group = make_group(self._kind, self._timeout)
+        self._met = 0  # as the step of a new Manager
         self._manager = Manager(
             pg=self._group,
             load_state_dict=None,
