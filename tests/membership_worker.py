@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -45,6 +46,7 @@ SETTINGS = {
     "tunes": False,  # in a fit of its own, before the first one
     "start_method": "popen",
     "fits": 1,  # one after the other, of new modules
+    "is_strict": False,  # warnings of what is deprecated are errors
 }
 
 
@@ -142,6 +144,8 @@ if __name__ == "__main__":
     folder, number, *given = sys.argv[1:]
     settings = SETTINGS | {key: json.loads(value) for key, value in (each.split("=", 1) for each in given)}
     torch.manual_seed(int(number))
+    if settings["is_strict"]:
+        warnings.simplefilter("error", DeprecationWarning)
     if settings["dies_in"] is not None:
         die_in(*settings["dies_in"])
     tolerance = FaultTolerance(replica_id=int(number), **settings.get("tolerance", {}))

@@ -17,10 +17,12 @@ from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint, Sto
 from membership_job import clean_environment
 from preloaded import python_of_torch
 from ranks import end_ranks
+from torch.utils.data import DataLoader
 from toys import Quadratic, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy, FaultTolerance
 from lightning_easgd.averagers import ExchangeError, Meeting, SynchronousAveraging
+from lightning_easgd.averagers.sync.addition import ExactAddition
 from lightning_easgd.averagers.sync.choice import channel_joins, sliced_sums
 from lightning_easgd.averagers.sync.membership_sum import MembershipSum
 from lightning_easgd.averagers.sync.pull import PullToNew, PullToOld
@@ -271,6 +273,20 @@ class TestStrategy:
             warnings.filterwarnings("error", "You're resuming from a checkpoint")
             trainer.fit(module)
         assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2  # after 6 and 12 steps
+
+    def test_who_comes_to_a_later_epoch_of_more_batches_has_those_that_are_left(self):
+        """Kind: a number is asked for before it is made: loaders of that epoch come after the hook (reload)."""
+
+        class Growing(Quadratic):
+            def train_dataloader(self):
+                return DataLoader(torch.zeros(2 + 2 * self.trainer.current_epoch), batch_size=1)
+
+        trainer = quiet_trainer(devices=1, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+        module = Growing(record=False)
+        theirs = {"epoch": 3, "batch": 6, "batches": 18, "steps": 18}
+        module.on_train_start = lambda: go_on_at(trainer, {**clocks_of(trainer), **theirs})
+        trainer.fit(module)
+        assert trainer.global_step == 20  # of 2 + 4 + 6 + 8
 
     @pytest.mark.timeout(60)
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when using")
@@ -716,6 +732,19 @@ class TestSum:
         assert (not self.optimizer.state) == (after == 2)
         assert self.averager.center.version == 8
 
+    def test_who_starts_again_takes_no_gradient_along(self):
+        """Kind: by hand, or of batches that are accumulated, it is there before the step begins."""
+        others = Others(size=1)
+        self.averaging(others, restart_after_missed=2)
+        self.step(4)
+        others.give([torch.tensor([10.0])], version=7, clock=90)
+        others.behind = 2
+        self.x.grad = torch.ones(1)
+        self.averager.begin()
+        self.optimizer.step()
+        self.averager.finish()
+        assert self.values == (10.0, 10.0)
+
     def test_who_has_begun_beside_the_others_does_not_pull_their_center_back(self):
         """They were frozen as it came, and had been given up."""
         others = Others(size=1)
@@ -728,6 +757,41 @@ class TestSum:
         ):
             self.step()
         assert self.values == (9.0, 10.0)
+
+    def test_who_starts_again_for_two_reasons_does_so_once(self):
+        """Kind: of two questions joined by "or" the second one is not asked, and notes nothing."""
+        others = Others(size=1)
+        self.averaging(others, restart_after_missed=5)
+        self.whole.enter()
+        self.step(4)
+        others.behind = 7
+        others.give([torch.tensor([10.0])], version=7, clock=90, begun_as="theirs")
+        with pytest.warns(RuntimeWarning, match="has begun anew where the others could not"):
+            self.step()
+        assert self.values == (9.0, 10.0)
+        self.step()
+        others.behind = 1
+        others.give([torch.tensor([20.0])], version=8, clock=92, begun_as="theirs")
+        self.step()
+        assert self.values == (8 + 6 - 1, 20 - 6)
+
+    @pytest.mark.filterwarnings("ignore:.*has begun anew where the others")
+    @pytest.mark.parametrize("begun_as", ["theirs", None])
+    def test_what_rounding_has_left_of_another_center_is_not_added_to_theirs(self, begun_as):
+        """Kind: a memory goes with what it is of; who was away all the while has what this center still lacks."""
+        forgotten = []
+
+        class Remembering(ExactAddition):
+            def forget(self):
+                forgotten.append(True)
+
+        others = Others(size=1)
+        self.averaging(others, make_addition=Remembering)
+        self.whole.enter()
+        self.step(4)
+        others.give([torch.tensor([10.0])], version=7, clock=90, begun_as=begun_as)
+        self.step()
+        assert bool(forgotten) == (begun_as is not None)
 
     @pytest.mark.filterwarnings("error::RuntimeWarning")
     def test_who_comes_has_not_begun_beside_the_others(self):

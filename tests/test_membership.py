@@ -272,6 +272,14 @@ def test_a_proxy_is_not_between_workers(job, monkeypatch):
     assert "a worker with replica_id=1 is alive already" in job.said(1)
 
 
+def test_where_warnings_are_errors_exchanges_are_made(job):
+    """Kind: what another package warns of in its thread becomes its error, and an exchange that has come to nothing."""
+    for number in (0, 1):
+        job.start(number, is_strict=True)
+    for number in (0, 1):
+        assert job.until(number, are(0, 1))["failed"] == 0
+
+
 def test_a_tuners_fit_is_none_of_the_jobs(job):
     job.start(0, tunes=True)
     job.until(0, are(0))

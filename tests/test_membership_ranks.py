@@ -409,6 +409,29 @@ def test_of_workers_with_different_centers_all_but_the_first_begin_anew(worker, 
     assert on_threads(exchange, RANKS) == [(counts, 3 if counts or worker == 0 else 0)] * RANKS
 
 
+def test_who_begins_anew_as_the_centers_differed_has_missed_what_came_since_all_met():
+    """Kind: a number that stands for something else (0 for "as if it had never exchanged") is counted with.
+
+    With it ``restart_after_missed`` would throw away a worker that has missed one move of a thousand.
+    """
+    ranks = Hub(1).channel(0)
+    manager = Manager(1, step=1000, ranks=ranks)
+    members = member(manager, ranks, group=Alone(1, [0, 0, 0]))
+
+    def exchange(common):
+        members.request()
+        assert members.has_come(5)
+        missed = members.behind
+        members.exchange(lambda: None, lambda: common)
+        return missed, members.commit()
+
+    assert exchange(common=0) == (0, True)
+    manager.step = 1003  # two alone, as the other one has made
+    assert exchange(common=7) == (0, False)
+    manager.gives = 1004, {"own": "theirs", "common": "theirs"}
+    assert exchange(common=0) == (4, True)
+
+
 def test_of_those_that_begin_together_the_one_that_is_furthest_gives_its_state():
     """They may all have been started again, from checkpoints of different steps."""
     group = Group()

@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import final
 
+import torch
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.transport.channel import ExchangeError
 
-__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray"]
+__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray", "begin_anew"]
 
 
 class NonFiniteError(ExchangeError):
@@ -96,10 +97,7 @@ class ResetIfAstray(AstrayPolicy):
 
     @override
     def reset(self, optimizer: Optimizer, rank: int, clock: int) -> None:
-        optimizer.state.clear()  # what led there, or came of it, is in momentum and averages, too
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None  # it may have been taken already, where the worker was
+        begin_anew(optimizer)
         self._mend()
         warnings.warn(
             f"{self._strategy}(on_nonfinite='reset'): the weights of rank {rank} were not finite at the exchange after"
@@ -107,3 +105,13 @@ class ResetIfAstray(AstrayPolicy):
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+@torch.no_grad()
+def begin_anew(optimizer: Optimizer) -> None:
+    """Let an optimizer whose worker starts again at the center know nothing of where it was."""
+    optimizer.state.clear()  # what led there, or came of it, is in momentum and averages, too
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:  # it may have been taken already
+                parameter.grad.zero_()  # not None, which a gradient scaler takes for an error

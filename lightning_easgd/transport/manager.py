@@ -74,8 +74,9 @@ def import_quietly() -> None:
     importlib.import_module("torchft")
     for name in ("torchft.manager", "torchft.checkpointing.http_transport"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Where warnings are errors a state would never come.
+    # Where warnings are errors a state would never come, and no exchange would count.
     warnings.filterwarnings("ignore", "The given buffer is not writable", module=r"torch\.distributed\._serialization")
+    warnings.filterwarnings("ignore", "The 'warn' method is deprecated", module=r"torchft\.manager")
 
 
 class _LoneClient:

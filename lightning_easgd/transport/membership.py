@@ -141,6 +141,7 @@ class Membership:
         self._has_state = True  # which it was behind by
         self._is_settled = False  # whether all ranks have heard what has become of the request
         self._before: dict[str, int] = {}  # of the Manager, when the request was made
+        self._met = 0  # the Manager's step after the last exchange with others; who is set back to 0 has made those
         self.living: tuple[int, ...] = (replica_id,)
         self.missed = self.failed = 0
         self._comes = False  # with the request that has been made
@@ -197,6 +198,7 @@ class Membership:
 
     def _make_manager(self, port: int) -> None:
         self._group = make_group(self._kind, self._timeout)
+        self._met = 0  # as the step of a new Manager
         self._manager = make_manager(
             self._group,
             self._lighthouse.address,
@@ -382,7 +384,7 @@ class Membership:
     @property
     def behind(self) -> int:
         """How many moves of the center this worker had missed when its last request was answered."""
-        return int(self._manager.current_step()) - self._before["step"]
+        return int(self._manager.current_step()) - max(self._before["step"], self._met)
 
     @property
     def size(self) -> int:
@@ -558,6 +560,8 @@ class Membership:
         # Agreed on, where one rank may have heard of the others and another one not: who saves is the same on all.
         if self._counts or self._all(bool(self._present)):
             self._note_present()
+        if self._counts and self.size > 1:
+            self._met = int(self._manager.current_step())
         if not self._counts:
             self.failed += self.awaited is None
             differs = not self._all(not self._differs)  # of several ranks perhaps the slice of one alone

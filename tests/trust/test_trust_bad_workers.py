@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from ranks import end_ranks, run_ranks
 from test_faults import NO_SAVE_ON_EXCEPTION
 from torch import nn
@@ -327,6 +328,27 @@ def test_a_gradient_of_before_the_reset_is_not_applied_after_it(name, kind, opti
     if (kind, name) != (ByHand, "downpour"):  # its exchange follows the step at once
         assert not all(bad), "the batch did no harm: the test shows nothing"
     assert all(bad[8:])
+
+
+def test_a_gradient_of_before_the_reset_may_be_a_gradient_scalers():
+    """Kind: what is dropped is still asked for: a scaler takes an optimizer without gradients for an error."""
+
+    class Poisoned(ByHand):
+        def training_step(self, batch, index):
+            if (self.trainer.global_rank, index) == (1, 3):  # a batch alone would be no step
+                self.net[0].weight.data.fill_(float("nan"))
+            super().training_step(batch, index)
+
+    def train():
+        module = Poisoned(bad=100)
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+        strategy = strategy_of("shared", on_nonfinite="reset")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quiet_trainer(strategy=strategy, devices=2, use_distributed_sampler=False, plugins=[plugin]).fit(module)
+        return is_finite(module.state_dict())
+
+    assert run_ranks(train, 2, timeout=60) == [True, True]
 
 
 def test_a_teacher_that_has_taken_it_in_is_put_right():

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_easgd.averagers.astray import NonFiniteError
+from lightning_easgd.averagers.astray import NonFiniteError, begin_anew
 from lightning_easgd.averagers.averaged_parameters import AveragedParameters, Names, check_in_common
 from lightning_easgd.averagers.averager import Averager
 from lightning_easgd.averagers.common_values import differing
@@ -436,7 +436,7 @@ class SynchronousAverager(Averager):
             self.has_exchanged = True
             if restored.restarts:
                 self.start_at_center()
-                self._optimizer.state.clear()  # momentum is that of where it was
+                begin_anew(self._optimizer)
         return restored
 
     def _extend(self) -> None:

@@ -242,7 +242,10 @@ class MembershipSum(DifferenceSum):
         missed = self._members.behind
         self.center.load_state_dict(state)
         restarts = self._restart_after_missed is not None and missed >= self._restart_after_missed
-        return Restored(self._received_clock, restarts or self._has_begun_beside(state["begun_as"]))
+        if self._has_begun_beside(state["begun_as"]):
+            restarts = True
+            self._addition.forget()  # of a center that is no more
+        return Restored(self._received_clock, restarts)
 
     def _has_begun_beside(self, begun_as: str) -> bool:
         """Whether this worker has trained, and none of it is in the center that it has got."""

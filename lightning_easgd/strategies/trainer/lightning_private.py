@@ -220,7 +220,7 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
     )
     steps.total.ready = steps.total.completed = clocks["steps"]
     loop._batches_that_stepped = clocks["stepped"]
-    _begin_epoch_at(trainer, min(clocks["batch"], trainer.num_training_batches - 1), clocks["batches"])
+    _begin_epoch_at(trainer, clocks["batch"], clocks["batches"])
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
@@ -241,7 +241,8 @@ def _begin_epoch_at(trainer: Any, batch: int, of_all: int) -> None:
     def reset() -> None:
         begin_epoch_whole(trainer)
         loop.reset()
-        _set(loop.batch_progress, batch, of_all)
+        last = trainer.num_training_batches - 1  # only now: this epoch's loaders may have been made anew
+        _set(loop.batch_progress, min(batch, last), of_all)
 
     loop.reset = reset
 
