@@ -291,17 +291,30 @@ class Stream(IterableDataset):
         yield from self.batches
 
 
+class Estimated(Stream):
+    """The same, with a number that is none of them, as of several processes that load shards."""
+
+    def __len__(self):
+        return 9
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize(
+    "given", [{}, {"limit_train_batches": 9}, {"stream": Estimated}], ids=["unknown", "a limit", "estimated"]
+)
 @pytest.mark.parametrize(("sizes", "ended", "more"), [((8, 8, 6, 5), [3], [2]), ((7, 9, 8, 8), [0], [1])])
-def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more):
-    """Where no number is known before. Those of other workers may differ."""
+def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more, given):
+    """Where no number is known before but a limit, or one that is no more than an estimate. Others' may differ."""
+    trainer = given | {"limit_val_batches": 0}
+    stream = trainer.pop("stream", Stream)
 
     class Streamed(TwoLayers):
         def train_dataloader(self):
-            return DataLoader(Stream(self.rows(sizes[self.trainer.global_rank]).split(1)), batch_size=None)
+            return DataLoader(stream(self.rows(sizes[self.trainer.global_rank]).split(1)), batch_size=None)
 
     def train():
         strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
-        fitted(Streamed(), strategy, 4, limit_val_batches=0)
+        fitted(Streamed(), strategy, 4, **trainer)
 
     at = slice(2, 4) if ended == [3] else slice(2)
     for outcome in end_ranks(train, 4, timeout=15)[at]:

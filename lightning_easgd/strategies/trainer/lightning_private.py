@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 __all__ = [
     "begin_epoch_whole",
@@ -24,6 +25,7 @@ __all__ = [
     "interactive_error",
     "is_search",
     "is_without_steps",
+    "knows_batches",
     "linking_what_is_saved",
     "reads_common_clock",
     "renew_training_iterator",
@@ -123,6 +125,26 @@ def has_new_loader(trainer: Any) -> bool:
     """Whether the data loader of the epoch that begins was made anew for it (``reload_dataloaders_every_n_epochs``)."""
     loop = trainer.fit_loop
     return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
+
+
+def knows_batches(loop: Any) -> bool:
+    """Whether the batches that a loop counts on are those of its data, and no limit or estimate.
+
+    Args:
+        loop: One that goes through data loaders.
+    """
+    combined = loop._combined_loader
+    return combined is not None and all(map(_is_sized, combined.flattened))
+
+
+def _is_sized(loader: Any) -> bool:
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):  # torch takes its length for an estimate
+        return False
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):  # as Lightning looks
+        return False
+    return True
 
 
 def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from lightning_easgd.averagers import Averaging, Meeting
 from lightning_easgd.strategies.trainer.lightning_private import (
     communicates_at_epoch_end,
     has_new_loader,
+    knows_batches,
     reads_common_clock,
     saves_after_batch,
     saves_in_epoch,
@@ -48,12 +49,13 @@ class Meetings:
         self._look()
 
     def _look(self) -> None:
-        batches = self._ranks.gather(self._trainer.num_training_batches)
+        own = self._trainer.num_training_batches, knows_batches(self._trainer.fit_loop)
+        batches, known = zip(*self._ranks.gather(own), strict=True)
         if len(batches) > 1:
             _check_even_inside(type(self._ranks).__name__, batches, self._ranks.layout)
-        self._even_batches = len(set(batches)) == 1 and math.isfinite(batches[0])
+        self._even_batches = len(set(batches)) == 1 and all(known)
         inside = self._ranks.ranks_inside
-        self._counts_batches = len(inside) > 1 and not all(math.isfinite(batches[rank]) for rank in inside)
+        self._counts_batches = len(inside) > 1 and not all(known[rank] for rank in inside)
         self._batches = 0
         callbacks = self._trainer.callbacks
         self._step_savers = tuple(filter(saves_in_epoch, callbacks))
