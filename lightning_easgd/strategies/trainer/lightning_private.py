@@ -17,6 +17,7 @@ __all__ = [
     "begins_epoch",
     "clocks_of",
     "communicates_at_epoch_end",
+    "evaluation_of",
     "fetches_next",
     "free_running",
     "give_mesh",
@@ -27,11 +28,13 @@ __all__ = [
     "is_without_steps",
     "knows_batches",
     "linking_what_is_saved",
+    "place_in_evaluation",
     "reads_common_clock",
     "renew_training_iterator",
     "request_stop",
     "saves_after_batch",
     "saves_in_epoch",
+    "watch_evaluation",
     "watch_fetching",
 ]
 
@@ -135,6 +138,36 @@ def knows_batches(loop: Any) -> bool:
     """
     combined = loop._combined_loader
     return combined is not None and all(map(_is_sized, combined.flattened))
+
+
+def evaluation_of(trainer: Any) -> Any:
+    """The loop of the evaluation, or prediction, that a trainer is in."""
+    return trainer._active_loop
+
+
+def watch_evaluation(loop: Any, fetched: Callable[[], None]) -> None:
+    """Have a function called after every fetch of an evaluation that has begun; its first batch may be there already.
+
+    Args:
+        loop: That of the evaluation.
+        fetched: The function.
+    """
+
+    def stop() -> None:
+        type(loop)._on_after_fetch(loop)
+        fetched()
+
+    loop._data_fetcher._stop_profiler = stop
+
+
+def place_in_evaluation(loop: Any) -> tuple[int, int, bool]:
+    """Which data loader an evaluation fetches from, how much it had fetched of all before, and whether all have ended.
+
+    Args:
+        loop: That of the evaluation.
+    """
+    fetcher = loop._data_fetcher
+    return getattr(fetcher.combined_loader._iterator, "_iterator_idx", 0), fetcher.fetched, fetcher.done
 
 
 def _is_sized(loader: Any) -> bool:
