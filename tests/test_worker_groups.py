@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
@@ -658,6 +659,24 @@ def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a
         assert equal(center, results[0][1])
         assert not any(np.array_equal(a, b) for a, b in zip(worker, start, strict=True))
     assert not equal(results[0][0], results[2][0])
+
+
+def test_a_hook_that_keeps_something_of_each_bucket_begins_anew_where_more_is_reduced():
+    """PowerSGD, of as high a rank as the gradients', which is exact."""
+
+    def train():
+        results = []
+        state = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=0.01)
+        for given in {}, {"ddp_comm_hook": powerSGD_hook, "ddp_comm_state": state}:
+            strategy = EASGDStrategy(devices_per_worker=2, **given, **RUN)
+            module = fitted(TwoLayers(**SGD), strategy, 4, callbacks=[ThawAt()], limit_val_batches=0)
+            results.append(arrays(module.parameters()))
+        return results, state.iter, [error.numel() for error in state.error_dict.values()]
+
+    for (plain, compressed), steps, kept in run_ranks(train, 4):
+        assert close(plain, compressed, 1e-9)
+        assert steps == 20 - 7
+        assert kept == [21]
 
 
 class Grown(TwoLayers):
