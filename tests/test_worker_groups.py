@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -97,11 +98,16 @@ class TestArguments:
             ({"devices_per_worker": 2, "model_averaging_period": 4}, "every tau steps"),
             ({"devices_per_worker": 2, "process_group": object()}, "makes the group of each worker"),
             ({"ddp_comm_hook": bf16_compress_hook}, "gradients are not reduced"),
+            (
+                {"devices_per_worker": 2, "ddp_comm_state": PostLocalSGDState(None, None, 10)},
+                "PostLocalSGDState.*devices_per_worker=1",
+            ),
         ],
     )
     def test_what_is_refused(self, arguments, says):
-        with pytest.raises((TypeError, ValueError), match=says):
-            EASGDStrategy(**arguments)
+        for cls in EASGDStrategy, FabricEASGDStrategy:
+            with pytest.raises((TypeError, ValueError), match=says):
+                cls(**arguments)
 
     @pytest.mark.parametrize("strategy", [DownpourStrategy, LocalStrategy])
     def test_workers_of_other_methods_are_ranks(self, strategy):
