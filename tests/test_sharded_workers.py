@@ -293,6 +293,39 @@ def test_a_buffer_that_is_a_dtensor_is_shown_at_the_center_and_comes_back():
         assert close([center], [(results[0][1] + results[2][1]) / 2])
 
 
+class Normalized(Sharded):
+    """By torch's two spectral normalizations."""
+
+    def __init__(self):
+        super().__init__(**SGD)
+        torch.manual_seed(0)
+        self.net.first = torch.nn.utils.parametrizations.spectral_norm(self.net.first)
+        self.net.second = torch.nn.utils.spectral_norm(self.net.second)
+
+
+def test_spectral_normalization_of_the_center_is_by_its_whole_weights():
+    class Unsharded(Normalized):
+        def configure_model(self):
+            pass
+
+    def train():
+        results = []
+        for cls, strategy in (
+            (Unsharded, EASGDStrategy(devices_per_worker=2, **RUN)),
+            (
+                Normalized,
+                EASGDModelParallelStrategy(2, **RUN),
+            ),
+        ):
+            module = cls()
+            quiet_trainer(strategy=strategy, devices=4, val_check_interval=7).fit(module)
+            results.append([*whole(module.state_dict().values()), module.trainer.callback_metrics["val_loss"].numpy()])
+        return results
+
+    for unsharded, sharded in run_ranks(train, 4):
+        assert close(unsharded, sharded)
+
+
 def test_sharded_workers_are_pulled_to_the_new_center():
     arguments = {"alpha": 0.9, "beta": 0.8, "outer_momentum": 0.5, "pull_to": "new", "delay": 1}
     workers, _, center = reference(2, 2, **arguments)
