@@ -38,12 +38,12 @@ both = pytest.mark.parametrize("mode", ["sync", "async"])
 # Triggers inside an epoch, where the ranks have different numbers of batches
 
 
-def ends_early_with_an_error(callback, mode, timeout=60):
+def ends_early_with_an_error(callback, mode, module=Uneven, **trainer):
     def run():
-        strategy = easgd(mode, timeout=timedelta(seconds=timeout))
+        strategy = easgd(mode, timeout=timedelta(seconds=60))
         fitted(
-            Uneven(), strategy, 2, callbacks=[callback()], enable_checkpointing=True,
-            use_distributed_sampler=False, limit_val_batches=0,
+            module(), strategy, 2, callbacks=[callback()], enable_checkpointing=True,
+            use_distributed_sampler=False, limit_val_batches=0, **trainer,
         )  # fmt: skip
 
     started = time.monotonic()
@@ -99,6 +99,15 @@ READ_THE_TIME = {
 @pytest.mark.parametrize("name", READ_THE_TIME)
 def test_a_clock_that_all_ranks_read_after_each_batch_does_not_hang(mode, name):
     ends_early_with_an_error(READ_THE_TIME[name], mode)
+
+
+@both
+@pytest.mark.filterwarnings("ignore:.*asks all ranks for the time")
+def test_nor_does_it_where_a_limit_is_all_that_is_known_of_the_data(mode):
+    class Streamed(Uneven):
+        iterable = True
+
+    ends_early_with_an_error(READ_THE_TIME["max_time"], mode, Streamed, limit_train_batches=9)
 
 
 class Endless(IterableDataset):

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from toys import Regression, Thaw, TwoLayers, quiet_trainer
 
 from lightning_easgd import EASGDModelParallelStrategy, EASGDStrategy
@@ -291,6 +291,39 @@ def test_a_buffer_that_is_a_dtensor_is_shown_at_the_center_and_comes_back():
         assert np.array_equal(shown, results[0][0])
         assert not np.array_equal(own, center)
         assert close([center], [(results[0][1] + results[2][1]) / 2])
+
+
+class Normalized(Sharded):
+    """By torch's two spectral normalizations."""
+
+    def __init__(self):
+        super().__init__(**SGD)
+        torch.manual_seed(0)
+        self.net.first = torch.nn.utils.parametrizations.spectral_norm(self.net.first)
+        self.net.second = torch.nn.utils.spectral_norm(self.net.second)
+
+
+def test_spectral_normalization_of_the_center_is_by_its_whole_weights():
+    class Unsharded(Normalized):
+        def configure_model(self):
+            pass
+
+    def train():
+        results = []
+        for cls, strategy in (
+            (Unsharded, EASGDStrategy(devices_per_worker=2, **RUN)),
+            (
+                Normalized,
+                EASGDModelParallelStrategy(2, **RUN),
+            ),
+        ):
+            module = cls()
+            quiet_trainer(strategy=strategy, devices=4, val_check_interval=7).fit(module)
+            results.append([*whole(module.state_dict().values()), module.trainer.callback_metrics["val_loss"].numpy()])
+        return results
+
+    for unsharded, sharded in run_ranks(train, 4):
+        assert close(unsharded, sharded)
 
 
 def test_sharded_workers_are_pulled_to_the_new_center():
@@ -831,6 +864,83 @@ def test_ranks_of_a_worker_that_evaluate_different_numbers_of_batches_are_an_err
     assert f"has {numbers[0]} batches on rank 0 and {numbers[1]} on rank 1, and these are ranks of one worker" in first
     assert f"Trainer(limit_{limit}_batches={min(numbers)})" in first
     assert run == "predict" or "on rank 2 and 5 on rank 3" in last
+
+
+class Rows(IterableDataset):
+    """As many rows as nobody knows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        yield from self.rows
+
+
+@pytest.mark.parametrize(
+    ("run", "given"),
+    [("fit", {"limit_val_batches": 4}), ("validate", {}), ("test", {}), ("predict", {"limit_predict_batches": 4})],
+    ids=["fit, limited", "validate", "test", "predict, limited"],
+)
+@pytest.mark.parametrize(
+    ("numbers", "ended", "more", "after"),
+    [(([4], [4], [4], [2]), 3, 2, 2), (([0], [3], [3], [3]), 0, 1, 0), (([2, 3], [2, 3], [2, 2], [3, 1]), 2, 3, 2)],
+    ids=["one loader", "none", "two loaders"],
+)
+def test_ranks_of_a_worker_whose_evaluation_ends_unevenly_are_an_error_and_no_hang(
+    numbers, ended, more, after, run, given
+):
+    """Where no number is known before, or a limit alone; what the other one gathered would be parts of anything."""
+
+    class Streamed(Sharded):
+        def validation_step(self, batch, index, dataloader_idx=0):
+            super().validation_step(batch, index)
+
+        test_step = validation_step
+
+        def predict_step(self, batch, index, dataloader_idx=0):
+            return self(batch)
+
+        def val_dataloader(self):
+            return [DataLoader(Rows(self.rows(number))) for number in numbers[self.trainer.global_rank]]
+
+        test_dataloader = predict_dataloader = val_dataloader
+
+    def train():
+        strategy = EASGDModelParallelStrategy(2, tau=2, timeout=timedelta(seconds=20))
+        getattr(quiet_trainer(strategy=strategy, devices=4, **given), run)(Streamed(steps=3, **SGD))
+
+    outcomes = end_ranks(train, 4, timeout=15)
+    said = f"the data of ranks [{ended}] have ended after {after} batches of a data loader, and ranks [{more}], of the"
+    for rank in (ended, more):
+        assert said in outcomes[rank].error
+
+
+def test_evaluations_of_unknown_length_that_end_together_are_those_of_known_length():
+    class Known(Sharded):
+        def validation_step(self, batch, index, dataloader_idx=0):
+            super().validation_step(batch, index)
+
+        def val_dataloader(self):
+            return [self.loader(self.rows(number)) for number in (3, 1, 2)]
+
+        loader = staticmethod(DataLoader)
+
+    class Streamed(Known):
+        loader = staticmethod(lambda rows: DataLoader(Rows(rows)))
+
+    def train():
+        given = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "limit_val_batches": 3, "max_epochs": 2}
+        given |= {"use_distributed_sampler": False, "num_sanity_val_steps": 2, "val_check_interval": 4}
+        both = []
+        for cls in (Known, Streamed):
+            module = cls(steps=9, **SGD)
+            _, center = fit((2, 1), module=module, **given)
+            both.append((center, {name: float(value) for name, value in module.trainer.callback_metrics.items()}))
+        return both
+
+    for (center, metrics), (streamed, streamed_metrics) in run_ranks(train, 4):
+        assert equal(center, streamed)
+        assert metrics == streamed_metrics
 
 
 def test_a_sharded_module_is_refused_where_ranks_have_all_parameters():

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
@@ -96,11 +98,16 @@ class TestArguments:
             ({"devices_per_worker": 2, "model_averaging_period": 4}, "every tau steps"),
             ({"devices_per_worker": 2, "process_group": object()}, "makes the group of each worker"),
             ({"ddp_comm_hook": bf16_compress_hook}, "gradients are not reduced"),
+            (
+                {"devices_per_worker": 2, "ddp_comm_state": PostLocalSGDState(None, None, 10)},
+                "PostLocalSGDState.*devices_per_worker=1",
+            ),
         ],
     )
     def test_what_is_refused(self, arguments, says):
-        with pytest.raises((TypeError, ValueError), match=says):
-            EASGDStrategy(**arguments)
+        for cls in EASGDStrategy, FabricEASGDStrategy:
+            with pytest.raises((TypeError, ValueError), match=says):
+                cls(**arguments)
 
     @pytest.mark.parametrize("strategy", [DownpourStrategy, LocalStrategy])
     def test_workers_of_other_methods_are_ranks(self, strategy):
@@ -291,17 +298,30 @@ class Stream(IterableDataset):
         yield from self.batches
 
 
+class Estimated(Stream):
+    """The same, with a number that is none of them, as of several processes that load shards."""
+
+    def __len__(self):
+        return 9
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
+@pytest.mark.parametrize(
+    "given", [{}, {"limit_train_batches": 9}, {"stream": Estimated}], ids=["unknown", "a limit", "estimated"]
+)
 @pytest.mark.parametrize(("sizes", "ended", "more"), [((8, 8, 6, 5), [3], [2]), ((7, 9, 8, 8), [0], [1])])
-def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more):
-    """Where no number is known before. Those of other workers may differ."""
+def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more, given):
+    """Where no number is known before but a limit, or one that is no more than an estimate. Others' may differ."""
+    trainer = given | {"limit_val_batches": 0}
+    stream = trainer.pop("stream", Stream)
 
     class Streamed(TwoLayers):
         def train_dataloader(self):
-            return DataLoader(Stream(self.rows(sizes[self.trainer.global_rank]).split(1)), batch_size=None)
+            return DataLoader(stream(self.rows(sizes[self.trainer.global_rank]).split(1)), batch_size=None)
 
     def train():
         strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
-        fitted(Streamed(), strategy, 4, limit_val_batches=0)
+        fitted(Streamed(), strategy, 4, **trainer)
 
     at = slice(2, 4) if ended == [3] else slice(2)
     for outcome in end_ranks(train, 4, timeout=15)[at]:
@@ -679,6 +699,24 @@ def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a
         assert equal(center, results[0][1])
         assert not any(np.array_equal(a, b) for a, b in zip(worker, start, strict=True))
     assert not equal(results[0][0], results[2][0])
+
+
+def test_a_hook_that_keeps_something_of_each_bucket_begins_anew_where_more_is_reduced():
+    """PowerSGD, of as high a rank as the gradients', which is exact."""
+
+    def train():
+        results = []
+        state = PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2, min_compression_rate=0.01)
+        for given in {}, {"ddp_comm_hook": powerSGD_hook, "ddp_comm_state": state}:
+            strategy = EASGDStrategy(devices_per_worker=2, **given, **RUN)
+            module = fitted(TwoLayers(**SGD), strategy, 4, callbacks=[ThawAt()], limit_val_batches=0)
+            results.append(arrays(module.parameters()))
+        return results, state.iter, [error.numel() for error in state.error_dict.values()]
+
+    for (plain, compressed), steps, kept in run_ranks(train, 4):
+        assert close(plain, compressed, 1e-9)
+        assert steps == 20 - 7
+        assert kept == [21]
 
 
 class Grown(TwoLayers):

@@ -7,6 +7,7 @@ from functools import cache, wraps
 from typing import Any, ParamSpec, TypedDict, TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
@@ -128,7 +129,7 @@ def check_ddp_arguments(
         refused: The arguments that it does not take, and why.
 
     Raises:
-        TypeError: If an argument is refused.
+        TypeError: If an argument is refused, or what it is given.
     """
     strategy, given = cls.__name__, {}
     for name, value in arguments.items():
@@ -136,6 +137,12 @@ def check_ddp_arguments(
             continue
         if name in refused:
             raise TypeError(f"{strategy}({name}={value!r}): {refused[name]}")
+        if isinstance(value, PostLocalSGDState):
+            raise TypeError(
+                f"{strategy}({name}=PostLocalSGDState(...)): after its first steps it reduces gradients over the ranks"
+                " of a node, of whichever worker they are, or not at all, and nothing brings the ranks of a worker"
+                " together again; remove it: workers of one rank (devices_per_worker=1) are averaged every tau steps."
+            )
         given[name] = value
     return given
 

@@ -8,13 +8,14 @@ from weakref import ref
 import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_easgd.strategies.outside_values import ignored_names, listed
 from lightning_easgd.transport.channel import OwnGroup
 
-__all__ = ["Modules", "WorkerGroup"]
+__all__ = ["Modules", "WorkerGroup", "forget_buckets"]
 
 
 class Modules:
@@ -214,3 +215,18 @@ class WorkerGroup:
         self.unwrap()
         self.take_back()
         self._own_group.close()
+
+
+def forget_buckets(state: Any) -> None:
+    """Let the state of a communication hook begin anew where DDP is about to cut other buckets: that of PowerSGD.
+
+    It keeps by a bucket's number what is of the parameters in it. Its first steps reduce without it again, as torch
+    cuts the buckets once more after the first one.
+
+    Args:
+        state: The state of any hook.
+    """
+    if isinstance(state, PowerSGDState):
+        for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            kept.clear()
+        state.iter = 0

@@ -10,12 +10,14 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 __all__ = [
     "begin_epoch_whole",
     "begins_epoch",
     "clocks_of",
     "communicates_at_epoch_end",
+    "evaluation_of",
     "fetches_next",
     "free_running",
     "give_mesh",
@@ -24,12 +26,15 @@ __all__ = [
     "interactive_error",
     "is_search",
     "is_without_steps",
+    "knows_batches",
     "linking_what_is_saved",
+    "place_in_evaluation",
     "reads_common_clock",
     "renew_training_iterator",
     "request_stop",
     "saves_after_batch",
     "saves_in_epoch",
+    "watch_evaluation",
     "watch_fetching",
 ]
 
@@ -130,6 +135,56 @@ def has_new_loader(trainer: Any) -> bool:
     """Whether the data loader of the epoch that begins was made anew for it (``reload_dataloaders_every_n_epochs``)."""
     loop = trainer.fit_loop
     return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
+
+
+def knows_batches(loop: Any) -> bool:
+    """Whether the batches that a loop counts on are those of its data, and no limit or estimate.
+
+    Args:
+        loop: One that goes through data loaders.
+    """
+    combined = loop._combined_loader
+    return combined is not None and all(map(_is_sized, combined.flattened))
+
+
+def evaluation_of(trainer: Any) -> Any:
+    """The loop of the evaluation, or prediction, that a trainer is in."""
+    return trainer._active_loop
+
+
+def watch_evaluation(loop: Any, fetched: Callable[[], None]) -> None:
+    """Have a function called after every fetch of an evaluation that has begun; its first batch may be there already.
+
+    Args:
+        loop: That of the evaluation.
+        fetched: The function.
+    """
+
+    def stop() -> None:
+        type(loop)._on_after_fetch(loop)
+        fetched()
+
+    loop._data_fetcher._stop_profiler = stop
+
+
+def place_in_evaluation(loop: Any) -> tuple[int, int, bool]:
+    """Which data loader an evaluation fetches from, how much it had fetched of all before, and whether all have ended.
+
+    Args:
+        loop: That of the evaluation.
+    """
+    fetcher = loop._data_fetcher
+    return getattr(fetcher.combined_loader._iterator, "_iterator_idx", 0), fetcher.fetched, fetcher.done
+
+
+def _is_sized(loader: Any) -> bool:
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):  # torch takes its length for an estimate
+        return False
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):  # as Lightning looks
+        return False
+    return True
 
 
 def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:

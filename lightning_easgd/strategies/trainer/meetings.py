@@ -7,10 +7,14 @@ from typing import Any, Protocol, final
 from lightning_easgd.averagers import Averaging, Meeting
 from lightning_easgd.strategies.trainer.lightning_private import (
     communicates_at_epoch_end,
+    evaluation_of,
     has_new_loader,
+    knows_batches,
+    place_in_evaluation,
     reads_common_clock,
     saves_after_batch,
     saves_in_epoch,
+    watch_evaluation,
 )
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -48,12 +52,13 @@ class Meetings:
         self._look()
 
     def _look(self) -> None:
-        batches = self._ranks.gather(self._trainer.num_training_batches)
+        own = self._trainer.num_training_batches, knows_batches(self._trainer.fit_loop)
+        batches, known = zip(*self._ranks.gather(own), strict=True)
         if len(batches) > 1:
             _check_even_inside(type(self._ranks).__name__, batches, self._ranks.layout)
-        self._even_batches = len(set(batches)) == 1 and math.isfinite(batches[0])
+        self._even_batches = len(set(batches)) == 1 and all(known)
         inside = self._ranks.ranks_inside
-        self._counts_batches = len(inside) > 1 and not all(math.isfinite(batches[rank]) for rank in inside)
+        self._counts_batches = len(inside) > 1 and not all(known[rank] for rank in inside)
         self._batches = 0
         callbacks = self._trainer.callbacks
         self._step_savers = tuple(filter(saves_in_epoch, callbacks))
@@ -123,27 +128,68 @@ class Meetings:
         return communicates and (self._has_common_clock or bool(self._step_savers))
 
 
-def check_even_evaluation(strategy: str, limit: str, batches: Sequence[Sequence[float]], ranks: Sequence[int]) -> None:
-    """Raise where a rank would wait in a forward pass for one that has no batch any more.
+def check_even_evaluation(trainer: Any, ranks: _Ranks, limit: str, batches: Sequence[float]) -> None:
+    """Raise where a rank would wait in a forward pass for one that has no batch any more, now or when it comes to that.
 
     Args:
-        strategy: Name of the strategy.
+        trainer: The trainer, whose evaluation begins.
+        ranks: The strategy.
         limit: The Trainer's argument that limits these batches.
-        batches: Of each rank, the batches of each data loader.
-        ranks: The ranks of one worker.
+        batches: This rank's, of each data loader.
 
     Raises:
         ValueError: If the numbers differ.
     """
-    for numbers in zip(*batches, strict=True):
-        for rank, number in zip(ranks, numbers, strict=True):
+    loop, inside = evaluation_of(trainer), ranks.ranks_inside
+    everyones, known = zip(*ranks.gather_inside((batches, knows_batches(loop))), strict=True)
+    for numbers in zip(*everyones, strict=True):
+        for rank, number in zip(inside, numbers, strict=True):
             if number != numbers[0]:
                 raise ValueError(
-                    f"{strategy}: a data loader has {numbers[0]} batches on rank {ranks[0]} and {number} on rank"
-                    f" {rank}, and these are ranks of one worker, whose forward passes wait for each other; give them"
-                    f" equally many (Trainer({limit}={min(numbers)}), or with use_distributed_sampler=False a"
+                    f"{type(ranks).__name__}: a data loader has {numbers[0]} batches on rank {inside[0]} and {number}"
+                    f" on rank {rank}, and these are ranks of one worker, whose forward passes wait for each other;"
+                    f" give them equally many (Trainer({limit}={min(numbers)}), or with use_distributed_sampler=False a"
                     " DistributedSampler(dataset, **trainer.distributed_sampler_kwargs), which repeats samples)."
                 )
+    if len(inside) > 1 and not all(known):
+        _EvaluationInStep(loop, ranks, limit)
+
+
+@final
+class _EvaluationInStep:
+    """Sees that the ranks of a worker, whose data are of unknown length, have each batch of an evaluation together.
+
+    Args:
+        loop: That of the evaluation, which has begun.
+        ranks: The strategy.
+        limit: The Trainer's argument that limits these batches.
+    """
+
+    def __init__(self, loop: Any, ranks: _Ranks, limit: str) -> None:
+        self._loop, self._ranks, self._limit = loop, ranks, limit
+        self._loader = self._before = 0  # which one it is in, and what had been fetched before that one
+        loader, _, ended = place_in_evaluation(loop)
+        self._agree(loader, 0, ended)
+        watch_evaluation(loop, self._fetched)
+
+    def _fetched(self) -> None:
+        self._agree(*place_in_evaluation(self._loop))
+
+    def _agree(self, loader: int, fetched: int, ended: bool) -> None:
+        inside = self._ranks.ranks_inside
+        places = dict(zip(inside, self._ranks.gather_inside((loader, ended)), strict=True))
+        last = min(places.values())
+        ahead = [rank for rank, place in places.items() if place != last]
+        if ahead:
+            number = fetched - self._before
+            raise ValueError(
+                f"{type(self._ranks).__name__}: the data of ranks {ahead} have ended after {number} batches of a data"
+                f" loader, and ranks {sorted(set(inside) - set(ahead))}, of the same worker, have more; the forward"
+                f" passes of a worker's ranks wait for each other: give them equally many (Trainer({self._limit}="
+                f"{number}), or a data set that ends at the same number on all)."
+            )
+        if loader != self._loader:
+            self._loader, self._before = loader, fetched
 
 
 def _check_even_inside(strategy: str, batches: Sequence[float], layout: WorkerLayout) -> None:

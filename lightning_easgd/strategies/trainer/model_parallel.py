@@ -144,7 +144,7 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             super().on_predict_start()
 
         def _check_even(self, limit: str, batches: list[float]) -> None:
-            check_even_evaluation(type(self).__name__, limit, self.gather_inside(batches), self.ranks_inside)
+            check_even_evaluation(self._trainer, self, limit, batches)
 
         # Checkpoints
 

@@ -39,6 +39,7 @@ from lightning_easgd.strategies.trainer.refusals import (
     warn_without_exchange,
 )
 from lightning_easgd.strategies.trainer.should_stop import ShouldStop
+from lightning_easgd.strategies.worker_group import forget_buckets
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import remove_sidecar
 from lightning_easgd.strategies.worker_state.keeper import StateKeeper
@@ -202,6 +203,7 @@ class TrainerStrategy(WorkerProcess, _Base):
             assert self._inside is not None
             self.model = self.model.module
             self._inside.unwrap()
+            forget_buckets(self._ddp_comm_state)
         assert self.lightning_module is not None
         with self._wrapping(self.lightning_module):
             super().configure_ddp()
