@@ -23,7 +23,8 @@ class FreeRanks:
         trainer: The Trainer, before it registers its signal handlers.
         device: The rank's device.
         on_sigterm: Called by the handler of SIGTERM.
-        on_batch_over: Called after all hooks of a training batch.
+        on_hooks_over: Called after the hooks of a batch, a validation or an epoch, before the Trainer looks whether to
+            end.
 
     Attributes:
         trainer: As given.
@@ -36,7 +37,7 @@ class FreeRanks:
         trainer: Any,
         device: torch.device,
         on_sigterm: Callable[[], None],
-        on_batch_over: Callable[[], None],
+        on_hooks_over: Callable[[], None],
     ) -> None:
         self.trainer = trainer
         self.has_failed = False
@@ -45,7 +46,7 @@ class FreeRanks:
         self._in_signal_handler = False
         self._undo: Callable[[], None] | None = None
         if trainer.state.fn == "fit":
-            self._undo = free_running(trainer, on_sigterm, on_batch_over, self._handling_signal, self._in_validation)
+            self._undo = free_running(trainer, on_sigterm, on_hooks_over, self._handling_signal, self._in_validation)
 
     @property
     def are_interrupted(self) -> bool:

@@ -10,11 +10,11 @@ __all__ = ["ShouldStop"]
 
 @final
 class ShouldStop:
-    """What a rank sets in a batch, alone as far as it knows: a wish that all ranks end their training at one step.
+    """What a rank sets, alone as far as it knows: a wish that all ranks end their training at one step.
 
     Ranks of a worker make their steps together, so that none can end alone. The wish rides on the headers of exchanges
-    and meetings as SIGTERM does, and counts within two periods. What ranks have decided together, as ``Timer`` does, or
-    outside of a batch, as ``EarlyStopping`` does, ends them at once.
+    and meetings as SIGTERM does, and counts within two periods. What ranks have decided together, as ``Timer`` and
+    ``EarlyStopping`` do, ends them at once.
 
     Args:
         trainer: The Trainer.
@@ -38,8 +38,8 @@ class ShouldStop:
         """Ranks have heard a value of one of them, which may say that its time is over."""
         self._is_of_all |= value is True and any(map(reads_common_clock, self._trainer.callbacks))
 
-    def end_batch(self) -> None:
-        """All hooks of the batch have been called, and the Trainer has not looked yet."""
+    def ask(self) -> None:
+        """Ask all for what has been set, before the Trainer looks."""
         if self._trainer.should_stop and not self._is_of_all:
             self._trainer.should_stop = False
             self._averaging.request_end()

@@ -230,7 +230,7 @@ class TrainerStrategy(WorkerProcess, _Base):
             check_sharded_callbacks(type(self).__name__, trainer)
         super().setup(trainer)
         self._had_sigterm = False
-        self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm, self._on_batch_over)
+        self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm, self._on_hooks_over)
         if not fits:
             return
         self._assemble()
@@ -562,9 +562,9 @@ class TrainerStrategy(WorkerProcess, _Base):
         else:
             request_stop(self._trainer)
 
-    def _on_batch_over(self) -> None:
+    def _on_hooks_over(self) -> None:
         if self._should_stop is not None and self._training:
-            self._should_stop.end_batch()
+            self._should_stop.ask()
 
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks; not while an error ends the run.
