@@ -5,7 +5,6 @@ Tests that start processes are marked `processes` here, by what they call; the o
 
 import functools
 import gc
-import inspect
 import operator
 import os
 import shlex
@@ -136,31 +135,8 @@ def _watched(item) -> Iterator[None]:
         _started = None
 
 
-# What a test changes in this process or reads of it; ranks of the case before would not know of it.
-_OF_THIS_PROCESS = {"monkeypatch", "capfd", "capsys", "caplog", "recwarn"}
-
-
-def _begin(item) -> None:
-    ranks = sys.modules.get("ranks")
-    if ranks is not None:
-        ranks.kept.begin(item.nodeid.partition("::")[0], _may_keep_ranks(item))
-
-
-def _may_keep_ranks(item) -> bool:
-    if not _OF_THIS_PROCESS.isdisjoint(item.fixturenames) or item.get_closest_marker("new_ranks"):
-        return False
-    # A variable that several of its functions share would be one for each, where they are pickled.
-    return "processes" in item.keywords and "nonlocal" not in inspect.getsource(item.function)
-
-
-def pytest_sessionfinish():
-    if "ranks" in sys.modules:
-        sys.modules["ranks"].kept.begin(None, False)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item):
-    _begin(item)
     with _watched(item):
         return (yield)
 

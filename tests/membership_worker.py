@@ -36,7 +36,6 @@ SETTINGS = {
     "wire_dtype": None,
     "dies_in": None,  # an operation of its exchanges, in its own of this number
     "is_terminated": False,  # before it comes to the others
-    "ends_at": None,  # [rank, its step of this number], where that rank sets trainer.should_stop
     "raises_at": None,  # at its step of this number, in torchrun's first attempt
     "saves_at": None,  # this step
     "resumes": None,  # from this checkpoint
@@ -68,8 +67,6 @@ class Paced(L.LightningModule):
     def training_step(self, batch, index):
         time.sleep(self.settings["pace"])
         self.made += 1
-        if [self.global_rank, self.made] == self.settings["ends_at"]:
-            self.trainer.should_stop = True
         if self.made == self.settings["raises_at"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             raise RuntimeError("as the test has it")
         generator = torch.Generator().manual_seed(self.global_step * 97 + self.number + 31 * self.global_rank)

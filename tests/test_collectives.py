@@ -14,7 +14,7 @@ from lightning_easgd import EASGDStrategy
 from lightning_easgd.strategies.process_groups import ProcessGroups
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
-pytestmark = [pytest.mark.timeout(120), pytest.mark.new_ranks]
+pytestmark = pytest.mark.timeout(120)
 COLLECTIVES = (
     "all_reduce",
     "broadcast",

@@ -444,7 +444,6 @@ def test_parameters_that_are_frozen_first_and_trained_later(mode):
     assert equal(first[2], second[2])
 
 
-@pytest.mark.new_ranks  # the compiler knows those that were there before
 def test_nothing_is_compiled_again_because_of_us():
     """As many graphs as without any communication, across exchanges and validations at the center."""
     import torch._dynamo

@@ -327,13 +327,6 @@ def test_links_to_the_last_checkpoint_are_made_by_the_worker_that_has_written_it
         assert all(link.is_symlink() and link.exists() for link in links)
 
 
-def test_should_stop_of_one_rank_of_a_worker_ends_it(job):
-    worker = job.start(0, *torchrun(2), ranks=2, ends_at=[1, 32])
-    assert worker.wait(60) == 0
-    ends = [job.steps(rank)[-1]["clock"] for rank in ("0", "0.1")]
-    assert ends[0] == ends[1] in range(33, 43)
-
-
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_workers_of_two_ranks_save_and_go_on(job, is_sharded):
     settings = {"ranks": 2, "is_sharded": is_sharded, "pace": 0.02}

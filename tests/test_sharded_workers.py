@@ -572,22 +572,6 @@ def test_own_weights_that_are_cut_twice_are_not_put_together(tmp_path):
         assert list(loaded_workers(tmp_path, checkpoint, TwoLayers())) == [(0, False)]
 
 
-def test_should_stop_of_one_rank_ends_all_at_one_step():
-    class Wish(Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, index):
-            if (trainer.global_rank, index) == (3, 5):
-                trainer.should_stop = True
-
-    def train():
-        strategy = EASGDModelParallelStrategy(2, tau=2, timeout=timedelta(seconds=15))
-        trainer = quiet_trainer(strategy=strategy, devices=4, limit_val_batches=0, callbacks=[Wish()])
-        trainer.fit(Sharded(steps=40))
-        return trainer.global_step
-
-    (end,) = set(run_ranks(train, 4))
-    assert end in (9, 10)
-
-
 def test_the_learning_curve_is_scored_by_workers_whose_ranks_compute_together(tmp_path):
     """Ranks of one worker that score different numbers of batches wait for each other in the forward pass."""
 

@@ -375,49 +375,6 @@ def test_a_stop_request_on_any_rank_stops_all_at_the_same_step(rank):
     assert run_ranks(train, 4, timeout=110) == [("SIGTERMException", 17)] * 4
 
 
-class Wish(Callback):
-    """One rank ends its training in a hook, as far as it knows, or what all decide together does."""
-
-    def __init__(self, rank, hook, together):
-        self.rank, self.together = rank, together
-        setattr(self, hook, self.wish)
-
-    def wish(self, trainer, *_):
-        wishes = trainer.global_rank == self.rank and trainer.global_step >= 10
-        if self.together:
-            wishes = trainer.strategy.reduce_boolean_decision(wishes, all=False)
-        if wishes:
-            trainer.should_stop = True
-
-
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize(
-    ("hook", "together", "alone", "limits"),
-    [
-        ("on_train_batch_end", 10, [16, 17], {"limit_val_batches": 0}),
-        ("on_train_batch_end", 10, [15], {"val_check_interval": 15}),
-        ("on_validation_end", 15, [20, 21], {"val_check_interval": 15}),
-        ("on_train_epoch_end", 40, [44, 45], {"limit_val_batches": 0}),
-    ],
-)
-def test_should_stop_of_one_rank_ends_all_at_one_step(hook, together, alone, limits, rank):
-    """Kind: the other ranks of its worker wait for its gradients."""
-
-    def train(decides):
-        strategy = EASGDStrategy(tau=4, devices_per_worker=2, timeout=timedelta(seconds=10))
-        module = TwoLayers(steps=40, **SGD)
-        wish = Wish(rank, hook, decides)
-        trainer = fitted(module, strategy, 4, callbacks=[wish], max_epochs=2, **limits).trainer
-        return trainer.global_step, [tensor.tolist() for tensor in module.parameters()]
-
-    ends = run_ranks(train, 4, False)
-    assert ends[0][0] in alone
-    assert ends == ends[:1] * 4
-    ends = run_ranks(train, 4, True)
-    assert ends[0][0] == together
-    assert ends == ends[:1] * 4
-
-
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_dead_rank_ends_all(rank):
     class Die(Callback):

@@ -2,16 +2,17 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import final
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_easgd.transport.channel import ExchangeError
 
-__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray", "begin_anew"]
+__all__ = ["AstrayPolicy", "FailIfAstray", "NonFiniteError", "ResetIfAstray", "begin_anew", "drop_gradients"]
 
 
 class NonFiniteError(ExchangeError):
@@ -107,11 +108,15 @@ class ResetIfAstray(AstrayPolicy):
         )
 
 
-@torch.no_grad()
 def begin_anew(optimizer: Optimizer) -> None:
     """Let an optimizer whose worker starts again at the center know nothing of where it was."""
     optimizer.state.clear()  # what led there, or came of it, is in momentum and averages, too
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:  # it may have been taken already
-                parameter.grad.zero_()  # not None, which a gradient scaler takes for an error
+    drop_gradients(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+@torch.no_grad()
+def drop_gradients(parameters: Iterable[Tensor]) -> None:
+    """Let gradients that may have been taken already, where a worker was, be zero."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()  # not None, which a gradient scaler takes for an error

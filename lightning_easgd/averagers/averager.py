@@ -191,15 +191,6 @@ class Averaging(ABC):
     def stop_agreed(self) -> bool:
         """Whether to stop here, because some worker asked."""
 
-    def request_end(self) -> None:
-        """Ask all workers to end their training, as if it were over."""
-        raise NotImplementedError(f"{type(self).__name__}: its workers have one rank, and end alone")
-
-    @property
-    def end_agreed(self) -> bool:
-        """Whether to end here, because some worker asked."""
-        return False
-
     @abstractmethod
     def center_state_dict(self) -> dict[str, Any]:
         """What the center is, beside the module's state; called after all workers have met.

@@ -23,7 +23,7 @@ __all__ = ["READ_AT", "ExchangeLine", "Header", "Meeting", "Statistics", "Worker
 
 _MARK_BITS = 16
 _CENTER_BITS = 24
-_ONE_ASTRAY = _ONE_END = 1 << 32
+_ONE_ASTRAY = 1 << 32
 
 
 class WorkersStoppedError(Exception):
@@ -97,7 +97,6 @@ class Header:
         meeting: The meeting; 0 at an exchange.
         center: What all workers at one meeting must share of their centers, below 2^24; 0 for nothing.
         stop: Whether this worker asks all to stop.
-        end: Whether it asks all to end their training, as if it were over.
         finite: Whether this worker is at a finite point.
         strategy: Name of the strategy, for errors.
     """
@@ -110,15 +109,13 @@ class Header:
         meeting: int = 0,
         center: int = 0,
         stop: bool = False,
-        end: bool = False,
         finite: bool = True,
         strategy: str = "EASGDStrategy",
     ) -> None:
         self._strategy = strategy
         astray = 0 if finite else _ONE_ASTRAY + channel.rank
-        asked = stop + _ONE_END * end
         # By this worker, then by all.
-        self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, center, center**2, asked, astray]
+        self._said = [int(mark > 0), mark, mark**2, meeting, meeting**2, center, center**2, int(stop), astray]
         self._sums = torch.tensor(self._said)
         self._workers = channel.size
         self._transfer: Transfer | None = channel.sum(self._sums)
@@ -171,12 +168,7 @@ class Header:
     @property
     def stop(self) -> bool:
         """Whether any worker asks all to stop."""
-        return bool(self._said[7] % _ONE_END)
-
-    @property
-    def end(self) -> bool:
-        """Whether any worker asks all to end their training."""
-        return self._said[7] >= _ONE_END
+        return bool(self._said[7])
 
     @property
     def astray(self) -> str | None:
@@ -194,9 +186,7 @@ class ExchangeLine:
         strategy: Name of the strategy, for errors.
         worker: This worker's ranks; None where each rank is a worker.
         stop_requested: Set it to ask all workers to stop; it rides on the next header.
-        end_requested: Set it to ask all workers to end their training, in the same way.
         stop_agreed: True once all workers know of a request; it changes at the same exchange or meeting on all.
-        end_agreed: The same of a request to end.
         statistics: What this worker has spent.
         on_astray: What a worker at a non-finite point means to the run.
         under_way: The averagers whose exchanges this worker has begun and not completed, in the order of their
@@ -208,14 +198,11 @@ class ExchangeLine:
     strategy: str = "EASGDStrategy"
     worker: WorkerRanks = None  # type: ignore[assignment]  # set below
     stop_requested: bool = False
-    end_requested: bool = False
     stop_agreed: bool = False
-    end_agreed: bool = False
     statistics: Statistics = field(default_factory=Statistics)
     on_astray: AstrayPolicy = field(default_factory=FailIfAstray)
     under_way: list[Exchanger] = field(default_factory=list)
     _stop_heard: bool = False
-    _end_heard: bool = False
 
     def __post_init__(self) -> None:
         self.worker = self.worker or WorkerRanks.one(self.control)
@@ -233,8 +220,7 @@ class ExchangeLine:
         return self._header(mark=mark, finite=finite)
 
     def _header(self, **said: Any) -> Header:
-        asked = {"stop": self.stop_requested, "end": self.end_requested}
-        return Header(self.control, strategy=self.strategy, **{**asked, **said})
+        return Header(self.control, strategy=self.strategy, **{"stop": self.stop_requested, **said})
 
     def accept(self, header: Header, clock: int) -> None:
         """Wait for a header, and hear what it carries.
@@ -248,7 +234,6 @@ class ExchangeLine:
         """
         header.wait()
         self._stop_heard |= header.stop
-        self._end_heard |= header.end
         if header.astray is not None and header.exchange is not None:
             self.on_astray.hear(header.astray, clock)
 
@@ -260,7 +245,7 @@ class ExchangeLine:
 
     def agree(self) -> bool:
         """Whether to stop here; called only at points that all workers come to after the same header."""
-        self.stop_agreed, self.end_agreed = self._stop_heard, self._end_heard
+        self.stop_agreed = self._stop_heard
         return self.stop_agreed
 
     def meet(self, meeting: Meeting, averagers: Sequence[Exchanger]) -> None:

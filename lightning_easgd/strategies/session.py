@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averager, Averaging, Meeting
-from lightning_easgd.averagers.astray import begin_anew
+from lightning_easgd.averagers.astray import begin_anew, drop_gradients
 from lightning_easgd.averagers.common_values import CommonValues
 from lightning_easgd.strategies.handed_values import HandedValues, take_over
 from lightning_easgd.strategies.outside_values import OutsideValues
@@ -257,9 +257,7 @@ class CenterSession:
             if not averager.is_finite():
                 averager.start_at_center()
                 begin_anew(optimizer)
-            for parameter in averager.parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+            drop_gradients(averager.parameters)
         if self._finite is not None:
             self._finite.mend()
 

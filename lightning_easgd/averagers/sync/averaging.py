@@ -170,15 +170,6 @@ class SynchronousAveraging(Averaging):
         return self._line.stop_agreed
 
     @override
-    def request_end(self) -> None:
-        self._line.end_requested = True
-
-    @property
-    @override
-    def end_agreed(self) -> bool:
-        return self._line.end_agreed
-
-    @override
     def close(self) -> None:
         for averager in self._synchronous.values():
             averager.close()

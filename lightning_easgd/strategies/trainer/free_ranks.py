@@ -23,8 +23,6 @@ class FreeRanks:
         trainer: The Trainer, before it registers its signal handlers.
         device: The rank's device.
         on_sigterm: Called by the handler of SIGTERM.
-        on_hooks_over: Called after the hooks of a batch, a validation or an epoch, before the Trainer looks whether to
-            end.
 
     Attributes:
         trainer: As given.
@@ -32,13 +30,7 @@ class FreeRanks:
         random_outside: Of the generators, where a validation of a fit is inside.
     """
 
-    def __init__(
-        self,
-        trainer: Any,
-        device: torch.device,
-        on_sigterm: Callable[[], None],
-        on_hooks_over: Callable[[], None],
-    ) -> None:
+    def __init__(self, trainer: Any, device: torch.device, on_sigterm: Callable[[], None]) -> None:
         self.trainer = trainer
         self.has_failed = False
         self.random_outside: dict[str, Any] | None = None
@@ -46,7 +38,7 @@ class FreeRanks:
         self._in_signal_handler = False
         self._undo: Callable[[], None] | None = None
         if trainer.state.fn == "fit":
-            self._undo = free_running(trainer, on_sigterm, on_hooks_over, self._handling_signal, self._in_validation)
+            self._undo = free_running(trainer, on_sigterm, self._handling_signal, self._in_validation)
 
     @property
     def are_interrupted(self) -> bool:

@@ -42,7 +42,6 @@ __all__ = [
 def free_running(
     trainer: Any,
     on_sigterm: Callable[[], None],
-    on_hooks_over: Callable[[], None],
     handling_signal: Callable[[], contextlib.AbstractContextManager[None]],
     in_validation: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Callable[[], None]:
@@ -55,8 +54,6 @@ def free_running(
     Args:
         trainer: The trainer, before it registers its signal handlers (that is: in ``Strategy.setup``).
         on_sigterm: Called in place of the handler's broadcast; it runs inside a signal handler.
-        on_hooks_over: Called after the hooks of a training batch, of a validation after it and of an epoch, each time
-            before the loop looks whether to end.
         handling_signal: Makes the context in which the requeue handler runs.
         in_validation: Makes the context in which a validation of the fit runs; Lightning's hooks come too late for it.
 
@@ -87,20 +84,9 @@ def free_running(
 
         return method
 
-    def end_batch(*arguments: Any) -> None:
-        on_hooks_over()  # whether to end is also whether to validate
-        type(loop).on_advance_end(loop, *arguments)
-        on_hooks_over()
-
-    def end_epoch() -> None:
-        type(trainer.fit_loop).on_advance_end(trainer.fit_loop)
-        on_hooks_over()
-
     replaced = []
     for owner, name, replacement in (
         (loop, "_broadcast_sigterm_tensor", lambda: None),
-        (loop, "on_advance_end", end_batch),
-        (trainer.fit_loop, "on_advance_end", end_epoch),
         (connector, "_sigterm_notifier_fn", notify),
         (connector, "_slurm_sigusr_handler_fn", requeue),
         (validation, "run", apart("run")),

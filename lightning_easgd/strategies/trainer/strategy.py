@@ -38,7 +38,6 @@ from lightning_easgd.strategies.trainer.refusals import (
     warn_of_layer_sync,
     warn_without_exchange,
 )
-from lightning_easgd.strategies.trainer.should_stop import ShouldStop
 from lightning_easgd.strategies.worker_group import forget_buckets
 from lightning_easgd.strategies.worker_process import WorkerProcess
 from lightning_easgd.strategies.worker_state import remove_sidecar
@@ -106,7 +105,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._ranks: FreeRanks | None = None
         self._session: CenterSession | None = None
         self._meetings: Meetings | None = None  # from the start of training
-        self._should_stop: ShouldStop | None = None  # the same, of workers of several ranks
         self._steps: Steps | None = None  # from the start of training
         self._own_callbacks: list[Any] = []
         self._training = False  # while exchanges may happen
@@ -230,7 +228,7 @@ class TrainerStrategy(WorkerProcess, _Base):
             check_sharded_callbacks(type(self).__name__, trainer)
         super().setup(trainer)
         self._had_sigterm = False
-        self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm, self._on_hooks_over)
+        self._ranks = FreeRanks(trainer, self.root_device, self._on_sigterm)
         if not fits:
             return
         self._assemble()
@@ -287,8 +285,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._validating = self._replaced = False
         assert self._ranks is not None
         self._meetings = Meetings(self._ranks.trainer, self)
-        if self.layout.per_worker > 1:
-            self._should_stop = ShouldStop(self._ranks.trainer, self._session.averaging)
         self._checkpoints.resume()
         if self.elastic is not None:
             with self._ending_at_sigterm():
@@ -307,8 +303,6 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def on_batch_fetched(self) -> None:
         """Take notice before a batch is trained on, which all ranks of the worker must have."""
-        if self._should_stop is not None:
-            self._should_stop.begin_batch()
         if self._training and self._meetings is not None:
             self._meetings.before_batch()
         if self._checkpoints is not None:
@@ -516,7 +510,7 @@ class TrainerStrategy(WorkerProcess, _Base):
                 session.close()
             if self._steps is not None:
                 self._steps.close()
-            self._steps = self._meetings = self._should_stop = None
+            self._steps = self._meetings = None
             if ranks is not None:
                 if ranks.has_failed and dist.is_initialized() and self.world_size > 1:
                     time.sleep(_LAST_WORDS if self.global_rank == store_server() else 0.0)
@@ -562,10 +556,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         else:
             request_stop(self._trainer)
 
-    def _on_hooks_over(self) -> None:
-        if self._should_stop is not None and self._training:
-            self._should_stop.ask()
-
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Wait for all ranks; not while an error ends the run.
 
@@ -584,17 +574,7 @@ class TrainerStrategy(WorkerProcess, _Base):
         if self._is_alone:
             return obj
         with self._groups.naming_the_missing("broadcast"):
-            obj = super().broadcast(obj, src)
-        if self._should_stop is not None:
-            self._should_stop.note_broadcast(obj)
-        return obj
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """Reduce a decision; all ranks know the result."""
-        decision = super().reduce_boolean_decision(decision, all)
-        if self._should_stop is not None:
-            self._should_stop.note_decision(decision)
-        return decision
+            return super().broadcast(obj, src)
 
     def gather(self, obj: Any) -> list[Any]:
         """What each rank gives, in the order of the ranks; while an error ends the run what this one gives."""
@@ -650,8 +630,6 @@ class TrainerStrategy(WorkerProcess, _Base):
         assert self._session is not None
         if self._session.averaging.stop_agreed:
             request_stop(self._trainer)
-        if self._should_stop is not None:
-            self._should_stop.hear()
 
     def _wait_for_all(self, meeting: Meeting) -> None:
         """Wait for all ranks, and apply every exchange."""
