@@ -312,10 +312,7 @@ def test_spectral_normalization_of_the_center_is_by_its_whole_weights():
         results = []
         for cls, strategy in (
             (Unsharded, EASGDStrategy(devices_per_worker=2, **RUN)),
-            (
-                Normalized,
-                EASGDModelParallelStrategy(2, **RUN),
-            ),
+            (Normalized, EASGDModelParallelStrategy(2, **RUN)),
         ):
             module = cls()
             quiet_trainer(strategy=strategy, devices=4, val_check_interval=7).fit(module)
