@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The dirpath has changed", "ignore:You're resuming from a checkpoint", "ignore:Checkpoint directory"
 )
 
-EVERY_STEP = {"every_n_train_steps": 1}
+EVERY_STEP, EVERY_TWO, SOMETIMES = ({"every_n_train_steps": steps} for steps in (1, 2, 4))
 DATA = torch.randn(64, 4, generator=torch.Generator().manual_seed(3))
 
 
@@ -108,13 +108,22 @@ class Noisy(L.LightningModule):
         self.steps[self.trainer.global_step] = [value.detach().clone() for value in values]
 
 
+class Saver(ModelCheckpoint):
+    """Leaves out most of what it is told to save in the middle of an epoch by runs that were resumed."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            super().on_train_batch_end(trainer, *rest)
+
+
 def train(
     folder: str, make_strategy: Any, arguments: dict[str, Any], resume: str | None = None, module: Any = None
 ) -> dict[int, list[Tensor]]:
     """Fit, saving as told, and return what each step left; under -1 what the fit left."""
     torch.manual_seed(7)
     module = module or Noisy()
-    saver = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **arguments.get("saving", EVERY_STEP))
+    saver = Saver(folder, filename="{step}", save_top_k=-1, **arguments.get("saving", EVERY_STEP))
+    saver.every = 1 if resume is None else 5
     trainer = quiet_trainer(
         strategy=make_strategy(),
         devices=2,
@@ -158,11 +167,11 @@ def every_rank_goes_on_exactly(folder: Path, *what: Any) -> None:
     "arguments",
     [
         {},
-        {"trainer": {"precision": "bf16-true"}},
-        {"trainer": {"limit_val_batches": 2, "val_check_interval": 2}},
+        {"trainer": {"precision": "bf16-true"}, "saving": EVERY_TWO},
+        {"trainer": {"limit_val_batches": 2, "val_check_interval": 2, "max_epochs": 2}},
         {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
         {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": False}},
-        {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 4}},
+        {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 4}, "saving": EVERY_TWO},
     ],
     ids=["32-true", "bf16-true", "validation", "epoch end", "validation end", "accumulation"],
 )
@@ -171,7 +180,7 @@ def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: d
 
 
 def test_random_numbers_of_the_loader_go_on_exactly(tmp_path: Path) -> None:
-    every_two = {"saving": {"every_n_train_steps": 2}}  # whether fetching draws is not known after one step
+    every_two = {"saving": EVERY_TWO}  # whether fetching draws is not known after one step
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two, partial(Noisy, EagerLoader))
 
 
@@ -234,7 +243,7 @@ def with_scaler() -> EASGDStrategy:
 )
 def test_what_each_worker_has_of_its_own_goes_on_exactly(tmp_path: Path, make_strategy: Any, module: Any) -> None:
     """Kind: what differs by worker and is neither parameter nor optimizer; Lightning goes on with rank 0's."""
-    every_two = {"saving": {"every_n_train_steps": 2}}
+    every_two = {"saving": EVERY_TWO}
     every_rank_goes_on_exactly(tmp_path, make_strategy, every_two, module)
 
 
@@ -288,7 +297,7 @@ def test_a_buffer_that_a_validation_writes_to_on_one_rank_goes_on_exactly(
 
 def test_buffers_that_are_calibrated_in_the_center_go_on_exactly(tmp_path: Path) -> None:
     recalibrating = partial(EASGDStrategy, tau=3, recalibrate_batchnorm=1)
-    every_rank_goes_on_exactly(tmp_path, recalibrating, {"saving": {"every_n_train_steps": 4}})
+    every_rank_goes_on_exactly(tmp_path, recalibrating, {"saving": SOMETIMES})
 
 
 class Metered(Noisy):
@@ -310,7 +319,7 @@ class Metered(Noisy):
 
 
 def test_a_metric_that_is_reset_is_no_edited_checkpoint(tmp_path: Path) -> None:
-    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), {"saving": {"every_n_train_steps": 4}}, Metered)
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), {"saving": SOMETIMES}, Metered)
 
 
 class Constrained(nn.Linear):
@@ -348,7 +357,7 @@ class ChannelsLast(Noisy):
 @pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
 def test_the_state_of_a_fused_optimizer_goes_on_exactly(tmp_path: Path, worker_state: str) -> None:
     make = partial(EASGDStrategy, tau=3, worker_state=worker_state)
-    every_rank_goes_on_exactly(tmp_path, make, {"saving": {"every_n_train_steps": 4}}, ChannelsLast)
+    every_rank_goes_on_exactly(tmp_path, make, {"saving": SOMETIMES}, ChannelsLast)
 
 
 def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path: Path) -> None:
@@ -356,17 +365,17 @@ def test_random_numbers_that_callbacks_draw_are_not_those_of_the_loader(tmp_path
         def on_train_batch_end(self, *_: Any) -> None:
             torch.randn(3)
 
-    every_two = {"saving": {"every_n_train_steps": 2}, "callbacks": [Draws()]}
+    every_two = {"saving": EVERY_TWO, "callbacks": [Draws()]}
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3), every_two)
 
 
 def test_sidecar_goes_on_exactly(tmp_path: Path) -> None:
-    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, worker_state="sidecar"), {})
+    every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, worker_state="sidecar"), {"saving": EVERY_TWO})
 
 
 def test_a_schedule_goes_on_exactly(tmp_path: Path) -> None:
     rising = partial(EASGDStrategy, tau=3, momentum=0.9, beta=1.0, rho=ExponentialSchedule(0.1, 9.0, 12))
-    every_rank_goes_on_exactly(tmp_path, rising, {"saving": {"every_n_train_steps": 4}})
+    every_rank_goes_on_exactly(tmp_path, rising, {"saving": SOMETIMES})
 
 
 @pytest.mark.parametrize(
