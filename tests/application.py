@@ -1,6 +1,5 @@
 """What the tests of the application share: a tiny model, a silent trainer, composed configurations, commands."""
 
-import copy
 import functools
 import os
 import platform
@@ -10,49 +9,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import composing  # noqa: F401
 import lightning as L
 import torch
 from hydra import compose, initialize_config_module
-from hydra._internal.config_repository import ConfigRepository
-from hydra._internal.hydra import Hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig, open_dict
 from preloaded import python
 from torch import nn
 
-import lightning_easgd.lab.configuration  # noqa: F401  # of this clone
 from lightning_easgd.lab.models import Classifier
 
 platform.platform()  # starts a process, the first time: not within a test that is to start none
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-_read = ConfigRepository.load_config
-_known: dict[tuple[str, str], Any] = {}
-
-
-def _read_once(repository: ConfigRepository, config_path: str) -> Any:
-    """Read a file of a package's configuration once in this process: a fifth of what it takes to compose one."""
-    source = repository._find_object_source(config_path, ObjectType.CONFIG)
-    if source is None or source.scheme() != "pkg":
-        return _read(repository, config_path)
-    file = (source.path, config_path)
-    if file not in _known:
-        _known[file] = _read(repository, config_path)
-    found = copy.copy(_known[file])
-    found.config = copy.deepcopy(found.config)  # overrides are written into it
-    return found
-
-
-def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    """Whether something sets a mode; Hydra composes all of the configuration to see that, and then again to run it."""
-    sets_one = any("hydra" in word or "hparams_search" in word for word in overrides)
-    return _find_mode(hydra, config_name, overrides) if sets_one else None
-
-
-_find_mode = Hydra.get_mode
-Hydra.get_mode = _mode
-ConfigRepository.load_config = _read_once
 
 
 def options(group: str) -> list[str]:

@@ -2,8 +2,9 @@
 
 Each import of the training command takes some six seconds of processor time, and a launch of four ranks takes four of
 them. `python()` is a small program that hands its arguments, environment, folder and standard streams to a server. The
-server has imported the libraries, has done nothing else, and forks a process that goes on as ``python -m MODULE ...``
-or ``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes and tracebacks. There the interpreter
+server has imported the libraries, has composed the configurations and trained one step (half of what a short command
+takes), and forks a process that goes on as ``python -m MODULE ...`` or
+``python FILE ...`` would: as ``__main__``, and with its own ends, exit codes and tracebacks. There the interpreter
 is `python()` again, so that ranks which Lightning or torchrun start are forked too, and so are processes that
 multiprocessing spawns, which then import their main module alone. It lives as long as that process, passes signals on,
 and ends as it ends; when it is killed the process is killed. Other command lines, such as ``-c CODE``, get the real
@@ -191,6 +192,13 @@ for each in list(weakref.finalize._registry):
     each.atexit = False  # torch takes its operators apart, as every process ends
 sys.path.append(folder)
 from huge_pages import use_huge_pages
+if "hydra" in sys.modules:
+    import composing
+    composing.compose_all_once()
+    del composing
+    import ranks
+    ranks.warm_up()
+    del ranks
 sys.path.remove(folder)
 gc.collect()
 gc.freeze()

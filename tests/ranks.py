@@ -61,7 +61,7 @@ def end_ranks(
     ``interfere`` is called with the process ids while they run.
     """
     assert not torch.distributed.is_initialized(), "forked ranks would take this process's group for theirs; fit in one"
-    _warm_up()
+    warm_up()
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
@@ -93,7 +93,7 @@ def end_ranks(
 
 
 @functools.cache
-def _warm_up() -> None:
+def warm_up() -> None:
     """Do once, in the parent, what each rank of Lightning's would do at first: half of a short rank's processor time.
 
     It imports and caches (also which packages are installed), and leaves the generators as they were.
