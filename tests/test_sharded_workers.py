@@ -245,7 +245,7 @@ def test_ranks_that_hold_the_same_part_never_come_to_differ(cls, shape, ranks, a
     """Their flat vectors are not laid out alike: of the first layer one has two rows, the other one."""
 
     def train():
-        end, _ = fit(shape, arguments, cls(**SGD), accumulate_grad_batches=1, gradient_clip_val=None)
+        end, _ = fit(shape, arguments, cls(steps=10, **SGD), accumulate_grad_batches=1, gradient_clip_val=None)
         return end.worker[1:], end.center[1:]
 
     results = run_ranks(train, ranks, timeout=110)
@@ -399,18 +399,18 @@ class SaveAt(Callback):
 def test_validation_changes_nothing_and_a_resumed_run_goes_on_bitwise(distributed, reshards, wire_dtype, tmp_path):
     """Of each worker: its parameters and its momentum; the checkpoint itself is the center."""
     arguments = {"save_distributed_checkpoint": distributed, "wire_dtype": wire_dtype}
-    path = tmp_path / "10.ckpt"
+    path = tmp_path / "6.ckpt"
 
     def run(shape=(2, 1), **trainer):
-        module = Sharded(steps=10, **SGD)
+        module = Sharded(steps=6, **SGD)
         module.reshards = reshards
         end, _ = fit(shape, arguments, module, accumulate_grad_batches=1, max_epochs=2, **trainer)
         return end.worker_parts, end.momentum_parts, end.center
 
     def train():
-        saver = SaveAt(10, path)
+        saver = SaveAt(6, path)
         plain = run()
-        watched = run(limit_val_batches=4, val_check_interval=5, callbacks=[saver])
+        watched = run(limit_val_batches=2, val_check_interval=2, callbacks=[saver])
         resumed = run(ckpt_path=path)
         said = r"saved by 2 workers of 2 x 1 devices, and now there are 1 workers of 4 x 1 devices"
         with pytest.warns(UserWarning, match=said) if os.environ["RANK"] == "0" else nullcontext():
@@ -1078,11 +1078,11 @@ def test_what_is_loaded_in_the_middle_of_a_training_is_the_center_too(strategy, 
             for number, (model, optimizer) in enumerate(pairs):
                 act(tmp_path / f"{number}.ckpt", {"model": model, "optimizer": optimizer})
 
-        steps(0, 10)
+        steps(0, 5)
         each(fabric.save)
-        once = steps(10, 20)
+        once = steps(5, 11)
         each(fabric.load)
-        again = steps(10, 20)
+        again = steps(5, 11)
         fabric.strategy.finalize()
         return [equal(a, b) for a, b in zip(once, again, strict=True)]
 
