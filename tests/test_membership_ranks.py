@@ -16,6 +16,7 @@ from channels import Hub, on_threads
 from torch.distributed import ReduceOp
 
 from lightning_easgd.averagers import ExchangeError
+from lightning_easgd.transport.channel import LoneChannel
 from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.lighthouse import Heard, Lighthouse
 from lightning_easgd.transport.manager import _make_transport
@@ -367,6 +368,29 @@ def test_who_is_answered_late_makes_all_wait():
         return first, members.has_come(5)
 
     assert on_threads(come, RANKS) == [(False, True)] * RANKS
+
+
+def test_who_waits_for_the_others_sees_that_a_rank_of_its_own_is_lost():
+    """Kind: nobody answers a rank whose worker is not all there, so that it would wait as long as for the others."""
+
+    class Unanswered(Manager):
+        def start_quorum(self, timeout):
+            ends.wait(60)
+
+    class Inside(LoneChannel):
+        size = RANKS
+
+        def sum(self, buffer):
+            raise ExchangeError("ranks [1] have died")
+
+    ends = threading.Event()
+    members = member(Unanswered(0), Inside())
+    members.request()
+    begun = time.monotonic()
+    with pytest.raises(ExchangeError, match="have died"):
+        members.has_come(40)
+    assert time.monotonic() < begun + 20
+    ends.set()
 
 
 def test_an_error_of_the_first_rank_ends_all():
