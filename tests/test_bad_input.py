@@ -7,6 +7,7 @@ from datetime import timedelta
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.plugins.environments import KubeflowEnvironment
 from ranks import end_ranks, run_ranks
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
@@ -183,6 +184,20 @@ def test_optimizers_that_shard_their_state():
 
     for outcome in end_ranks(train, 2):
         assert "EASGDStrategy: ZeroRedundancyOptimizer shards its state" in outcome.error
+
+
+@pytest.mark.parametrize(("ranks", "nodes"), [(1, 2), (2, 1)])
+def test_another_number_of_ranks_than_the_cluster_has_started(ranks, nodes):
+    """Kind: α is β over the workers that the Trainer counts on; only torchrun and SLURM compare them with the ranks."""
+
+    def train():
+        given = {"plugins": [KubeflowEnvironment()], "num_nodes": nodes, "use_distributed_sampler": False}
+        quiet_trainer(strategy=EASGDStrategy(mode="async"), devices=1, **given).fit(Quadratic(record=False))
+
+    for outcome in end_ranks(train, ranks):
+        assert outcome.exitcode == 1
+        assert f"EASGDStrategy: the cluster environment has started {ranks} rank" in outcome.error
+        assert f"devices=1 and num_nodes={nodes} make {nodes}; give numbers" in outcome.error
 
 
 def test_pruning_warns():

@@ -146,6 +146,25 @@ def test_monitor_counts_a_workers_own_steps(tmp_path):
     assert [row["steps"] for row in rows(tmp_path / "communication.csv")] == ["12"]
 
 
+def test_ddp_is_that_of_all_who_were_there(tmp_path):
+    """Kind: a launch is one worker of those that come and go; on its own DDP would send nothing."""
+
+    class Joined(Elastic):
+        replica_id = 0
+        elastic = SimpleNamespace(membership=SimpleNamespace(living=(0,), missed=0, failed=0))
+
+        def optimizer_step(self, *arguments, **named):
+            done = super().optimizer_step(*arguments, **named)
+            self.elastic.membership.living = (0,) if self.steps <= 3 else (0, 1) if self.steps <= 8 else (0, 1, 2, 3)
+            return done
+
+    _, model = fit(Joined(), ElasticMonitor(directory=tmp_path))
+    gradients = 4 * sum(parameter.numel() for parameter in model.parameters())
+    (total,) = rows(tmp_path / "communication.csv")
+    assert total["steps"] == "12"
+    assert int(total["ddp_bytes"]) == gradients * (3 * 0 + 5 * 1 + 4 * 3 // 2)  # 2 (p - 1) / p at each step
+
+
 def test_monitor_refuses_zero():
     with pytest.raises(ValueError, match=r"ElasticMonitor\(every_n_exchanges=0\)"):
         ElasticMonitor(every_n_exchanges=0)

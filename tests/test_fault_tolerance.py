@@ -213,9 +213,10 @@ class TestStrategy:
         configs = [SimpleNamespace(scheduler=schedule)]
         none = SimpleNamespace(ready=0)
         batches = SimpleNamespace(current=none, total=none)
+        never = SimpleNamespace(_last_train_dl_reload_epoch=0, _last_val_dl_reload_epoch=0)
         worker._trainer = SimpleNamespace(
             global_step=0, current_epoch=0, accumulate_grad_batches=1, optimizers=[sgd], lr_scheduler_configs=configs,
-            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches)),
+            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=batches, val_loop=never), **vars(never)),
             lightning_module=SimpleNamespace(automatic_optimization=True),
         )  # fmt: skip
         for _ in range(6):
@@ -287,6 +288,40 @@ class TestStrategy:
         module.on_train_start = lambda: go_on_at(trainer, {**clocks_of(trainer), **theirs})
         trainer.fit(module)
         assert trainer.global_step == 20  # of 2 + 4 + 6 + 8
+
+    @pytest.mark.parametrize("check_every", [1, 5])
+    def test_who_comes_has_the_data_of_the_epoch_in_which_the_others_have_loaded_theirs(self, check_every):
+        """Kind: what is counted from the own beginning; it is that of the job."""
+
+        class Loading(Quadratic):
+            def __init__(self):
+                super().__init__(record=False)
+                self.used = []
+
+            def train_dataloader(self):
+                return DataLoader([float(self.trainer.current_epoch)], batch_size=1)
+
+            def training_step(self, batch, index):
+                self.used.append((self.current_epoch, "trains", batch.item()))
+                return super().training_step(batch, index)
+
+            def validation_step(self, batch, index):
+                self.used.append((self.current_epoch, "validates", batch.item()))
+
+            val_dataloader = train_dataloader
+
+        def trainer():
+            every = {"reload_dataloaders_every_n_epochs": 3, "check_val_every_n_epoch": check_every}
+            return quiet_trainer(devices=1, max_epochs=12, **every)
+
+        first, clocks, of_first = Loading(), [], trainer()
+        first.on_train_batch_start = lambda *_: clocks.append(clocks_of(of_first))
+        of_first.fit(first)
+        for epoch in (1, 4, 6, 11):
+            other, of_other = Loading(), trainer()
+            other.on_train_start = partial(go_on_at, of_other, clocks[epoch])
+            of_other.fit(other)
+            assert other.used == [each for each in first.used if each[0] >= epoch]
 
     @pytest.mark.timeout(60)
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint", "ignore:Be aware that when using")

@@ -16,6 +16,7 @@ from channels import Hub, on_threads
 from torch.distributed import ReduceOp
 
 from lightning_easgd.averagers import ExchangeError
+from lightning_easgd.transport.channel import LoneChannel
 from lightning_easgd.transport.device_queue import HostQueue
 from lightning_easgd.transport.lighthouse import Heard, Lighthouse
 from lightning_easgd.transport.manager import _make_transport
@@ -335,6 +336,22 @@ def test_beside_whom_a_worker_cannot_be(own, other, said, monkeypatch):
         lighthouse.refuse_others("")
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_who_waits_for_an_earlier_fit_says_so(ends, monkeypatch):
+    """Kind: a wait of minutes says for what; a fit that is tried again waits in vain."""
+    pytest.importorskip("torchft")
+    lighthouse = Lighthouse("http://none", Heard(0, fit=2), "S")
+    heard = iter([[Heard(1, age=0.0)]] * 3)
+    monkeypatch.setattr(lighthouse, "heard", lambda: next(heard, []) if ends else [Heard(1, age=0.0)])
+    monkeypatch.setattr(lighthouse, "_check_page", lambda: None)
+    monkeypatch.setattr("torchft.coordination.LighthouseClient", lambda *_, **__: None)
+    monkeypatch.setattr("lightning_easgd.transport.lighthouse._SOON", 0.0)
+    said = r"^S\(timeout=1 s\): this is fit 2 of the job, and waits for .* replica_id=1, which is still in fit 1; where"
+    refused = nullcontext() if ends else pytest.raises(ExchangeError, match="replica_id=1 is still in fit 1; wait")
+    with pytest.warns(RuntimeWarning, match=said), refused:
+        lighthouse.check(1.0)
+
+
 def test_a_device_that_never_gets_on_ends_the_run():
     with pytest.raises(ExchangeError, match=r"^S: an exchange that has been lost .* does not end on the GPU; start"):
         exchange_of_a_stuck_device(ends=False)
@@ -367,6 +384,29 @@ def test_who_is_answered_late_makes_all_wait():
         return first, members.has_come(5)
 
     assert on_threads(come, RANKS) == [(False, True)] * RANKS
+
+
+def test_who_waits_for_the_others_sees_that_a_rank_of_its_own_is_lost():
+    """Kind: nobody answers a rank whose worker is not all there, so that it would wait as long as for the others."""
+
+    class Unanswered(Manager):
+        def start_quorum(self, timeout):
+            ends.wait(60)
+
+    class Inside(LoneChannel):
+        size = RANKS
+
+        def sum(self, buffer):
+            raise ExchangeError("ranks [1] have died")
+
+    ends = threading.Event()
+    members = member(Unanswered(0), Inside())
+    members.request()
+    begun = time.monotonic()
+    with pytest.raises(ExchangeError, match="have died"):
+        members.has_come(40)
+    assert time.monotonic() < begun + 20
+    ends.set()
 
 
 def test_an_error_of_the_first_rank_ends_all():

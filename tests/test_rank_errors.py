@@ -1,11 +1,15 @@
 """An error in a training: one sentence from the first rank that fails, and the tracebacks in a file."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from application import command
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
+
+from lightning_easgd.lab import rank_errors
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(150)]
 
@@ -77,3 +81,20 @@ def test_a_divergence_is_in_the_table_and_fails_unless_asked_otherwise(tmp_path,
     if code:
         assert "not finite" in done.stderr
         assert "learning rate" in done.stderr or "optimizer.lr" in done.stderr
+
+
+@pytest.mark.parametrize(("local_rank", "code"), [(0, 143), (1, None)])
+def test_a_run_that_sigterm_has_ended_is_not_done(local_rank, code, tmp_path, capfd):
+    """Kind: an exit code says whether there is a result; Lightning's own says that there is."""
+
+    def ended():
+        raise SIGTERMException
+
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(launcher=None), fit=ended, local_rank=local_rank, is_global_zero=local_rank == 0
+    )
+    with pytest.raises(SystemExit) as stopped:
+        rank_errors.fit(trainer, tmp_path, "easgd-train", lambda: None)
+    assert stopped.value.code == code
+    said = f"easgd-train: SIGTERM has ended the run in {tmp_path}; ckpt_path=... goes on with it\n"
+    assert capfd.readouterr().err == ("" if local_rank else said)

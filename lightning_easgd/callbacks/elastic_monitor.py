@@ -1,6 +1,7 @@
 """The elastic distances and the communication of a run."""
 
 import csv
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class ElasticMonitor(Callback):
             )
         self.every_n_exchanges = every_n_exchanges
         self.directory = directory
-        self._first_step: int | None = None  # of the first batch: a worker that comes to others goes on at their steps
+        self._step: int | None = None  # so far; at first that of others to whom a worker comes
+        self._steps: Counter[int] = Counter()  # of this worker, by the number of ranks that there were in all workers
         self._recorded = 0
         self._rows: list[list[Any]] = []
 
@@ -60,7 +62,8 @@ class ElasticMonitor(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
         """Starts a new file, so that a second `fit` does not repeat the rows of the first."""
-        self._first_step = None
+        self._step = None
+        self._steps.clear()
         self._recorded = 0
         self._rows = []
         if self.directory is not None and isinstance(trainer.strategy, ElasticStrategy):
@@ -75,8 +78,8 @@ class ElasticMonitor(Callback):
         batch_idx: int,  # noqa: ARG002
     ) -> None:
         """Notes where this worker's own steps begin: not at 0 in a run that resumes another."""
-        if self._first_step is None:
-            self._first_step = trainer.global_step
+        if self._step is None:
+            self._step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -90,6 +93,10 @@ class ElasticMonitor(Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, ElasticStrategy):
             return
+        assert self._step is not None
+        workers = _of_membership(strategy).get("participants", 1)  # where they come and go; else there is one launch
+        self._steps[workers * trainer.world_size] += trainer.global_step - self._step
+        self._step = trainer.global_step
         seen = strategy.communication
         if seen.exchanges - self._recorded < self.every_n_exchanges:
             return
@@ -122,9 +129,8 @@ class ElasticMonitor(Callback):
             return
         counts = strategy.communication
         gradient_bytes = sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad)
-        steps = 0 if self._first_step is None else trainer.global_step - self._first_step
-        ddp = ddp_bytes(gradient_bytes, steps, trainer.world_size)
-        totals = gather(trainer, [steps, counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
+        ddp = sum(ddp_bytes(gradient_bytes, steps, ranks) for ranks, steps in self._steps.items())
+        totals = gather(trainer, [self._steps.total(), counts.exchanges, counts.bytes_sent, ddp, counts.seconds_waited])
         if trainer.is_global_zero:
             layout = layout_of(trainer)
             write_csv(

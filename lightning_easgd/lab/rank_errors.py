@@ -1,6 +1,7 @@
 """An error in a training is told once, by the rank that was first; the tracebacks of all ranks go to a file."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_easgd.averagers import NonFiniteError
 from lightning_easgd.lab.command_errors import ReportedError, explain, innermost, shows_tracebacks
@@ -29,6 +31,7 @@ def fit(trainer: L.Trainer, run: Path, command: str, prepare_rank: Callable[[], 
 
     Raises:
         ReportedError: If the training has failed.
+        SystemExit: If SIGTERM has ended it, with the code of that; Lightning's own is 0, as of a run that is done.
     """
     launcher = trainer.strategy.launcher
     if launcher is not None:
@@ -45,6 +48,12 @@ def fit(trainer: L.Trainer, run: Path, command: str, prepare_rank: Callable[[], 
         if not (run / ERROR_FILE).exists():  # no rank has told it: there is one process, or a rank was killed
             _report(run, command, error)
         raise ReportedError(f"{command}: {first_line(error)}") from error
+    except SIGTERMException:
+        if trainer.local_rank:  # whoever has started it would kill the others, which are about to end as well
+            raise
+        if trainer.is_global_zero:
+            print(f"{command}: SIGTERM has ended the run in {run}; ckpt_path=... goes on with it", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def is_divergence(run: Path) -> bool:

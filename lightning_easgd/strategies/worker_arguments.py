@@ -12,6 +12,7 @@ __all__ = [
     "StartMethod",
     "check_devices_per_worker",
     "check_parallel_devices",
+    "check_ranks",
     "check_timeout",
 ]
 
@@ -53,3 +54,21 @@ def check_parallel_devices(strategy: str, devices: Iterable[object]) -> None:
                 f"{strategy}(parallel_devices=[{device}]): workers are CPUs or CUDA devices (ROCm's too); elsewhere the"
                 " order of the copies beside the gradient has not been shown to hold. Use Trainer(accelerator='cpu')."
             )
+
+
+def check_ranks(strategy: str, nodes: int, devices: int, started: int) -> None:
+    """Refuse another number of ranks than the rates, the workers and Lightning's shares of the data are reckoned with.
+
+    Lightning compares them under torchrun and SLURM only.
+
+    Args:
+        strategy: The strategy's name.
+        nodes: As the user has them.
+        devices: Of each node.
+        started: How many ranks the cluster environment has.
+    """
+    if nodes * devices != started:
+        raise ValueError(
+            f"{strategy}: the cluster environment has started {started} rank{'s' if started > 1 else ''}, and devices="
+            f"{devices} and num_nodes={nodes} make {nodes * devices}; give numbers whose product is {started}."
+        )

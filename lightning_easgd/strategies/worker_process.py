@@ -33,6 +33,7 @@ from lightning_easgd.strategies.worker_arguments import (
     StartMethod,
     check_devices_per_worker,
     check_parallel_devices,
+    check_ranks,
     check_timeout,
 )
 from lightning_easgd.strategies.worker_group import WorkerGroup
@@ -194,10 +195,11 @@ class WorkerProcess(_Base):
         And what tells who is missing if a collective operation fails.
 
         Raises:
-            ValueError: If ranks have been given different arguments.
+            ValueError: If ranks have been given different arguments, or are more or fewer than the user has said.
         """
         set_up_group(self._get_process_group_backend(), self._timeout or DEFAULT_TIMEOUT, self.root_device)
         self._set_up_groups()
+        check_ranks(type(self).__name__, self.num_nodes, self.num_processes, self.world_size)
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
             self._groups.enter(self.global_rank, self.world_size)

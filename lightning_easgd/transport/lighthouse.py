@@ -4,6 +4,7 @@ import math
 import re
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _ALIVE = 0.5  # seconds since the last heartbeat; there are ten a second
 _PERHAPS_ALIVE = 2.0  # where a heartbeat may be late, and to be wrong is worse than to wait
 _LOOKS = 4 * _ALIVE  # seconds
+_SOON = 10.0  # seconds in which workers that go on together end a fit
 _KINDS: Final[dict[GroupKind, str]] = {"gloo": "", "nccl": "n"}
 
 
@@ -128,7 +130,16 @@ class Lighthouse:
                 f"{self._strategy}: there is no lighthouse at {self.address}; start torchft_lighthouse there, or"
                 f" correct FaultTolerance(lighthouse=...) or TORCHFT_LIGHTHOUSE. Cause: {error}"
             ) from None
-        earlier = self._who_stays(lambda other: other.fit < self.own.fit, patience)
+        earlier = self._who_stays(self._is_earlier, min(patience, _SOON))
+        if earlier is not None and patience > _SOON:
+            warnings.warn(
+                f"{self._strategy}(timeout={patience:.0f} s): this is fit {self.own.fit} of the job, and waits for the"
+                f" worker with replica_id={earlier.replica_id}, which is still in fit {earlier.fit}; where it tries one"
+                " again that an error has ended, give FaultTolerance(fit=...) the number of that one.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            earlier = self._who_stays(self._is_earlier, patience - _SOON)
         if earlier is not None:
             raise ExchangeError(
                 f"{self._strategy}(timeout={patience:.0f} s): this is fit {self.own.fit} of the job, and the"
@@ -171,6 +182,9 @@ class Lighthouse:
                 return others[0]
             time.sleep(_ALIVE / 5)
         return None
+
+    def _is_earlier(self, other: Heard) -> bool:
+        return other.fit < self.own.fit
 
     def _is_refused(self, other: Heard, own: str) -> bool:
         is_earlier = not (own and other.launch >= own)

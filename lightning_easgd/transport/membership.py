@@ -32,6 +32,7 @@ __all__ = ["Membership"]
 
 _FOR_EVER = timedelta(days=365)
 _COMMIT = 4
+_LOOK = 1.0  # seconds after which the ranks of a worker see that all are there: one that asks without the others waits
 _MOST_UNHEARD = 5  # exchanges one after the other; with each, somebody's steps are taken to be twice as long
 _NOBODY = -1  # in place of a replica_id
 _CPU = torch.device("cpu")
@@ -301,9 +302,10 @@ class Membership:
 
     def has_come(self, seconds: float) -> bool:
         """Whether the request has been answered, now or within so many seconds."""
-        assert self._request is not None
-        if not self._all(bool(wait([self._request], timeout=seconds).done)):
+        looks = max(1, math.ceil(seconds / _LOOK))
+        if not any(self._all(self._is_answered(seconds / looks)) for _ in range(looks)):
             return False
+        assert self._request is not None
         try:
             self._request.result()
         except (RuntimeError, TimeoutError) as error:
@@ -313,6 +315,10 @@ class Membership:
         if not self._is_settled:
             self._settle()
         return True
+
+    def _is_answered(self, seconds: float) -> bool:
+        assert self._request is not None
+        return bool(wait([self._request], timeout=seconds).done)
 
     def _settle(self) -> None:
         """Take the state that has come, if all ranks have got theirs, else none: they are at one move of the center."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -22,7 +23,6 @@ __all__ = [
     "free_running",
     "give_mesh",
     "go_on_at",
-    "has_new_loader",
     "interactive_error",
     "is_search",
     "is_without_steps",
@@ -34,6 +34,7 @@ __all__ = [
     "request_stop",
     "saves_after_batch",
     "saves_in_epoch",
+    "training_loader",
     "watch_evaluation",
     "watch_fetching",
 ]
@@ -124,10 +125,9 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
     )
 
 
-def has_new_loader(trainer: Any) -> bool:
-    """Whether the data loader of the epoch that begins was made anew for it (``reload_dataloaders_every_n_epochs``)."""
-    loop = trainer.fit_loop
-    return bool(trainer.reload_dataloaders_every_n_epochs and loop._last_train_dl_reload_epoch == trainer.current_epoch)
+def training_loader(trainer: Any) -> Any:
+    """What a fit's batches come from; another one where it was made anew (``reload_dataloaders_every_n_epochs``)."""
+    return trainer.fit_loop._combined_loader
 
 
 def knows_batches(loop: Any) -> bool:
@@ -195,6 +195,7 @@ def clocks_of(trainer: Any, *, begins: bool = False) -> dict[str, Any]:
         "epoch": epoch,
         "batch": done - in_next_step,
         "batches": of_all - in_next_step,
+        "loaded": [getattr(loop, name) for loop, name in _loading_loops(trainer)],
         "rates": [
             [
                 {name: _kept(group[name]) for name in ("lr", "initial_lr") if name in group}
@@ -269,6 +270,9 @@ def go_on_at(trainer: Any, clocks: dict[str, Any]) -> None:
     steps.total.ready = steps.total.completed = clocks["steps"]
     loop._batches_that_stepped = clocks["stepped"]
     _begin_epoch_at(trainer, clocks["batch"], clocks["batches"])
+    if trainer.reload_dataloaders_every_n_epochs:
+        for (loop_, name), epoch in zip(_loading_loops(trainer), clocks["loaded"], strict=True):
+            _load_as_in(trainer, loop_, name, epoch)
     for optimizer, groups in zip(trainer.optimizers, clocks["rates"], strict=True):
         for group, rates in zip(optimizer.param_groups, groups, strict=True):
             group.update(rates)
@@ -287,7 +291,7 @@ def _begin_epoch_at(trainer: Any, batch: int, of_all: int) -> None:
     loop = trainer.fit_loop.epoch_loop
 
     def reset() -> None:
-        begin_epoch_whole(trainer)
+        del loop.reset
         loop.reset()
         last = trainer.num_training_batches - 1  # only now: this epoch's loaders may have been made anew
         _set(loop.batch_progress, min(batch, last), of_all)
@@ -295,9 +299,38 @@ def _begin_epoch_at(trainer: Any, batch: int, of_all: int) -> None:
     loop.reset = reset
 
 
+def _loading_loops(trainer: Any) -> tuple[tuple[Any, str], ...]:
+    """The loops of a fit that have data loaders, and what each calls the epoch in which these were made."""
+    fit_loop = trainer.fit_loop
+    return (fit_loop, "_last_train_dl_reload_epoch"), (fit_loop.epoch_loop.val_loop, "_last_val_dl_reload_epoch")
+
+
+def _load_as_in(trainer: Any, loop: Any, name: str, epoch: float) -> None:
+    """Let a loop that is about to need its data loaders have those of an epoch, and make new ones so long after it."""
+    if getattr(loop, name) == epoch:
+        return
+    setattr(loop, name, -math.inf)  # so that they are made anew
+    if epoch == -math.inf:  # there has been no need of them
+        return
+
+    def setup_data() -> None:
+        del loop.setup_data
+        current = trainer.fit_loop.epoch_progress.current
+        now, current.completed = current.completed, epoch  # as trainer.current_epoch reads it
+        try:
+            loop.setup_data()
+        finally:
+            current.completed = now
+        loop.setup_data()  # those of a later one, if it is time
+
+    loop.setup_data = setup_data
+
+
 def begin_epoch_whole(trainer: Any) -> None:
     """Take back where :func:`go_on_at` lets an epoch begin, if none has begun since: a fit may have had no more."""
     vars(trainer.fit_loop.epoch_loop).pop("reset", None)
+    for loop, _ in _loading_loops(trainer):
+        vars(loop).pop("setup_data", None)
 
 
 def is_search(trainer: Any) -> bool:

@@ -8,12 +8,12 @@ from lightning_easgd.averagers import Averaging, Meeting
 from lightning_easgd.strategies.trainer.lightning_private import (
     communicates_at_epoch_end,
     evaluation_of,
-    has_new_loader,
     knows_batches,
     place_in_evaluation,
     reads_common_clock,
     saves_after_batch,
     saves_in_epoch,
+    training_loader,
     watch_evaluation,
 )
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -52,6 +52,7 @@ class Meetings:
         self._look()
 
     def _look(self) -> None:
+        self._loader = training_loader(self._trainer)
         own = self._trainer.num_training_batches, knows_batches(self._trainer.fit_loop)
         batches, known = zip(*self._ranks.gather(own), strict=True)
         if len(batches) > 1:
@@ -71,7 +72,7 @@ class Meetings:
         Raises:
             ValueError: If ranks of one worker are known to have different numbers.
         """
-        if has_new_loader(self._trainer):
+        if training_loader(self._trainer) is not self._loader:
             self._look()
 
     def before_batch(self) -> None:
