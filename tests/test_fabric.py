@@ -225,6 +225,43 @@ def test_buffers_of_different_shapes_stay_each_ranks_own_and_are_named_once(mode
     assert "EASGDStrategy: cache differ" in told[0]
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_modules_that_are_set_up_while_others_train(mode):
+    def run():
+        strategy = EASGDStrategy(tau=2, mode=mode, timeout=TIMEOUT)
+        fabric = launched(strategy)
+        module = network(0)
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.1))
+        torch.manual_seed(fabric.global_rank)
+        train(fabric, model, optimizer, 5)
+        worker = copies(module)
+        encoder = fabric.setup_module(module[:2])
+        for each in (fabric.setup_module(module), encoder, fabric.setup_module(module[1])):
+            with strategy.center_weights(each):
+                shown = copies(module)
+                fabric.setup_module(nn.BatchNorm1d(2))
+        left = same(copies(module), worker)
+        probe = nn.Sequential(module[1], nn.BatchNorm1d(4))
+        probe[1].running_mean.fill_(fabric.global_rank)
+        late = fabric.setup_module(probe)
+        left &= same(copies(module), worker)
+        started = probe[1].running_mean.tolist()
+        probe[1].running_mean.fill_(1.0 + 2 * fabric.global_rank)
+        with strategy.center_weights(late):
+            again, mean = copies(module), probe[1].running_mean.tolist()
+        left &= same(copies(module), worker)
+        train(fabric, model, optimizer, 3)
+        strategy.finalize()
+        return left, started, mean, [[tensor.numpy() for tensor in each] for each in (shown, again, copies(module))]
+
+    (*first, center), (*second, other) = run_ranks(run, 2)
+    assert first == second == [True, [0.0] * 4, [2.0] * 4]
+    for mine, theirs in zip(center, other, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(center[0][4], center[1][4])  # BatchNorm's mean
+
+
 @pytest.mark.filterwarnings(r"ignore:EASGDStrategy\(on_nonfinite='reset'\)")
 def test_a_buffer_that_goes_astray_is_mended_with_what_was_common_at_the_last_meeting():
     def run():

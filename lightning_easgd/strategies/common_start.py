@@ -1,6 +1,6 @@
 """The point from which all workers start: rank 0's; and what all must have been told alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def check_alike(strategy: str, arguments: Mapping[str, object]) -> None:
                 )
 
 
-def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) -> None:
+def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str, trained: Collection[Tensor] = ()) -> None:
     """Give all ranks rank 0's parameters and buffers, as DDP's constructor does; all ranks call it.
 
     A buffer that has another shape or dtype on some rank, is not there, or cannot be written to stays each rank's own;
@@ -61,13 +61,14 @@ def broadcast_states(module: nn.Module, *, with_buffers: bool, strategy: str) ->
         module: The module.
         with_buffers: Whether buffers are given, too.
         strategy: Name of the strategy, for errors.
+        trained: What of it is each rank's own already, as training has begun with it.
 
     Raises:
         RuntimeError: If the parameters differ between the ranks in name, shape or dtype.
     """
     if dist.get_world_size() == 1:
         return
-    ignored = ignored_names(module)
+    ignored = ignored_names(module) | _names_of(trained, module)
     parameters = {name: p.detach() for name, p in module.named_parameters() if name not in ignored}
     buffers = {name: b.detach() for name, b in module.named_buffers() if name not in ignored} if with_buffers else {}
     own = _described(parameters), _described(buffers)
@@ -163,7 +164,7 @@ def _ranks_of(parameter: Any) -> set[int]:
 
 
 @torch.no_grad()
-def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
+def broadcast_parts(module: nn.Module, group: dist.ProcessGroup, trained: Collection[Tensor] = ()) -> None:
     """Give ranks of equal coordinate the parts that the one in worker 0 has of the parameters, and its buffers.
 
     What the module's author keeps out of DDP stays each rank's own.
@@ -171,12 +172,20 @@ def broadcast_parts(module: nn.Module, group: dist.ProcessGroup) -> None:
     Args:
         module: The module.
         group: The ranks of this coordinate, the one of worker 0 first.
+        trained: As for :func:`broadcast_states`.
     """
-    ignored = ignored_names(module)
+    ignored = ignored_names(module) | _names_of(trained, module)
     named = (*module.named_parameters(), *module.named_buffers())
     tensors = [local(tensor).detach() for name, tensor in named if name not in ignored]
     tensors = [tensor for tensor in tensors if tensor.numel() and can_be_written(tensor)]
     _sync_params_and_buffers(group, _as_real(tensors), _BROADCAST_BYTES, 0)
+
+
+def _names_of(tensors: Collection[Tensor], module: nn.Module) -> frozenset[str]:
+    known = {id(tensor) for tensor in tensors}
+    return frozenset(
+        name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if id(tensor) in known
+    )
 
 
 def _as_real(tensors: Sequence[Tensor]) -> list[Tensor]:

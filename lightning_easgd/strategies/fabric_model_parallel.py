@@ -96,8 +96,8 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
         def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
             """Parallelize a module, and give the ranks of each coordinate what the one in worker 0 has."""
             parallelized: nn.Module = base.setup_module(self, module)
-            self._share_parts(parallelized)
-            self._modules.add(parallelized)
+            self._share_parts(parallelized, self._trained_tensors)
+            self._take_in(parallelized)
             return parallelized
 
         def _write_checkpoint(self, path: Any, state: dict[str, Any], *arguments: Any, **keywords: Any) -> None:

@@ -1,6 +1,6 @@
 """The modules that a training of Fabric's is of: the user sets them up, and may train them again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import final
 
 from torch import nn
@@ -25,9 +25,13 @@ class FabricModules:
         self._trained: list[nn.Module] = []
         self.ended = Modules()
 
-    def add(self, module: nn.Module) -> None:
-        """Add a module that has been set up."""
-        self._trained.append(module)
+    def add(self, modules: Iterable[nn.Module]) -> bool:
+        """Add modules that have been set up, unless those that are trained have all of it; whether there were any."""
+        count = len(self._trained)
+        for module in modules:
+            if not _is_part(module, self._trained):
+                self._trained.append(module)
+        return len(self._trained) > count
 
     def take_up(self, optimizers: Sequence[Optimizer]) -> None:
         """Train modules of before, too, that these optimizers have, and that were not set up anew."""
@@ -40,10 +44,13 @@ class FabricModules:
         self._trained = []
 
     def has(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether a module is trained, as it was set up or as that returned it, where these optimizers are taken up."""
+        """Whether a module is trained, as it was set up or as that returned it, where these optimizers are taken up.
+
+        A part of one is, too.
+        """
         module = getattr(module, "_orig_mod", module)  # torch.compile's, of which Fabric sets up what is inside
         trained = self._trained_with(optimizers)
-        return module in trained or getattr(module, "module", None) in trained
+        return getattr(module, "module", None) in trained or _is_part(module, trained)
 
     def whole(self) -> nn.Module:
         """The module, or all of them as one."""
@@ -66,3 +73,13 @@ class FabricModules:
             if any(id(parameter) in unknown for parameter in reshard(module).parameters()):
                 modules.append(module)
         return modules
+
+
+def _is_part(module: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Whether a module is one of these, or has nothing of its own beside them."""
+    tensors, theirs = _tensors(module), set().union(*map(_tensors, modules))
+    return module in modules or (bool(tensors) and tensors <= theirs)
+
+
+def _tensors(module: nn.Module) -> set[int]:
+    return {id(tensor) for tensor in (*reshard(module).parameters(), *module.buffers())}

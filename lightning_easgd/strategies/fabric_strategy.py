@@ -66,6 +66,7 @@ class FabricStrategy(WorkerProcess, _Base):
         self.worker_state = worker_state
         self._keeper = StateKeeper(self, self.method, worker_state, self._timeout)
         self._modules = FabricModules()
+        self._come_at_center: list[nn.Module] = []  # set up while the modules show it
         self._optimizers: list[Optimizer] = []  # none where there is no center
         self._session: CenterSession | None = None  # from the first step to finalize
         self._steps: Steps | None = None  # from the first optimizer's setup to finalize
@@ -138,10 +139,13 @@ class FabricStrategy(WorkerProcess, _Base):
     # Fabric's hooks
 
     def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]  # DDPStrategy's is wrapped
-        """Give all ranks rank 0's weights; wrap the module where workers have several ranks."""
-        self._share_start(module)
+        """Give all ranks rank 0's weights; wrap the module where workers have several ranks.
+
+        What a training that is under way has of it stays each worker's own.
+        """
+        self._share_start(module, self._trained_tensors)
         if self.has_center:
-            self._modules.add(module)
+            self._take_in(module)
         if self.layout.per_worker == 1:
             self._backward_sync_control: Any = _NoBackwardSync()
             return module
@@ -259,6 +263,20 @@ class FabricStrategy(WorkerProcess, _Base):
 
     # The parts of the above
 
+    @property
+    def _trained_tensors(self) -> tuple[Tensor, ...]:
+        """Parameters and buffers of a training that is under way."""
+        if self._session is None:
+            return ()
+        return (*self._session.module.parameters(), *self._session.module.buffers())
+
+    def _take_in(self, *modules: nn.Module) -> None:
+        if self._session is not None and self._session.shows_center:
+            self._come_at_center += modules  # what is shown goes back to the tensors of before
+            return
+        if self._modules.add(modules) and self._session is not None:
+            self._session.take_in()
+
     def _end_for_other_weights(self) -> None:
         """End the averaging, as modules are about to be loaded; those that are not are left at their center."""
         if self._session is not None:
@@ -357,6 +375,8 @@ class FabricStrategy(WorkerProcess, _Base):
             yield
         finally:
             session.show_worker()
+            come, self._come_at_center = self._come_at_center, []
+            self._take_in(*come)
 
 
 class _NoBackwardSync:

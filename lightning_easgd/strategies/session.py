@@ -98,7 +98,17 @@ class CenterSession:
         )
         self._steps = steps
         self._shown = None
-        self.outside = OutsideValues(
+        self._look_outside(ignored)
+        self.steps_made = dict.fromkeys(self.averagers, 0)
+
+    def take_in(self) -> None:
+        """Take notice of modules that have come; with them each tensor may have another name."""
+        self.check_outside()
+        self._look_outside(self._ignored())
+        self.common, self._same = CommonValues(), frozenset()
+
+    def _look_outside(self, ignored: frozenset[str]) -> None:
+        self.outside = outside = OutsideValues(
             self.module,
             self.averagers,
             self._optimizers,
@@ -106,13 +116,11 @@ class CenterSession:
             with_buffers=self._owner.has_common_buffers,
             strategy=self._name,
         )
-        outside = self.outside
         self._finite = (
             FiniteValues(lambda: {name: local(tensor) for name, tensor in outside.tensors().items()})
             if self._owner.on_nonfinite == "reset"
             else None
         )
-        self.steps_made = dict.fromkeys(self.averagers, 0)
 
     # What a worker that comes to others gets from them
 

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -264,7 +264,7 @@ class _ShardedRanks(WorkerProcess):
             self._open_inside("gloo")
         self._device_mesh = inside(self._mesh)
 
-    def _share_parts(self, module: nn.Module) -> None:
+    def _share_parts(self, module: nn.Module, trained: Collection[Tensor] = ()) -> None:
         """Give the ranks of each coordinate what the one in worker 0 has; let BatchNorm be synchronized inside."""
         group = self.mesh.get_group("data_parallel")
         warn_of_unreduced(type(self).__name__, module, group)
@@ -272,7 +272,7 @@ class _ShardedRanks(WorkerProcess):
         assert self._inside is not None
         self._inside.synchronize(module, group)  # the ranks of tensor parallelism draw the same data
         if self.layout.workers > 1:
-            broadcast_parts(module, self.mesh.get_group("workers"))
+            broadcast_parts(module, self.mesh.get_group("workers"), trained)
 
     def _write_shards(self, path: Path, state: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Write a distributed checkpoint as Lightning does, but of worker 0 alone.

@@ -1,14 +1,14 @@
 """A worker's process: the part that all strategies of this package share, in every class tree."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_easgd.averagers import Averaging
@@ -354,15 +354,19 @@ class WorkerProcess(_Base):
         broadcast = self._ddp_kwargs.get("broadcast_buffers", True)
         return bool(self._ddp_kwargs.get("forward_sync_buffers", broadcast))
 
-    def _share_start(self, module: nn.Module) -> None:
+    def _share_start(self, module: nn.Module, trained: Collection[Tensor] = ()) -> None:
         """Give all ranks rank 0's weights; as torch has it, ``forward_sync_buffers`` concerns what follows only.
+
+        Args:
+            module: The module.
+            trained: What of it is each rank's own already, as training has begun with it.
 
         Raises:
             TypeError: If this rank has only a part of them.
         """
         check_whole(type(self).__name__, module)
         buffers = bool(self._ddp_kwargs.get("broadcast_buffers", True))
-        broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__)
+        broadcast_states(module, with_buffers=buffers, strategy=type(self).__name__, trained=trained)
 
     @property
     def _inside(self) -> WorkerGroup | None:
