@@ -20,6 +20,7 @@ from lightning_easgd.callbacks import (
     ddp_bytes,
 )
 from lightning_easgd.lab.data import DigitsDataModule
+from lightning_easgd.lab.recorders import LearningCurve
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
 
 pytestmark = pytest.mark.timeout(60)
@@ -221,6 +222,31 @@ def test_worker_evaluation_needs_a_datamodule():
     trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[WorkerEvaluation()])
     with pytest.raises(TypeError, match=r"WorkerEvaluation\(\).*datamodule"):
         trainer.fit(tiny_classifier(), data.train_dataloader(), data.val_dataloader())
+
+
+def test_batches_that_are_scored_are_prepared_as_in_a_validation(tmp_path):
+    class Prepared(DigitsDataModule):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return torch.ones_like(batch[0]), batch[1]
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0] * (5 if self.trainer.training else 2), batch[1]
+
+    seen = set()
+
+    def see(network, inputs):
+        if not network.training:
+            seen.update((inputs[0].dtype, value) for value in inputs[0].unique().tolist())
+
+    model = tiny_classifier()
+    model.network.register_forward_pre_hook(see)
+    energy = LocalEnergyMonitor(sigmas=(0.0,), draws=1, batches=1, every_n_epochs=1)
+    callbacks = [WorkerEvaluation(), energy, LearningCurve(tmp_path)]
+    trainer = quiet_trainer(
+        strategy=Elastic(), callbacks=callbacks, precision="64-true", max_epochs=1, limit_train_batches=2
+    )
+    trainer.fit(model, datamodule=Prepared())
+    assert seen == {(torch.float64, 2.0)}
 
 
 def test_time_split_accounts_for_all_of_the_time(tmp_path):

@@ -11,7 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
-from lightning_easgd.callbacks.recording import ElasticStrategy, gather, number_of, own_weights, write_csv
+from lightning_easgd.callbacks.recording import (
+    ElasticStrategy,
+    gather,
+    number_of,
+    own_weights,
+    prepared,
+    write_csv,
+)
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
 from lightning_easgd.strategies.trainer.strategy import TrainerStrategy
 from lightning_easgd.strategies.worker_state import random_state, set_random_state
@@ -168,9 +175,9 @@ class LocalEnergyMonitor(Callback):
         # The ranks measure different batches or weights: what is summed over them is decided in `_measure`.
         energy = LocalEnergy(self.sigmas, self.draws, self.seed, self.errors, sync_on_compute=False)
         for batch in batches:
-            on_device = trainer.strategy.batch_to_device(batch, module.device)
+            given = prepared(trainer, batch)
             with trainer.precision_plugin.forward_context():
-                energy.update(module, on_device)
+                energy.update(module, given)
         return [float(energy.samples), float(energy.clean), *energy.noisy.flatten().tolist()]
 
     def _record(self, trainer: L.Trainer, every: dict[str, torch.Tensor]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
@@ -19,6 +20,7 @@ __all__ = [
     "layout_of",
     "number_of",
     "own_weights",
+    "prepared",
     "ranks_that_draw_alike",
     "write_csv",
 ]
@@ -111,6 +113,22 @@ def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
     rows[trainer.global_rank] = torch.tensor(values, dtype=torch.float64)
     reduced: list[list[float]] = trainer.strategy.reduce(rows, reduce_op="sum").tolist()
     return reduced
+
+
+def prepared(trainer: L.Trainer, batch: Any) -> Any:
+    """Returns a batch of a loader's as a validation would give it to a step: converted, and through the same hooks.
+
+    Args:
+        trainer: The trainer; what its hooks ask it is answered as in a validation, so that they augment nothing.
+        batch: The batch.
+    """
+    module, stage = trainer.lightning_module, trainer.state.stage
+    trainer.state.stage = RunningStage.VALIDATING
+    try:
+        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+        return trainer.strategy.batch_to_device(batch, module.device)
+    finally:
+        trainer.state.stage = stage
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

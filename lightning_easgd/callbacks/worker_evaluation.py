@@ -16,6 +16,7 @@ from lightning_easgd.callbacks.recording import (
     layout_of,
     number_of,
     own_weights,
+    prepared,
     write_csv,
 )
 
@@ -127,10 +128,11 @@ class WorkerEvaluation(Callback):
         module.eval()
         total, count = 0.0, 0
         try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
+            with torch.no_grad():
                 for batch in batches:
-                    on_device = trainer.strategy.batch_to_device(batch, module.device)
-                    value, samples = self.score(module, on_device)
+                    given = prepared(trainer, batch)
+                    with trainer.precision_plugin.forward_context():
+                        value, samples = self.score(module, given)
                     total, count = total + float(value), count + samples
         finally:
             module.train(was_training)

@@ -19,6 +19,7 @@ from lightning_easgd.callbacks.recording import (
     ddp_bytes,
     gather,
     layout_of,
+    prepared,
     ranks_that_draw_alike,
     write_csv,
 )
@@ -141,7 +142,7 @@ class LearningCurve(Callback):
         module.eval()
         try:
             for batch in islice(loader, first, None, stride):
-                inputs, targets = trainer.strategy.batch_to_device(batch, module.device)
+                inputs, targets = prepared(trainer, batch)
                 with trainer.precision_plugin.forward_context():
                     logits = module(inputs)
                 loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
