@@ -1,5 +1,6 @@
 """Asynchronous EASGD and the DOWNPOUR family through the real Trainer."""
 
+import csv
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import pairwise
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,12 @@ from reference import synchronous_trace
 from test_elastic import ASYNCHRONOUS, ASYNCHRONOUS_MOMENTUM
 from test_faults import Terminate, Uneven, fail
 from test_strategy import Adversarial, Watched, arrays, equal
-from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted
+from toys import BROADCASTS, MINIMA, Quadratic, Regression, fitted, quiet_trainer
 
 from lightning_easgd import DownpourStrategy, EASGDStrategy
 from lightning_easgd.averagers.served import averaging as serving
 from lightning_easgd.averagers.served.parameters import ServedParameters
+from lightning_easgd.callbacks import ElasticMonitor, LocalEnergyMonitor, TimeSplit, WorkerEvaluation
 
 pytestmark = pytest.mark.timeout(120)
 TIMEOUT = timedelta(seconds=6)
@@ -493,16 +496,42 @@ def test_uneven_epochs_in_round_robin_order_with_collectives_at_their_end():
     run_ranks(run, 2, timeout=30)
 
 
-def test_the_others_go_on_to_checkpoints_and_validations(tmp_path):
+def test_the_others_go_on_to_checkpoints_validations_and_records(tmp_path):
+    class Data(L.LightningDataModule):
+        def train_dataloader(self):
+            return self.trainer.lightning_module.train_dataloader()
+
+        def val_dataloader(self):
+            return Regression().val_dataloader()
+
+        test_dataloader = val_dataloader
+
+    def row_sums(module, batch):
+        return batch.sum(), len(batch)
+
     def run():
         kill = At(2, 9, lambda: os.kill(os.getpid(), signal.SIGKILL))
         strategy = EASGDStrategy(mode="async", tau=4, timeout=TIMEOUT, on_worker_loss="continue")
-        saver = ModelCheckpoint(tmp_path)
-        module = Regression(batches=150)
-        fitted(module, strategy, 3, callbacks=[kill, saver], enable_checkpointing=True, max_epochs=2)
-        return [p.detach().numpy().tobytes() for p in module.parameters()]
+        saver, scores, time_split = ModelCheckpoint(tmp_path), WorkerEvaluation(score=row_sums), TimeSplit()
+        energy = LocalEnergyMonitor(tmp_path, sigmas=(0.0,), draws=1, batch_size=32, errors=row_sums)
+        records = [ElasticMonitor(directory=tmp_path), scores, time_split, energy]
+        module, trainer = Regression(batches=150), {"enable_checkpointing": True, "max_epochs": 2, "devices": 3}
+        quiet_trainer(strategy=strategy, callbacks=[kill, saver, *records], **trainer).fit(module, datamodule=Data())
+        ends = [p.detach().numpy().tobytes() for p in module.parameters()]
+        return ends, scores.last_scores, set(energy.last_energies), len(time_split.seconds)
 
     outcomes = end_ranks(run, 3, timeout=40)
     assert [outcome.exitcode for outcome in outcomes] == [0, 0, -signal.SIGKILL], outcomes
-    assert outcomes[0].value == outcomes[1].value
+    assert outcomes[0].value[0] == outcomes[1].value[0]
     assert list(tmp_path.glob("*.ckpt"))
+    mean = Regression().val_dataloader().dataset.sum().item() / 32
+    for rank in (0, 1):  # each knows of itself alone, and scores the center on all data
+        _, scores, measured, count = outcomes[rank].value
+        names = {"center", f"worker_{rank}"}
+        assert scores == pytest.approx(dict.fromkeys(names, mean))
+        assert (measured, count) == (names, 1)
+    with (tmp_path / "communication.csv").open() as file:
+        assert [(row["rank"], row["steps"]) for row in csv.DictReader(file)] == [("0", "300")]
+    with (tmp_path / "local_energy.csv").open() as file:
+        samples = {row["samples"] for row in csv.DictReader(file)}
+    assert samples == {"256"}

@@ -14,6 +14,7 @@ from lightning_easgd.callbacks.recording import (
     gather,
     layout_of,
     number_of,
+    reached,
     write_csv,
 )
 
@@ -137,8 +138,8 @@ class ElasticMonitor(Callback):
                 Path(self.directory) / COMMUNICATION_FILE,
                 ["rank", "worker", "steps", "exchanges", "bytes_sent", "ddp_bytes", "seconds_waited"],
                 (
-                    [rank, number_of(trainer, layout.worker_of(rank)), *map(int, row[:-1]), row[-1]]
-                    for rank, row in enumerate(totals)
+                    [rank, number_of(trainer, layout.worker_of(rank)), *map(int, totals[rank][:-1]), totals[rank][-1]]
+                    for rank in reached(trainer)
                 ),
             )
 

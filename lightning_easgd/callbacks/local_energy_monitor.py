@@ -17,6 +17,7 @@ from lightning_easgd.callbacks.recording import (
     number_of,
     own_weights,
     prepared,
+    reached,
     write_csv,
 )
 from lightning_easgd.metrics import SIGMAS, Errors, LocalEnergy, misclassified
@@ -136,8 +137,10 @@ class LocalEnergyMonitor(Callback):
         random = random_state(strategy.root_device)
         try:
             batches = self._training_batches(trainer)
-            part = batches[rank::world] if has_center or alike else batches if rank == 0 else []
             with strategy.center_weights() if isinstance(strategy, ElasticStrategy) else nullcontext():
+                known = reached(trainer)
+                own_part = slice(known.index(rank), None, len(known))
+                part = batches[own_part] if has_center or alike else batches if rank == 0 else []
                 model = self._sums(trainer, module, part)
             with own_weights(strategy):
                 own = self._sums(trainer, module, batches if workers else [])
@@ -148,7 +151,11 @@ class LocalEnergyMonitor(Callback):
         every = {"center": total}
         if workers:
             layout = getattr(strategy, "layout", None) or WorkerLayout(world)
-            every |= {f"worker_{number_of(trainer, i)}": each[ranks[0]] for i, ranks in enumerate(layout.inside)}
+            every |= {
+                f"worker_{number_of(trainer, i)}": each[ranks[0]]
+                for i, ranks in enumerate(layout.inside)
+                if ranks[0] in known
+            }
         self._record(trainer, every)
 
     def _training_batches(self, trainer: L.Trainer) -> list[Any]:

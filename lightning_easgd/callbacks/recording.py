@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.trainer.states import RunningStage
 
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -19,9 +20,11 @@ __all__ = [
     "gather",
     "layout_of",
     "number_of",
+    "own_part",
     "own_weights",
     "prepared",
     "ranks_that_draw_alike",
+    "reached",
     "write_csv",
 ]
 
@@ -101,8 +104,32 @@ def ranks_that_draw_alike(trainer: L.Trainer) -> int:
     return 1 if mesh is None else int(mesh.size(mesh.mesh_dim_names.index("tensor_parallel")))
 
 
+def reached(trainer: L.Trainer) -> Sequence[int]:
+    """Returns the ranks that :func:`gather` hears of: after the loss of an asynchronous worker each of itself alone.
+
+    Args:
+        trainer: The trainer; the strategy has taken the process group away then.
+    """
+    alone = trainer.world_size > 1 and not dist.is_initialized()
+    return [trainer.global_rank] if alone else range(trainer.world_size)
+
+
+def own_part(trainer: L.Trainer) -> slice:
+    """Returns which of the batches that all workers score together are this one's.
+
+    The ranks of one worker score the same: they may have to compute together.
+
+    Args:
+        trainer: The trainer; asked when all ranks have met.
+    """
+    layout, rank = layout_of(trainer), trainer.global_rank
+    if len(reached(trainer)) < trainer.world_size:
+        return slice(None)
+    return slice(layout.worker_of(rank), None, layout.workers)
+
+
 def gather(trainer: L.Trainer, values: Sequence[float]) -> list[list[float]]:
-    """Returns the numbers of every rank, in order; all ranks have to call it.
+    """Returns the numbers of every rank, in order, zeros for those not :func:`reached`; all ranks have to call it.
 
     Args:
         trainer: The trainer.

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
     gather,
+    reached,
     write_csv,
 )
 
@@ -87,12 +88,12 @@ class TimeSplit(Callback):
         rest = total - self._compute - self._data - communication
         names = ["compute", "data", "communication", "rest", "total"]
         rows = gather(trainer, [self._compute, self._data, communication, rest, total])
-        self.seconds = [dict(zip(names, row, strict=True)) for row in rows]
+        self.seconds = [dict(zip(names, rows[rank], strict=True)) for rank in reached(trainer)]
         if trainer.is_global_zero and self.directory is not None:
             write_csv(
                 Path(self.directory) / TIME_FILE,
                 ["rank", *names],
-                ([rank, *row] for rank, row in enumerate(rows)),
+                ([rank, *rows[rank]] for rank in reached(trainer)),
             )
 
 

@@ -15,8 +15,10 @@ from lightning_easgd.callbacks.recording import (
     gather,
     layout_of,
     number_of,
+    own_part,
     own_weights,
     prepared,
+    reached,
     write_csv,
 )
 
@@ -47,7 +49,7 @@ class WorkerEvaluation(Callback):
     Lightning's validation splits the data over the ranks, each of which would score another worker on another
     part. Here every worker sees the whole set; the center, which is the same everywhere, is scored in equal
     parts by all workers. With a strategy without a center, the model that training returns (rank 0's) takes its
-    place.
+    place. After the loss of an asynchronous worker each rank scores the center alone, and knows its own worker only.
 
     The data come from the datamodule's `val_dataloader` after each validation, and from its `test_dataloader`
     at the end of training.
@@ -96,13 +98,12 @@ class WorkerEvaluation(Callback):
         model = worker if rank == 0 else (0.0, 0)
         if isinstance(strategy, ElasticStrategy):
             with strategy.center_weights():
-                # The ranks of one worker score the same: they may have to compute together.
-                model = self._total(trainer, module, batches[layout.worker_of(rank) :: layout.workers])
-        gathered = gather(trainer, [*worker, *model])
+                model = self._total(trainer, module, batches[own_part(trainer)])
+        gathered, known = gather(trainer, [*worker, *model]), reached(trainer)
         model_sum, model_count = sum(row[2] for row in gathered), sum(row[3] for row in gathered)
         scores = {"center": model_sum / model_count}
-        rows = [gathered[ranks[0]] for ranks in layout.inside]
-        scores |= {f"worker_{number_of(trainer, i)}": row[0] / row[1] for i, row in enumerate(rows)}
+        rows = {i: gathered[ranks[0]] for i, ranks in enumerate(layout.inside) if ranks[0] in known}
+        scores |= {f"worker_{number_of(trainer, i)}": row[0] / row[1] for i, row in rows.items()}
         self.last_scores = scores
         self._record(trainer, stage, scores)
 

@@ -19,6 +19,7 @@ from lightning_easgd.callbacks.recording import (
     ddp_bytes,
     gather,
     layout_of,
+    own_part,
     prepared,
     ranks_that_draw_alike,
     write_csv,
@@ -124,15 +125,14 @@ class LearningCurve(Callback):
     @torch.no_grad()
     def _score(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> tuple[float, float, int]:
         """Sum of the losses, wrong answers and samples of this rank's part of a set."""
-        strategy, rank, layout = trainer.strategy, trainer.global_rank, layout_of(trainer)
+        strategy = trainer.strategy
         if isinstance(strategy, ElasticStrategy):  # the same model everywhere: each worker scores a part
             with strategy.center_weights():
-                # The ranks of one worker score the same: they may have to compute together.
-                return self._total(trainer, module, stage, layout.worker_of(rank), layout.workers)
-        return self._total(trainer, module, stage, 0, 1) if rank == 0 else (0.0, 0.0, 0)
+                return self._total(trainer, module, stage, own_part(trainer))
+        return self._total(trainer, module, stage, slice(None)) if trainer.global_rank == 0 else (0.0, 0.0, 0)
 
     def _total(
-        self, trainer: L.Trainer, module: L.LightningModule, stage: str, first: int, stride: int
+        self, trainer: L.Trainer, module: L.LightningModule, stage: str, part: slice
     ) -> tuple[float, float, int]:
         data: L.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         data.setup("test")
@@ -141,7 +141,7 @@ class LearningCurve(Callback):
         was_training = module.training
         module.eval()
         try:
-            for batch in islice(loader, first, None, stride):
+            for batch in islice(loader, part.start or 0, None, part.step or 1):
                 inputs, targets = prepared(trainer, batch)
                 with trainer.precision_plugin.forward_context():
                     logits = module(inputs)
