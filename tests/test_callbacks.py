@@ -216,12 +216,28 @@ def test_worker_evaluation_takes_the_model_where_there_is_no_center():
     assert evaluation.last_scores["center"] == evaluation.last_scores["worker_0"]
 
 
-def test_worker_evaluation_needs_a_datamodule():
+def test_worker_evaluation_needs_a_datamodule_that_has_all_that_it_scores():
     data = DigitsDataModule()
     data.setup("fit")
-    trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[WorkerEvaluation()])
-    with pytest.raises(TypeError, match=r"WorkerEvaluation\(\).*datamodule"):
-        trainer.fit(tiny_classifier(), data.train_dataloader(), data.val_dataloader())
+
+    class WithoutTest(L.LightningDataModule):
+        def train_dataloader(self):
+            return data.train_dataloader()
+
+        def val_dataloader(self):
+            return data.val_dataloader()
+
+    loaders = {"train_dataloaders": data.train_dataloader(), "val_dataloaders": data.val_dataloader()}
+    for given, message in (
+        (loaders, r"\(\).*datamodule"),
+        ({"datamodule": WithoutTest()}, r"\(test=True\): WithoutTest"),
+    ):
+        trainer = quiet_trainer(max_epochs=1, limit_train_batches=1, callbacks=[WorkerEvaluation()])
+        with pytest.raises(TypeError, match=rf"WorkerEvaluation{message}"):
+            trainer.fit(tiny_classifier(), **given)
+        assert trainer.global_step == 0
+    with pytest.raises(ValueError, match=r"WorkerEvaluation\(max_batches=0\)"):
+        WorkerEvaluation(max_batches=0)
 
 
 def test_batches_that_are_scored_are_prepared_as_in_a_validation(tmp_path):

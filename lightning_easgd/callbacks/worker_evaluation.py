@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_easgd.callbacks.recording import (
@@ -59,6 +60,10 @@ class WorkerEvaluation(Callback):
         test: Score the test set at the end of training.
         max_batches: Score at most so many batches of a set; None scores all.
         score: Returns the sum of the scores and the number of samples of a batch.
+
+    Raises:
+        ValueError: If ``max_batches`` < 1.
+        TypeError: When training starts, if there is no datamodule, or if its test set is to be scored and it has none.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class WorkerEvaluation(Callback):
         max_batches: int | None = None,
         score: Score = accuracy,
     ) -> None:
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"WorkerEvaluation(max_batches={max_batches}): give 1 or more, or None to score all.")
         self.directory = directory
         self.test = test
         self.max_batches = max_batches
@@ -76,8 +83,23 @@ class WorkerEvaluation(Callback):
         self._rows: list[list[Any]] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # noqa: ARG002
-        """Starts anew, so that a second `fit` does not repeat the rows of the first."""
+        """Starts anew, so that a second `fit` does not repeat the rows of the first.
+
+        Raises:
+            TypeError: If what is to be scored is not there: at the end of training that would cost what was trained.
+        """
         self._rows = []
+        datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
+        if datamodule is None:
+            raise TypeError(
+                "WorkerEvaluation(): it scores every worker on the same, unsplit data and takes them from a "
+                "datamodule, but the trainer has none; give trainer.fit(..., datamodule=...)."
+            )
+        if self.test and not is_overridden("test_dataloader", datamodule):
+            raise TypeError(
+                f"WorkerEvaluation(test=True): {type(datamodule).__name__} has no test_dataloader, which is scored at"
+                " the end of training; give it one, or test=False."
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Scores the validation set."""
@@ -108,12 +130,7 @@ class WorkerEvaluation(Callback):
         self._record(trainer, stage, scores)
 
     def _batches(self, trainer: L.Trainer, stage: str) -> list[Any]:
-        datamodule: L.LightningDataModule | None = getattr(trainer, "datamodule", None)
-        if datamodule is None:
-            raise TypeError(
-                "WorkerEvaluation(): it scores every worker on the same, unsplit data and takes them from a "
-                "datamodule, but the trainer has none; give trainer.fit(..., datamodule=...)."
-            )
+        datamodule: L.LightningDataModule = trainer.datamodule  # type: ignore[attr-defined]
         if stage == "test":
             datamodule.setup("test")
         loader = datamodule.val_dataloader() if stage == "val" else datamodule.test_dataloader()
