@@ -65,18 +65,43 @@ class Watch(Callback):
             self.after.append(everything(module))
 
 
+class Nested(Callback):
+    """Looks at the center from within the worker's weights, and saves it from there."""
+
+    def __init__(self, path):
+        self.path, self.found = path, []
+
+    def on_validation_end(self, trainer, module):
+        center = everything(module)
+        parameters = arrays(module.parameters())
+        with trainer.strategy.worker_weights():
+            worker = everything(module)
+            trainer.save_checkpoint(self.path)
+            with trainer.strategy.center_weights():
+                self.found.append(everything(module) == center)
+                with trainer.strategy.worker_weights():
+                    self.found.append(everything(module) == worker)
+            self.found.append(everything(module) == worker != center)
+        self.found.append(everything(module) == center)
+        saved = torch.load(self.path, weights_only=True)["state_dict"]
+        self.found.append(equal(arrays(saved[name] for name, _ in module.named_parameters()), parameters))
+
+    on_train_end = on_validation_end
+
+
 @pytest.mark.parametrize("mode", MODES)
-def test_a_validation_leaves_everything_as_it_was(mode):
+def test_a_validation_leaves_everything_as_it_was(mode, tmp_path):
     def train():
-        watch = Watch()
+        watch, nested = Watch(), Nested(tmp_path / "nested.ckpt")
         fitted(
             Dropped(batches=12), EASGDStrategy(mode=mode, tau=1), 2, val_check_interval=5, num_sanity_val_steps=0,
-            accumulate_grad_batches=4, callbacks=[watch],
+            accumulate_grad_batches=4, callbacks=[watch, nested],
         )  # fmt: skip
         gradients = any(np.frombuffer(bits, np.float32).any() for bits in watch.before[0][0][-7:-1])
-        return watch.before == watch.after, len(watch.after), watch.seen[0] != watch.before[0], gradients
+        left = watch.before == watch.after, len(watch.after), watch.seen[0] != watch.before[0], gradients
+        return left, nested.found
 
-    assert run_ranks(train, 2) == [(True, 2, True, True)] * 2
+    assert run_ranks(train, 2) == [((True, 2, True, True), [True] * 15)] * 2
 
 
 @pytest.mark.parametrize("mode", MODES)

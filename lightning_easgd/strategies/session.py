@@ -328,6 +328,13 @@ class CenterSession:
         with self._shown.worker():
             yield
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Context in which the module shows what it does outside of :meth:`worker`, also inside of that."""
+        assert self._shown is not None
+        with self._shown.shown():
+            yield
+
     def calibrate(self, calibrate: Callable[[], None]) -> None:
         """Let a function change the buffers of the center that is shown; they are then the mean over the ranks."""
         assert self.outside is not None

@@ -52,6 +52,7 @@ class ShownWeights:
         self._worker_parameters: dict[Tensor, Tensor] = {}  # beside those that the averagers keep
         self._common: Mapping[str, Tensor] = {}
         self._versions: list[tuple[Tensor, int]] = []  # of the worker's tensors
+        self._show_again: Callable[[], None] = _do_nothing  # what is shown, inside of worker()
         self.center = False
 
     @torch.no_grad()
@@ -126,15 +127,32 @@ class ShownWeights:
         self._holds_center = self.holds_center
         shown = {parameter: parameter.detach().clone() for parameter in self.values()}
         buffers = keep_buffers(self._module)
-        self._load_worker()
-        try:
-            yield
-        finally:
+
+        def show_again() -> None:
             reshard(self._module)
             restore_buffers(buffers)
             _load(shown)
             self._count_writes_anew()
             self.center = True
+
+        self._load_worker()
+        self._show_again = show_again
+        try:
+            yield
+        finally:
+            show_again()
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Context in which the module shows what it does outside of :meth:`worker`, also inside of that."""
+        if self.center:
+            yield
+            return
+        self._show_again()
+        try:
+            yield
+        finally:
+            self._load_worker()
 
     def _replaced(self) -> list[tuple[Tensor, Tensor]]:
         parameters = dict(self._module.named_parameters())
@@ -168,6 +186,10 @@ class ShownWeights:
     def _count_writes_anew(self) -> None:
         start = next(_SHOWN)
         _set_versions([(tensor, start) for tensor, _ in self._versions])
+
+
+def _do_nothing() -> None:
+    """Where nothing is shown yet."""
 
 
 @torch.no_grad()

@@ -400,9 +400,9 @@ class TrainerStrategy(WorkerProcess, _Base):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state at the center. During training all ranks ask for it at the same point of their work."""
-        if not self._training or self._session is None:
+        if self._session is None or not (self._training or self._session.shows_center):
             state = super().lightning_module_state_dict()
-        elif self._is_alone:
+        elif self._training and self._is_alone:
             state = at_known_center(self._session.averagers, super().lightning_module_state_dict)
         else:
             with self._at_center(Meeting.CHECKPOINT):
@@ -655,8 +655,12 @@ class TrainerStrategy(WorkerProcess, _Base):
     @contextlib.contextmanager
     def _at_center(self, meeting: Meeting) -> Iterator[None]:
         session = self._session
-        if session is None or not session.is_started or session.shows_center:
+        if session is None or not session.is_started:
             yield
+            return
+        if session.shows_center:
+            with session.shown():  # also inside of worker_weights()
+                yield
             return
         if self._is_interrupted:
             session.common = CommonValues()
