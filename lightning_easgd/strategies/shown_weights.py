@@ -136,11 +136,12 @@ class ShownWeights:
             self.center = True
 
         self._load_worker()
-        self._show_again = show_again
+        outer, self._show_again = self._show_again, show_again
         try:
             yield
         finally:
             show_again()
+            self._show_again = outer  # a circle would keep a copy of the model
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
