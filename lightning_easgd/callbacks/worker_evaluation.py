@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
+    evaluating,
     gather,
     layout_of,
     number_of,
@@ -123,17 +124,12 @@ class WorkerEvaluation(Callback):
         return batches
 
     def _total(self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]) -> tuple[float, int]:
-        was_training = module.training
-        module.eval()
         total, count = 0.0, 0
-        try:
-            with torch.no_grad(), trainer.precision_plugin.forward_context():
-                for batch in batches:
-                    on_device = trainer.strategy.batch_to_device(batch, module.device)
-                    value, samples = self.score(module, on_device)
-                    total, count = total + float(value), count + samples
-        finally:
-            module.train(was_training)
+        with evaluating(module), torch.no_grad(), trainer.precision_plugin.forward_context():
+            for batch in batches:
+                on_device = trainer.strategy.batch_to_device(batch, module.device)
+                value, samples = self.score(module, on_device)
+                total, count = total + float(value), count + samples
         return total, count
 
     def _record(self, trainer: L.Trainer, stage: str, scores: dict[str, float]) -> None:
