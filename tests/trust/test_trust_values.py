@@ -253,12 +253,13 @@ def test_broadcast_buffers_false_leaves_them_to_each_rank(strategy):
         told = fit(module, strategy, more={"broadcast_buffers": value})
         return module.net[1].running_mean.tolist(), module.seed.item(), module.net[0].weight.tolist(), told
 
-    (mean, seed, weight, told), (mean2, seed2, weight2, _) = run_ranks(train, 2, False)
+    (own, common), (own2, common2) = run_ranks(lambda: (train(False), train(True)), 2)
+    (mean, seed, weight, told), (mean2, seed2, weight2, _) = own, own2
     assert mean != mean2
     assert (seed, seed2) == (0.0, 1.0)
     assert weight == weight2
     assert not any("broadcast_buffers" in text for text in told)
-    (mean, seed, *_), (mean2, seed2, *_) = run_ranks(train, 2, True)
+    (mean, seed, *_), (mean2, seed2, *_) = common, common2
     assert (mean, seed) == (mean2, seed2)
 
 
@@ -813,8 +814,7 @@ def test_what_was_written_to_while_it_was_frozen_is_refused_where_it_is_unfrozen
         assert "while it was frozen" in outcome.error
 
 
-@pytest.mark.parametrize("strategy", MODES)
-def test_a_buffer_that_is_a_view_of_a_parameter_follows_it(strategy):
+def test_a_buffer_that_is_a_view_of_a_parameter_follows_it():
     class Viewed(Net):
         def __init__(self, **arguments):
             super().__init__(**arguments)
@@ -832,14 +832,15 @@ def test_a_buffer_that_is_a_view_of_a_parameter_follows_it(strategy):
                 self.compare = False
                 self.states.append(bits(self.state_dict()) == self.last)
 
-    def train():
+    def train(strategy):
         module = Viewed()
         fit(module, strategy, val_check_interval=2)
         return module.states, bits(module.state_dict())
 
-    (first, final), (second, final2) = run_ranks(train, 2)
-    assert first == second == [True] * 3
-    assert final == final2
+    results = run_ranks(lambda: [*map(train, MODES)], 2)
+    for mode, (first, final), (second, final2) in zip(MODES, *results, strict=True):
+        assert first == second == [True] * 3, mode
+        assert final == final2, mode
 
 
 @pytest.mark.parametrize("strategy", MODES)
