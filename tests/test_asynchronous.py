@@ -49,21 +49,19 @@ class Rows(Quadratic):
         self.trainer.strategy.barrier()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "rows"),
-    [
+def test_golden_traces_in_round_robin_order():
+    cases = [
         (EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2), ASYNCHRONOUS),
         (EASGDStrategy(mode="async", order="round_robin", tau=2, alpha=0.2, momentum=0.9), ASYNCHRONOUS_MOMENTUM),
         (DownpourStrategy(order="round_robin", tau=2), DOWNPOUR),
-    ],
-    ids=["easgd", "eamsgd", "downpour"],
-)
-def test_golden_traces_in_round_robin_order(strategy, rows):
-    def train():
-        return fitted(Rows(), strategy, 2).trace
+    ]
 
-    first, second = np.array(run_ranks(train, 2))
-    assert np.column_stack([first[:, 0], second[:, 0], second[:, 1]]) == pytest.approx(np.array(rows), abs=2e-6)
+    def train():
+        return [fitted(Rows(), strategy, 2).trace for strategy, _ in cases]
+
+    for (strategy, rows), first, second in zip(cases, *map(np.array, run_ranks(train, 2)), strict=True):
+        made = np.column_stack([first[:, 0], second[:, 0], second[:, 1]])
+        assert made == pytest.approx(np.array(rows), abs=2e-6), strategy
 
 
 class Gradients(Quadratic):
@@ -91,24 +89,25 @@ def test_downpour_takes_gradients_at_the_new_point_also_in_manual_optimization(a
         module = Gradients(by_hand)
         return fitted(module, DownpourStrategy(order="round_robin", tau=2, average=average), 2).points
 
-    automatic, by_hand = run_ranks(train, 2, False), run_ranks(train, 2, True)
-    assert by_hand == automatic
-    assert automatic[0][3:5] == pytest.approx([1, 0.24])  # without a gradient: the center came in between
+    results = run_ranks(lambda: (train(False), train(True)), 2)
+    assert all(automatic == by_hand for automatic, by_hand in results)
+    assert results[0][0][3:5] == pytest.approx([1, 0.24])  # without a gradient: the center came in between
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.3, None), (0.3, 0.7), (0.0, None)])
-@pytest.mark.parametrize("tau", [1, 3])
-def test_one_worker_is_the_recursion(tau, alpha, beta):
+def test_one_worker_is_the_recursion():
+    cases = [(tau, *rates) for tau in (1, 3) for rates in ((0.3, None), (0.3, 0.7), (0.0, None))]
+
     class Away(Quadratic):  # it starts at rank 0's minimum
         def training_step(self, batch, index):
             return 0.5 * (self.x - MINIMA[1]).square().sum()
 
-    def train():
+    def train(tau, alpha, beta):
         return fitted(Away(), EASGDStrategy(mode="async", tau=tau, alpha=alpha, beta=beta), 1).trace
 
-    (rows,) = run_ranks(train, 1)
-    expected = synchronous_trace(1, 6, tau, alpha, alpha if beta is None else beta, minima=MINIMA[1:])
-    assert np.array(rows) == pytest.approx(expected, abs=1e-6)
+    (traces,) = run_ranks(lambda: [train(*each) for each in cases], 1)
+    for (tau, alpha, beta), rows in zip(cases, traces, strict=True):
+        expected = synchronous_trace(1, 6, tau, alpha, alpha if beta is None else beta, minima=MINIMA[1:])
+        assert np.array(rows) == pytest.approx(expected, abs=1e-6), (tau, alpha, beta)
 
 
 class Linear(Quadratic):
@@ -124,13 +123,12 @@ class Linear(Quadratic):
 
 
 @pytest.mark.filterwarnings("ignore:.*is unstable")
-@pytest.mark.parametrize(("alpha", "exact"), [(1.0, True), (0.3, False)])
-def test_conservation_under_concurrency(alpha, exact):
+def test_conservation_under_concurrency():
     """Σ x_i + x̃ moves by the gradients alone: no update is lost or doubled."""
 
-    def train():
+    def train(alpha):
         strategy = EASGDStrategy(mode="async", tau=1, alpha=alpha)
-        module = Linear(steps=200)
+        module = Linear(steps=120)
         last = None
 
         class Last(Callback):
@@ -144,15 +142,14 @@ def test_conservation_under_concurrency(alpha, exact):
             fitted(module, strategy, 3, callbacks=[Last()])
         return last, module.x.detach().double().numpy(), strategy.communication
 
-    results = run_ranks(train, 3)
-    total = sum(x for x, _, _ in results) + results[0][1]
-    expected = np.full(1000, -200.0 * (1 + 2 + 3))
-    if exact:
-        np.testing.assert_array_equal(total, expected)
-    else:
-        np.testing.assert_allclose(total, expected, rtol=1e-5)
-    assert all(statistics.exchanges == 199 for _, _, statistics in results)
-    assert any(statistics.staleness > 0 for _, _, statistics in results)
+    expected = np.full(1000, -120.0 * (1 + 2 + 3))
+    exact, rounded = zip(*run_ranks(lambda: (train(1.0), train(0.3)), 3), strict=True)
+    for results, compare in (
+        (exact, np.testing.assert_array_equal), (rounded, partial(np.testing.assert_allclose, rtol=1e-5)),
+    ):  # fmt: skip
+        compare(sum(x for x, _, _ in results) + results[0][1], expected)
+        assert all(statistics.exchanges == 119 for _, _, statistics in results)
+        assert any(statistics.staleness > 0 for _, _, statistics in results)
 
 
 class Slow(Callback):
@@ -188,24 +185,25 @@ def test_a_slow_rank_does_not_slow_the_other():
         assert share(False) > 0.8
 
 
-@pytest.mark.parametrize("strategy", [EASGDStrategy(mode="async", tau=2), DownpourStrategy(tau=2)])
-def test_validation_checkpoint_and_end_see_one_center(strategy, tmp_path):
-    def train():
-        saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+def test_validation_checkpoint_and_end_see_one_center(tmp_path):
+    cases = {"easgd": EASGDStrategy(mode="async", tau=2), "downpour": DownpourStrategy(tau=2)}
+
+    def train(name, strategy):
+        saver = ModelCheckpoint(tmp_path / name, every_n_train_steps=3, save_top_k=-1)
         module = fitted(
             Watched(batches=12), strategy, 3, val_check_interval=5, callbacks=[saver], enable_checkpointing=True
         )
         return module.seen, arrays(module.parameters()), arrays(strategy.center.values())
 
-    results = run_ranks(train, 3)
-    for seen, module, center in results:
-        assert equal(module, center)
-        assert equal(module, results[0][1])
-        assert all(equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True))
-        for index in range(2):
-            assert equal(seen["validation"][index], results[0][0]["validation"][index])
-            assert equal(seen["validation"][index][: len(center)], seen["center"][index])
-    assert len(list(tmp_path.glob("*.ckpt"))) == 4
+    for name, *results in zip(cases, *run_ranks(lambda: [train(*each) for each in cases.items()], 3), strict=True):
+        for seen, module, center in results:
+            assert equal(module, center), name
+            assert equal(module, results[0][1]), name
+            assert all(equal(a, b) for a, b in zip(seen["before"], seen["after"], strict=True)), name
+            for index in range(2):
+                assert equal(seen["validation"][index], results[0][0]["validation"][index]), name
+                assert equal(seen["validation"][index][: len(center)], seen["center"][index]), name
+        assert len(list((tmp_path / name).glob("*.ckpt"))) == 4, name
 
 
 class Alone(Quadratic):
@@ -257,21 +255,20 @@ def test_several_optimizers_have_their_own_clocks():
     assert equal(first[2], second[2])
 
 
-@pytest.mark.parametrize("iterable", [False, True])
-@pytest.mark.parametrize("order", ["free", "round_robin"])
 @pytest.mark.parametrize("strategy", [EASGDStrategy, DownpourStrategy])
-def test_uneven_epochs_end(strategy, order, iterable):
+def test_uneven_epochs_end(strategy):
+    cases = [(order, iterable) for order in ("free", "round_robin") for iterable in (False, True)]
     mode = {"mode": "async"} if strategy is EASGDStrategy else {}
 
-    def run():
+    def run(order, iterable):
         module = Uneven()
         module.iterable = iterable
         strategy_ = strategy(tau=2, order=order, timeout=timedelta(seconds=20), **mode)
         fitted(module, strategy_, 3, max_epochs=2, use_distributed_sampler=False)
         return [p.detach().numpy().tobytes() for p in module.parameters()]
 
-    first, *others = run_ranks(run, 3, timeout=50)
-    assert all(other == first for other in others)
+    for case, first, *others in zip(cases, *run_ranks(lambda: [run(*each) for each in cases], 3), strict=True):
+        assert all(other == first for other in others), case
 
 
 class At(Callback):
@@ -443,15 +440,14 @@ def test_sigterm_while_a_rank_waits_at_a_meeting():
 def test_fits_one_after_the_other():
     def run():
         centers = []
-        for _ in range(3):
+        for _ in range(8):
             module = Quadratic(record=False)
             fitted(module, EASGDStrategy(mode="async", tau=1, alpha=0.3, timeout=TIMEOUT), 2)
             centers.append(module.x.item())
         return centers
 
-    for _ in range(5):
-        first, second = run_ranks(run, 2, timeout=40)
-        assert first == second
+    first, second = run_ranks(run, 2, timeout=40)
+    assert first == second
 
 
 def test_reading_the_center_changes_nothing():
@@ -463,10 +459,11 @@ def test_reading_the_center_changes_nothing():
         def on_before_backward(self, loss):
             _ = dict(self.trainer.strategy.center)
 
-    def run(module):
-        return fitted(module, EASGDStrategy(mode="async", tau=1, alpha=0.3, beta=0.5), 1).trace
+    def run(kind):
+        return fitted(kind(), EASGDStrategy(mode="async", tau=1, alpha=0.3, beta=0.5), 1).trace
 
-    assert run_ranks(run, 1, Reader()) == run_ranks(run, 1, Quadratic())
+    ((read, unread),) = run_ranks(lambda: (run(Reader), run(Quadratic)), 1)
+    assert read == unread
 
 
 def test_the_center_that_is_read_is_not_that_of_the_last_validation():

@@ -199,15 +199,19 @@ def test_a_worker_that_comes_and_goes_is_named_by_its_number(replica_id, number,
     assert [row["worker"] for row in rows(tmp_path / "communication.csv")] == [str(number)]
 
 
-def test_worker_evaluation_leaves_the_mode_of_the_module(tmp_path):
+def test_scoring_leaves_the_mode_of_each_part_of_the_module(tmp_path):
     modes = []
 
     class Watch(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            modes.append(pl_module.network.training)
+        def on_train_start(self, trainer, pl_module):
+            pl_module.network[-1].eval()  # as a frozen backbone is
 
-    fit(Elastic(), WorkerEvaluation(), Watch())
-    assert all(modes)
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            modes.append([part.training for part in pl_module.network])
+
+    _, model = fit(Elastic(), WorkerEvaluation(), LearningCurve(tmp_path), Watch())
+    modes.append([part.training for part in model.network])
+    assert all(each == [True] * (len(each) - 1) + [False] for each in modes)
 
 
 def test_worker_evaluation_takes_the_model_where_there_is_no_center():

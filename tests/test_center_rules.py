@@ -60,19 +60,21 @@ def halving_trace(steps, tau, alpha, beta, asynchronous):
     return np.array(rows)
 
 
-@pytest.mark.parametrize("mode", [{"mode": "sync"}, {"mode": "async", "order": "round_robin"}])
-@pytest.mark.parametrize("backend", [None, "gloo"])
-def test_a_rule_of_ones_own(mode, backend):
-    asynchronous = mode["mode"] == "async"
-    traces = run_ranks(
-        train, 2, lambda: EASGDStrategy(tau=2, center_rule=Halving(), process_group_backend=backend, **mode), 9
-    )
-    expected = halving_trace(9, 2, 0.45, 0.9, asynchronous)
-    for rank, (trace, center) in enumerate(traces):
-        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=1e-6)
-        assert center == pytest.approx(expected[-1, -1], abs=1e-6)
-        if not asynchronous:
-            assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
+def test_a_rule_of_ones_own():
+    turns = {"mode": "async", "order": "round_robin"}
+    cases = [mode | {"process_group_backend": backend} for mode in ({}, turns) for backend in (None, "gloo")]
+
+    def run():
+        return [train(lambda each=each: EASGDStrategy(tau=2, center_rule=Halving(), **each), 9) for each in cases]
+
+    for case, *traces in zip(cases, *run_ranks(run, 2), strict=True):
+        asynchronous = "order" in case
+        expected = halving_trace(9, 2, 0.45, 0.9, asynchronous)
+        for rank, (trace, center) in enumerate(traces):
+            assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=1e-6), case
+            assert center == pytest.approx(expected[-1, -1], abs=1e-6), case
+            if not asynchronous:
+                assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=1e-6), case
 
 
 class OwnChannel(Channel):
@@ -103,14 +105,14 @@ class OverOwnChannel(EASGDStrategy):
 
 @pytest.mark.parametrize("given", [{"center_rule": Halving()}, {"center_rule": Halving(), "pull_to": "new"}])
 def test_a_transport_of_ones_own_carries_all_that_the_strategy_was_given(given):
-    def ends(cls):
-        return run_ranks(train, 2, lambda: cls(tau=2, process_group_backend="gloo", **given), 9)
+    def end(cls):
+        return train(lambda: cls(tau=2, process_group_backend="gloo", **given), 9)
 
-    own, ours = ends(OverOwnChannel), ends(EASGDStrategy)
-    assert own == ours
-    if "pull_to" not in given:
-        expected = halving_trace(9, 2, 0.45, 0.9, asynchronous=False)
-        assert np.array(own[0][0])[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
+    for own, ours in run_ranks(lambda: (end(OverOwnChannel), end(EASGDStrategy)), 2):
+        assert own == ours
+        if "pull_to" not in given:
+            expected = halving_trace(9, 2, 0.45, 0.9, asynchronous=False)
+            assert np.array(own[0])[:, 1] == pytest.approx(expected[:, -1], abs=1e-6)
 
 
 def test_the_contributors_page_says_how_a_transport_is_given():
@@ -132,73 +134,85 @@ class Momentum(CenterRule):
 
 @pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"},
                                   {"mode": "async", "order": "round_robin"}])  # fmt: skip
-@pytest.mark.parametrize("rule", [Momentum(), Halving(), AveragedRule(NesterovRule(0.5), ConstantRate(0.25))])
-def test_a_resumed_run_goes_on_with_what_the_rule_keeps(mode, rule, tmp_path):
-    def strategy():
-        return EASGDStrategy(tau=2, center_rule=rule, **mode)
+def test_a_resumed_run_goes_on_with_what_the_rule_keeps(mode, tmp_path):
+    rules = [Momentum(), Halving(), AveragedRule(NesterovRule(0.5), ConstantRate(0.25))]
 
-    def run():
-        torch.manual_seed(0)
-        whole = Regression(batches=6)
-        quiet_trainer(strategy=strategy(), devices=2, max_epochs=2).fit(whole)
-        torch.manual_seed(0)
-        first = Regression(batches=6)
-        trainer = quiet_trainer(strategy=strategy(), devices=2, max_epochs=1)
-        trainer.fit(first)
-        trainer.save_checkpoint(tmp_path / "half.ckpt")
-        second = Regression(batches=6)
-        quiet_trainer(strategy=strategy(), devices=2, max_epochs=2).fit(second, ckpt_path=tmp_path / "half.ckpt")
+    def run(rule):
+        def fit(epochs, checkpoint=None):
+            torch.manual_seed(0)
+            module = Regression(batches=6)
+            strategy = EASGDStrategy(tau=2, center_rule=rule, **mode)
+            quiet_trainer(strategy=strategy, devices=2, max_epochs=epochs).fit(module, ckpt_path=checkpoint)
+            return module
+
+        whole, first = fit(2), fit(1)
+        first.trainer.save_checkpoint(tmp_path / "half.ckpt")
+        second = fit(2, tmp_path / "half.ckpt")
         pairs = zip(whole.state_dict().values(), second.state_dict().values(), strict=True)
         return all((a == b).all() for a, b in pairs), any((p != q).any() for p, q in zip(
             first.parameters(), second.parameters(), strict=True))  # fmt: skip
 
-    assert run_ranks(run, 2, timeout=120) == [(True, True)] * 2
+    told = run_ranks(lambda: {repr(rule): run(rule) for rule in rules}, 2)
+    assert told == [dict.fromkeys(map(repr, rules), (True, True))] * 2
 
 
-@pytest.mark.parametrize(
-    ("before", "now", "says"),
-    [
-        ({}, {"outer_momentum": 0.5}, r"with the stores center: of HeavyBallRule momentum and the count .* begin anew"),
-        ({}, {"outer_momentum": 0.5, "worker_state": "none"}, r"with the stores center: of HeavyBallRule momentum"),
-        (
-            {"outer_momentum": 0.5},
-            {"center_rule": AveragedRule(NesterovRule(0.5), ConstantRate(0.25))},
-            r"with the stores center, momentum: of AveragedRule average and the count of exchanges begin anew",
-        ),
-        ({"center_rule": AveragedRule(NesterovRule(0.5), ConstantRate(0.25))}, {"outer_momentum": 0.5}, "the count of"),
-        ({}, {"center_rule": Halving()}, "of another rule or saved on an error"),
-        ({"outer_momentum": 0.5}, {"outer_momentum": 0.5, "outer_nesterov": True}, None),
-        ({"outer_momentum": 0.5}, {}, None),
-        ({"center_rule": Halving()}, {"center_rule": Halving()}, None),
-    ],
-)
-@pytest.mark.parametrize("moment", ["in the fit", "after it"])
-def test_what_another_rule_begins_anew_is_said(before, now, says, moment, tmp_path):
-    """Of a checkpoint that is whole: nothing is put down to an error alone."""
+def test_what_another_rule_begins_anew_is_said(tmp_path):
+    """Of a checkpoint that is whole, saved in the fit or after it: nothing is put down to an error alone."""
+    averaged = {"center_rule": AveragedRule(NesterovRule(0.5), ConstantRate(0.25))}
+    nows = {
+        "plain": [
+            (
+                {"outer_momentum": 0.5},
+                r"with the stores center: of HeavyBallRule momentum and the count .* begin anew",
+            ),
+            ({"outer_momentum": 0.5, "worker_state": "none"}, r"with the stores center: of HeavyBallRule momentum"),
+            ({"center_rule": Halving()}, "of another rule or saved on an error"),
+        ],
+        "momentum": [
+            (
+                averaged,
+                r"with the stores center, momentum: of AveragedRule average and the count of exchanges begin anew",
+            ),
+            ({"outer_momentum": 0.5, "outer_nesterov": True}, None),
+            ({}, None),
+        ],
+        "averaged": [({"outer_momentum": 0.5}, "the count of")],
+        "halving": [({"center_rule": Halving()}, None)],
+    }  # fmt: skip
+    befores = {
+        "plain": {}, "momentum": {"outer_momentum": 0.5}, "averaged": averaged, "halving": {"center_rule": Halving()},
+    }  # fmt: skip
 
     class Saves(L.Callback):
         def on_train_epoch_end(self, trainer, module):
-            trainer.save_checkpoint(tmp_path / "half.ckpt")
+            trainer.save_checkpoint(tmp_path / "in the fit.ckpt")
 
-    def run():
-        saves = [Saves()] if moment == "in the fit" else []
-        trainer = quiet_trainer(strategy=EASGDStrategy(tau=2, **before), devices=2, callbacks=saves)
-        trainer.fit(Regression(batches=6))
-        if moment == "after it":
-            trainer.save_checkpoint(tmp_path / "half.ckpt")
+    def go_on(now, moment):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             again = quiet_trainer(strategy=EASGDStrategy(tau=2, **now), devices=2, max_epochs=2)
-            again.fit(Regression(batches=6), ckpt_path=tmp_path / "half.ckpt")
+            again.fit(Regression(batches=6), ckpt_path=tmp_path / f"{moment}.ckpt")
         return [message for message in (str(each.message) for each in seen) if "anew" in message]
 
-    told, _ = run_ranks(run, 2, timeout=120)
-    if says is None:
-        assert told == []
-    else:
-        (message,) = told
-        assert message.startswith("EASGDStrategy: ")
-        assert re.search(says, message)
+    def run():
+        told = []
+        for name, before in befores.items():
+            trainer = quiet_trainer(strategy=EASGDStrategy(tau=2, **before), devices=2, callbacks=[Saves()])
+            trainer.fit(Regression(batches=6))
+            trainer.save_checkpoint(tmp_path / "after it.ckpt")
+            for now, says in nows[name]:
+                told += [((name, now, moment), says, go_on(now, moment)) for moment in ("in the fit", "after it")]
+        return told
+
+    told, _ = run_ranks(run, 2)
+    assert len(told) == 16
+    for case, says, messages in told:
+        if says is None:
+            assert messages == [], case
+        else:
+            assert len(messages) == 1, case
+            assert messages[0].startswith("EASGDStrategy: "), case
+            assert re.search(says, messages[0]), case
 
 
 def test_what_is_no_rule_is_refused():
@@ -242,11 +256,11 @@ def test_workers_that_give_a_served_center_different_rates_are_told():
         assert "open_center" not in error
 
 
-@pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"}])
-def test_what_a_synchronous_rule_shows_is_the_average(mode):
+def test_what_a_synchronous_rule_shows_is_the_average():
     """z ← ¾z + ¼x̃ at every exchange, of which there are three."""
+    modes = [{}, {"process_group_backend": "gloo"}, {"wire_dtype": "bfloat16"}]
 
-    def run():
+    def run(mode):
         module = Quadratic(lr=0.1, steps=7)
         strategy = EASGDStrategy(tau=2, beta=0.5, center_rule=AveragedRule(PlainRule(), ConstantRate(0.25)), **mode)
         fitted(module, strategy, 2)
@@ -259,11 +273,12 @@ def test_what_a_synchronous_rule_shows_is_the_average(mode):
         if step and step % 2 == 0:
             average = 0.75 * average + 0.25 * expected[step, -1]
         shown.append(average)
-    tolerance = 2e-2 if "wire_dtype" in mode else 1e-6
-    for trace, after in run_ranks(run, 2):
-        assert [center for _, center in trace] == pytest.approx(shown, abs=tolerance)
-        assert after == pytest.approx(shown[-1], abs=tolerance)
-        assert abs(shown[-1] - expected[-1, -1]) > 0.1
+    assert abs(shown[-1] - expected[-1, -1]) > 0.1
+    for results in run_ranks(lambda: [run(mode) for mode in modes], 2):
+        for mode, (trace, after) in zip(modes, results, strict=True):
+            tolerance = 2e-2 if "wire_dtype" in mode else 1e-6
+            assert [center for _, center in trace] == pytest.approx(shown, abs=tolerance), mode
+            assert after == pytest.approx(shown[-1], abs=tolerance), mode
 
 
 def test_stores_of_one_name_are_refused():
@@ -476,9 +491,10 @@ class DividesByZero(CenterRule):
             stores[0].div_(0)
 
 
-@pytest.mark.parametrize("mode", [{}, {"mode": "async"}])
-@pytest.mark.parametrize("on_nonfinite", ["fail", "reset"])
-@pytest.mark.parametrize("tau", [2, 4])
+@pytest.mark.parametrize(
+    ("mode", "on_nonfinite", "tau"),
+    [({}, "fail", 2), ({}, "reset", 4), ({"mode": "async"}, "fail", 4), ({"mode": "async"}, "reset", 2)],
+)
 def test_a_center_that_is_not_finite_is_no_workers_fault(mode, on_nonfinite, tau):
     """Whether a worker is pulled there before the end or not: no run ends well with such a center."""
 

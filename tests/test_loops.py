@@ -136,24 +136,28 @@ def test_max_time_ends_endless_data(mode):
 
 
 @both
-@pytest.mark.parametrize("iterable", [False, True])
-def test_max_steps_ends_all_ranks_at_the_same_step(mode, iterable):
+def test_max_steps_ends_all_ranks_at_the_same_step(mode):
     class Stream(Regression):
-        def train_dataloader(self):
-            return DataLoader(Endless() if iterable else torch.ones(160, 4), batch_size=4)
+        iterable = False
 
-    def run():
-        module = fitted(Stream(), easgd(mode), 2, max_steps=13, max_epochs=-1, limit_val_batches=0)
+        def train_dataloader(self):
+            return DataLoader(Endless() if self.iterable else torch.ones(160, 4), batch_size=4)
+
+    class Iterable(Stream):
+        iterable = True
+
+    def run(kind):
+        module = fitted(kind(), easgd(mode), 2, max_steps=13, max_epochs=-1, limit_val_batches=0)
         return module.trainer.global_step, arrays(module.parameters())
 
-    first, second = run_ranks(run, 2, timeout=30)
-    assert first[0] == second[0] == 13
-    assert equal(first[1], second[1])
+    kinds = (Stream, Iterable)
+    for kind, first, second in zip(kinds, *run_ranks(lambda: [*map(run, kinds)], 2, timeout=30), strict=True):
+        assert first[0] == second[0] == 13, kind
+        assert equal(first[1], second[1]), kind
 
 
 @both
-@pytest.mark.parametrize("interval", [3, 0.25, 1.0, 100])
-def test_validation_intervals(mode, interval):
+def test_validation_intervals(mode):
     """After every 3 batches; after a quarter of the epoch; at its end; after 100 batches, whatever the epochs."""
 
     class Counted(Regression):
@@ -162,21 +166,22 @@ def test_validation_intervals(mode, interval):
         def on_validation_start(self):
             if not self.trainer.sanity_checking:
                 self.validations += 1
-                shown.append(arrays(self.parameters()))
+                self.shown.append(arrays(self.parameters()))
 
-    shown = []
-
-    def run():
+    def run(interval):
         every = None if interval == 100 else 1
-        module = fitted(
-            Counted(batches=12), easgd(mode), 2, val_check_interval=interval, check_val_every_n_epoch=every,
+        module = Counted(batches=12)
+        module.shown = []
+        fitted(
+            module, easgd(mode), 2, val_check_interval=interval, check_val_every_n_epoch=every,
             max_epochs=9 if every is None else 1,
         )  # fmt: skip
-        return module.validations, shown
+        return module.validations, module.shown
 
-    first, second = run_ranks(run, 2)
-    assert first[0] == second[0] == {3: 4, 0.25: 4, 1.0: 1, 100: 1}[interval]
-    assert all(equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+    expected = {3: 4, 0.25: 4, 1.0: 1, 100: 1}
+    for interval, first, second in zip(expected, *run_ranks(lambda: [*map(run, expected)], 2), strict=True):
+        assert first[0] == second[0] == expected[interval], interval
+        assert all(equal(a, b) for a, b in zip(first[1], second[1], strict=True)), interval
 
 
 @both
@@ -266,6 +271,9 @@ CASES = {
 STEPS = {"accumulated": 4, "manual_accumulation_and_clipping": 4}
 
 
+PULLS = {"without": {"alpha": 0}, "with": {}}
+
+
 def fit_cases(strategy):
     """Final worker weights, exchanges and steps of each case, one after the other in the same processes."""
     results = {}
@@ -285,36 +293,33 @@ def fit_cases(strategy):
     return results
 
 
-@pytest.fixture(scope="module")
-def local():
-    return run_ranks(fit_cases, 2, LocalStrategy)
-
-
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_without_pull_the_workers_are_those_of_local_training(mode, local):
+def test_workers_are_those_of_local_training_without_a_pull_and_come_to_one_center_near_them_with_one():
     """α = 0 with exchanges at every second step: whatever comes between backward and step is as without us."""
-    for rank, results in enumerate(run_ranks(fit_cases, 2, partial(easgd, mode, alpha=0))):
-        for name, (worker, exchanges, steps, _) in results.items():
-            assert equal(worker, local[rank][name][0]), name
-            assert steps == local[rank][name][2] == STEPS.get(name, 12), name
-            assert exchanges == (steps - 1) // 2, name
+    makes = {
+        "local": LocalStrategy,
+        **{(mode, pull): partial(easgd, mode, **pulls) for mode in ("sync", "async") for pull, pulls in PULLS.items()},
+    }
+    ranks = run_ranks(lambda: {key: fit_cases(make) for key, make in makes.items()}, 2, timeout=90)
+    local = [results["local"] for results in ranks]
     assert not equal(local[0]["plain"][0], local[0]["clipped_by_norm"][0])
     assert not equal(local[0]["plain"][0], local[0]["clipped_by_value"][0])
-
-
-@both
-def test_with_a_pull_all_ranks_come_to_one_center_near_the_workers(mode, local):
-    first, second = run_ranks(fit_cases, 2, partial(easgd, mode))
-    for name, (worker, _, _, center) in first.items():
-        assert equal(center, second[name][3]), name
-        assert not equal(worker, local[0][name][0]), name
-        if mode == "async":
-            continue  # the center moves between the workers' pulls, so that one exchange may part them
-        distances = [
-            sum(np.square(a - b).sum() for a, b in zip(one[name][0], other[name][0], strict=True))
-            for one, other in ((first, second), local)
-        ]
-        assert distances[0] < distances[1], name  # pulled together
+    for mode in ("sync", "async"):
+        for rank, results in enumerate(ranks):
+            for name, (worker, exchanges, steps, _) in results[mode, "without"].items():
+                assert equal(worker, local[rank][name][0]), (mode, name)
+                assert steps == local[rank][name][2] == STEPS.get(name, 12), (mode, name)
+                assert exchanges == (steps - 1) // 2, (mode, name)
+        first, second = (results[mode, "with"] for results in ranks)
+        for name, (worker, _, _, center) in first.items():
+            assert equal(center, second[name][3]), (mode, name)
+            assert not equal(worker, local[0][name][0]), (mode, name)
+            if mode == "async":
+                continue  # the center moves between the workers' pulls, so that one exchange may part them
+            distances = [
+                sum(np.square(a - b).sum() for a, b in zip(one[name][0], other[name][0], strict=True))
+                for one, other in ((first, second), local)
+            ]
+            assert distances[0] < distances[1], name  # pulled together
 
 
 class Scheduled(Plain):
@@ -331,24 +336,23 @@ class Scheduled(Plain):
 
 
 @both
-@pytest.mark.parametrize(("interval", "frequency"), [("step", 1), ("step", 3), ("epoch", 1)])
-def test_schedulers_per_step_and_per_epoch(mode, interval, frequency):
+def test_schedulers_per_step_and_per_epoch(mode):
     """α = lr ρ follows the schedule of each step."""
 
-    def run(strategy):
+    def run(interval, frequency):
         scheduler = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.5)
         module = Scheduled(scheduler, interval=interval, frequency=frequency)
-        fitted(module, strategy, 2, max_epochs=2, limit_val_batches=0)
+        fitted(module, easgd(mode, rho=1.0), 2, max_epochs=2, limit_val_batches=0)
         return module.rates, arrays(module.parameters())
 
-    first, second = run_ranks(run, 2, easgd(mode, rho=1.0))
     decays = {
         ("step", 1): range(16),
         ("step", 3): [t // 8 * 2 + t % 8 // 3 for t in range(16)],
         ("epoch", 1): [t // 8 for t in range(16)],
     }
-    assert first[0] == second[0] == pytest.approx([0.1 * 0.5**n for n in decays[interval, frequency]])
-    assert equal(first[1], second[1])
+    for case, first, second in zip(decays, *run_ranks(lambda: [run(*each) for each in decays], 2), strict=True):
+        assert first[0] == second[0] == pytest.approx([0.1 * 0.5**n for n in decays[case]]), case
+        assert equal(first[1], second[1]), case
 
 
 @both
@@ -449,7 +453,7 @@ def test_nothing_is_compiled_again_because_of_us():
     import torch._dynamo
     from torch._dynamo.utils import counters
 
-    def run(whole):
+    def run(whole, ranks):
         graphs = []
         for strategy in (LocalStrategy(), easgd("sync"), easgd("async")):
             torch._dynamo.reset()
@@ -460,12 +464,12 @@ def test_nothing_is_compiled_again_because_of_us():
             else:
                 compiled = module
                 module.net = torch.compile(module.net, backend="aot_eager")
-            fitted(compiled, strategy, 2, val_check_interval=4)
+            fitted(compiled, strategy, ranks, val_check_interval=4)
             assert not counters["recompiles"]
             graphs.append(counters["stats"]["unique_graphs"])
         return graphs
 
-    # In the same ranks: they take longer to import the compiler than to compile.
-    for graphs in run_ranks(lambda: [run(whole=True), run(whole=False)], 2):
-        for local, synchronous, asynchronous in graphs:
+    # Steps take longer to compile than a network: one worker exchanges with the center as two do.
+    for whole, ranks in ((True, 1), (False, 2)):
+        for local, synchronous, asynchronous in run_ranks(run, ranks, whole, ranks):
             assert local == synchronous == asynchronous >= 2

@@ -95,12 +95,12 @@ def reference_of(workers, steps, tau, arguments, **how):
     return family_trace(workers, steps, tau=tau, mu=mu, nesterov=nesterov, **values, **how)
 
 
-def check(traces, expected, both=True):
+def check(traces, expected, case, both=True):
     for rank, (trace, center) in enumerate(traces):
-        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=2e-6)
-        assert center == pytest.approx(expected[-1, -1], abs=2e-6)
+        assert np.array(trace)[:, 0] == pytest.approx(expected[:, rank], abs=2e-6), case
+        assert center == pytest.approx(expected[-1, -1], abs=2e-6), case
         if both:
-            assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=2e-6)
+            assert np.array(trace)[:, 1] == pytest.approx(expected[:, -1], abs=2e-6), case
 
 
 def test_the_reference_holds_the_papers_method():
@@ -109,31 +109,36 @@ def test_the_reference_holds_the_papers_method():
     )
 
 
-SIZES = [(2, 1), (2, 4), (3, 3)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "workers", "tau"), [(a, *size) for a in FAMILY for size in SIZES if a.get("delay", 0) < size[1]]
-)
+@pytest.mark.parametrize(("workers", "periods"), [(2, (1, 4)), (3, (3,))])
 @pytest.mark.parametrize("backend", [None, "gloo"])
-def test_synchronous_traces(arguments, workers, tau, backend):
-    steps = 3 * tau
-    traces = run_ranks(
-        train, workers, EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), steps, workers
-    )
-    check(traces, reference_of(workers, steps, tau, arguments))
+def test_synchronous_traces(workers, periods, backend):
+    cases = [(tau, arguments) for tau in periods for arguments in FAMILY if arguments.get("delay", 0) < tau]
+
+    def run():
+        return [
+            train(EASGDStrategy(tau=tau, process_group_backend=backend, **arguments), 3 * tau, workers)
+            for tau, arguments in cases
+        ]
+
+    for (tau, arguments), *traces in zip(cases, *run_ranks(run, workers), strict=True):
+        check(traces, reference_of(workers, 3 * tau, tau, arguments), (tau, arguments))
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
-@pytest.mark.parametrize("rates", [{"rho": 3.0}, {"alpha": LinearSchedule(0.3, 0.3, 5)}])
-def test_rates_of_each_workers_own_pull_to_the_new_center(rates, mode):
+def test_rates_of_each_workers_own_pull_to_the_new_center(mode):
     """They are in what workers give to the sum already; the pull to the new center takes them by itself."""
-    for delay in (0, 1):
-        strategy = EASGDStrategy(tau=2, pull_to="new", delay=delay, **rates, **mode)
+    cases = [(rates, delay) for rates in ({"rho": 3.0}, {"alpha": LinearSchedule(0.3, 0.3, 5)}) for delay in (0, 1)]
+
+    def run():
+        return [
+            train(EASGDStrategy(tau=2, pull_to="new", delay=delay, **rates, **mode), 6, 2) for rates, delay in cases
+        ]
+
+    for case, *traces in zip(cases, *run_ranks(run, 2), strict=True):
         expected = family_trace(
-            2, 6, tau=2, alpha=0.3, beta=0.6, pull_to="new", delay=delay, asynchronous=bool(mode)
+            2, 6, tau=2, alpha=0.3, beta=0.6, pull_to="new", delay=case[1], asynchronous=bool(mode)
         )  # fmt: skip
-        check(run_ranks(train, 2, strategy, 6, 2), expected, both=not mode)
+        check(traces, expected, case, both=not mode)
 
 
 @pytest.mark.parametrize("closure", [False, True])
@@ -148,12 +153,16 @@ def test_fabric_with_and_without_closures(arguments, closure):
 TURNS = {"mode": "async", "order": "round_robin"}
 
 
-@pytest.mark.parametrize("arguments", [*FAMILY, {"beta": 0.8, "delay": 1}, {"alpha": 0.3, "beta": 0.5, "delay": 2}])
 @pytest.mark.parametrize(("workers", "tau"), [(2, 3), (3, 4)])
-def test_asynchronous_traces_in_turn(arguments, workers, tau):
+def test_asynchronous_traces_in_turn(workers, tau):
+    cases = [*FAMILY, {"beta": 0.8, "delay": 1}, {"alpha": 0.3, "beta": 0.5, "delay": 2}]
     steps = 3 * tau + 1
-    traces = run_ranks(train, workers, EASGDStrategy(tau=tau, **TURNS, **arguments), steps, workers)
-    check(traces, reference_of(workers, steps, tau, arguments, asynchronous=True), both=False)
+
+    def run():
+        return [train(EASGDStrategy(tau=tau, **TURNS, **arguments), steps, workers) for arguments in cases]
+
+    for arguments, *traces in zip(cases, *run_ranks(run, workers), strict=True):
+        check(traces, reference_of(workers, steps, tau, arguments, asynchronous=True), arguments, both=False)
 
 
 @pytest.mark.parametrize("arguments", [{"delay": 2}, {"delay": 2, "pull_to": "new", "alpha": 0.4, "beta": 0.8}])
@@ -212,47 +221,53 @@ def outer_sgd_trace(steps, tau, workers, outer_lr, momentum, nesterov):
     return x, center.item()
 
 
-@pytest.mark.parametrize(("lr", "mu", "nesterov"), [(1, 0.0, False), (0.7, 0.9, True), (0.8, 0.6, False)])
-def test_local_steps_and_an_outer_optimizer(lr, mu, nesterov):
+def test_local_steps_and_an_outer_optimizer():
     """local SGD, DiLoCo and SlowMo; the run ends with an exchange, so that its model is that of after it."""
-    strategy = EASGDStrategy(
-        tau=3, alpha=1, beta=lr, outer_momentum=mu, outer_nesterov=nesterov, pull_to="new"
-    )  # fmt: skip
-    _, center = outer_sgd_trace(12, 3, 3, lr, mu, nesterov)
-    for trace, after in run_ranks(train, 3, strategy, 12, 3):
-        assert after == pytest.approx(center, abs=2e-6)
-        assert trace[-1] == pytest.approx((center, center), abs=2e-6)
+    cases = [(1, 0.0, False), (0.7, 0.9, True), (0.8, 0.6, False)]
+
+    def run():
+        common = {"tau": 3, "alpha": 1, "pull_to": "new"}
+        return [
+            train(EASGDStrategy(beta=lr, outer_momentum=mu, outer_nesterov=nesterov, **common), 12, 3)
+            for lr, mu, nesterov in cases
+        ]
+
+    for case, *results in zip(cases, *run_ranks(run, 3), strict=True):
+        _, center = outer_sgd_trace(12, 3, 3, *case)
+        for trace, after in results:
+            assert after == pytest.approx(center, abs=2e-6), case
+            assert trace[-1] == pytest.approx((center, center), abs=2e-6), case
 
 
 @pytest.mark.parametrize("mode", [{}, {"process_group_backend": "gloo"}, TURNS])
-@pytest.mark.parametrize("arguments", [FAMILY[1], FAMILY[4], {"alpha": 0.4, "beta": 0.8, "pull_to": "new", "delay": 2}])
-def test_a_resumed_run_and_one_that_validates_go_on_bit_for_bit(mode, arguments, tmp_path):
+def test_a_resumed_run_and_one_that_validates_go_on_bit_for_bit(mode, tmp_path):
     """The checkpoint and the validations lie between an exchange and its pull."""
+    cases = [FAMILY[1], FAMILY[4], {"alpha": 0.4, "beta": 0.8, "pull_to": "new", "delay": 2}]
 
-    def strategy():
-        return EASGDStrategy(tau=3, **mode, **arguments)
+    def run(arguments):
+        def fit(epochs, checkpoint=None, **more):
+            torch.manual_seed(0)
+            module = Regression(batches=7)
+            strategy = EASGDStrategy(tau=3, **mode, **arguments)
+            trainer = quiet_trainer(
+                strategy=strategy, devices=2, max_epochs=epochs, **({"limit_val_batches": 0} | more)
+            )  # fmt: skip
+            trainer.fit(module, ckpt_path=checkpoint)
+            return module, trainer
 
-    def fit(epochs, checkpoint=None, **more):
-        torch.manual_seed(0)
-        module = Regression(batches=7)
-        trainer = quiet_trainer(strategy=strategy(), devices=2, max_epochs=epochs, **({"limit_val_batches": 0} | more))
-        trainer.fit(module, ckpt_path=checkpoint)
-        return module, trainer
-
-    def run():
         whole, _ = fit(2)
-        validated, _ = fit(2, limit_val_batches=1.0, val_check_interval=1)
+        validated, _ = fit(2, limit_val_batches=1, val_check_interval=1)
         fit(1)[1].save_checkpoint(tmp_path / "half.ckpt")
         resumed, _ = fit(2, tmp_path / "half.ckpt")
-        states = [module.state_dict().values() for module in (whole, validated, resumed)]
-        return all((a == b).all() and (a == c).all() for a, b, c in zip(*states, strict=True))
+        of_whole, *others = [module.state_dict().values() for module in (whole, validated, resumed)]
+        return [all(map(torch.equal, of_whole, each)) for each in others]
 
-    assert run_ranks(run, 2, timeout=120) == [True] * 2
+    for told in run_ranks(lambda: [(each, run(each)) for each in cases], 2):
+        assert told == [(each, [True, True]) for each in cases]
 
 
 @pytest.mark.parametrize("mode", [{}, {"mode": "async", "order": "round_robin"}])
-@pytest.mark.parametrize("is_edited", [False, True])
-def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_next_exchange(mode, is_edited, tmp_path):
+def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_next_exchange(mode, tmp_path):
     """With another period, and with another layout of the parameters: that a new one comes first changes nothing."""
     rates = {"alpha": 0.4, "beta": 0.8, "pull_to": "new"} | mode
 
@@ -274,7 +289,7 @@ def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_ne
             optimizer.load_state_dict = lambda state: None
             return optimizer
 
-    def run():
+    def run(is_edited):
         warnings.simplefilter("ignore")  # it warns of the new parameter
         path = tmp_path / "half.ckpt"
         trainer = quiet_trainer(strategy=EASGDStrategy(tau=5, delay=4, **rates), devices=2)
@@ -301,12 +316,13 @@ def test_a_pull_that_is_pending_where_other_settings_go_on_is_made_before_the_ne
         first = 1 + 0.8 / 2 * (rows[4, 0] - 1)
         seen = [first, first + 0.8 / 2 * (rows[4, 1] - first)]
     x = rows[6, :2] - 0.4 * (rows[4, :2] - seen)
-    for rank, (worker, _) in enumerate(run_ranks(run, 2)):
+    for rank, workers in enumerate(run_ranks(lambda: [run(False), run(True)], 2)):
         if mode:
             center += 0.4 * (x[rank] - center)
         elif rank == 0:
             center += 0.8 * (x - center).mean()
-        assert worker == pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
+        expected = pytest.approx(x[rank] - 0.4 * (x[rank] - center), abs=2e-6)
+        assert [worker for worker, _ in workers] == [expected, expected], "as it was, and edited"
 
 
 @pytest.mark.parametrize("delay", [0, 2])
@@ -380,13 +396,14 @@ class Thawing(Quadratic):
         return super().training_step(batch, index) + (self.frozen + self.global_rank).square().sum()
 
 
-@pytest.mark.parametrize("arguments", [{"pull_to": "new"}, {"pull_to": "new", "delay": 2}, {"delay": 2}])
-def test_a_parameter_that_is_unfrozen_while_an_answer_is_under_way(arguments):
-    def run():
-        return fitted(Thawing(), EASGDStrategy(tau=3, **TURNS, **arguments), 2).frozen.item()
+def test_a_parameter_that_is_unfrozen_while_an_answer_is_under_way():
+    cases = [{"pull_to": "new"}, {"pull_to": "new", "delay": 2}, {"delay": 2}]
 
-    first, second = run_ranks(run, 2)
-    assert first == second != 1
+    def run():
+        return [fitted(Thawing(), EASGDStrategy(tau=3, **TURNS, **each), 2).frozen.item() for each in cases]
+
+    for case, first, second in zip(cases, *run_ranks(run, 2), strict=True):
+        assert first == second != 1, case
 
 
 def test_workers_with_different_numbers_of_steps_meet_with_pulls_pending():

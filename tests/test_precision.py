@@ -142,8 +142,7 @@ def test_double_precision_follows_the_recursion_to_its_own_resolution():
 
 
 @both
-@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
-def test_the_worker_comes_back_bit_for_bit_in_every_precision(mode, precision):
+def test_the_worker_comes_back_bit_for_bit_in_every_precision(mode):
     class Kept(Regression):
         def on_train_batch_end(self, *_):
             before = arrays([p.double() for p in self.parameters()])
@@ -153,22 +152,25 @@ def test_the_worker_comes_back_bit_for_bit_in_every_precision(mode, precision):
 
     same = []
 
-    def run():
+    def run(precision):
+        same.clear()
         module = fitted(Kept(), EASGDStrategy(mode=mode, tau=2), 2, precision=precision)
         return same[3:], {str(c.dtype) for c in module.trainer.strategy.center.values()}
 
-    center = {"torch.float64" if precision == "64-true" else "torch.float32"}
-    assert run_ranks(run, 2) == [([(True, False)] * 5, center)] * 2
+    centers = {"bf16-true": "torch.float32", "64-true": "torch.float64", "bf16-mixed": "torch.float32"}
+    expected = {precision: ([(True, False)] * 5, {center}) for precision, center in centers.items()}
+    assert run_ranks(lambda: {precision: run(precision) for precision in centers}, 2) == [expected] * 2
 
 
-@pytest.mark.parametrize("momentum", [None, 0.9])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_a_center_in_host_memory_has_the_same_bits(precision, momentum):
-    def run(center_device):
+def test_a_center_in_host_memory_has_the_same_bits():
+    def run(precision, momentum, center_device):
+        torch.manual_seed(0)
         strategy = EASGDStrategy(tau=2, center_device=center_device, momentum=momentum)
         module = fitted(Regression(), strategy, 2, precision=precision)
         assert {c.device.type for c in strategy.center.values()} == {"cpu"}
         return arrays([p.double() for p in module.parameters()])
 
-    for here, there in zip(run_ranks(run, 2, None), run_ranks(run, 2, "cpu"), strict=True):
-        assert equal(here, there)
+    cases = [(precision, momentum) for precision in ("32-true", "bf16-true") for momentum in (None, 0.9)]
+    for results in run_ranks(lambda: [(run(*case, None), run(*case, "cpu")) for case in cases], 2):
+        for case, (here, there) in zip(cases, results, strict=True):
+            assert equal(here, there), case

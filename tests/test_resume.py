@@ -168,12 +168,13 @@ def every_rank_goes_on_exactly(folder: Path, *what: Any) -> None:
     [
         {},
         {"trainer": {"precision": "bf16-true"}, "saving": EVERY_TWO},
+        {"trainer": {"precision": "64-true", "max_epochs": 1}, "saving": EVERY_TWO},
         {"trainer": {"limit_val_batches": 2, "val_check_interval": 2, "max_epochs": 2}},
         {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": True}},
         {"trainer": {"limit_val_batches": 2}, "saving": {"every_n_epochs": 1, "save_on_train_epoch_end": False}},
         {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 4}, "saving": EVERY_TWO},
     ],
-    ids=["32-true", "bf16-true", "validation", "epoch end", "validation end", "accumulation"],
+    ids=["32-true", "bf16-true", "64-true", "validation", "epoch end", "validation end", "accumulation"],
 )
 def test_sync_goes_on_exactly_from_every_checkpoint(tmp_path: Path, arguments: dict[str, Any]) -> None:
     every_rank_goes_on_exactly(tmp_path, partial(EASGDStrategy, tau=3, momentum=0.9), arguments)

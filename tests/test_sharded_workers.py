@@ -23,9 +23,9 @@ from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Replicate, distribute_module
+from torch.distributed.tensor import Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, IterableDataset
 from toys import Regression, Thaw, TwoLayers, quiet_trainer
@@ -983,6 +983,34 @@ def test_fabric(distributed, tmp_path):
         assert close(worker, workers[rank // 2])
         assert close(own_center, center)
         assert equal(own, again)
+
+
+class OnItsOwnMesh(TwoLayers):
+    """Shards over a mesh that it makes of its worker's, as FSDP2 does for a ``reshard_after_forward`` of 2."""
+
+    @staticmethod
+    def parallelize(module, mesh):
+        ranks = mesh["data_parallel"].mesh.view(1, 2)
+        return fully_shard(module, mesh=DeviceMesh("cpu", ranks, mesh_dim_names=("replicas", "shards")))
+
+    def configure_model(self):
+        self.parallelize(self.net, self.device_mesh)
+
+
+def test_a_module_may_make_a_mesh_of_its_workers_ranks():
+    def train():
+        end, module = fit((2, 1), module=OnItsOwnMesh(steps=4, accumulate=2, **SGD))
+        strategy = FabricEASGDModelParallelStrategy(OnItsOwnMesh.parallelize, 2, **RUN)
+        fabric = Fabric(accelerator="cpu", devices=4, strategy=strategy)
+        fabric.launch()
+        placements = [parameter.placements for parameter in fabric.setup(TwoLayers()).parameters()]
+        return end.worker, module, placements
+
+    workers, _, center = reference(2, 2, steps=4)
+    for rank, (worker, module, placements) in enumerate(run_ranks(train, 4)):
+        assert close(worker, workers[rank // 2])
+        assert close(module, center)
+        assert placements == [(Replicate(), Shard(0))] * 3
 
 
 def test_a_folder_is_refused_by_name_where_workers_are_not_sharded(tmp_path):

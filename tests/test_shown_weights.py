@@ -224,15 +224,17 @@ class OwnAverages(Callback):
         self.own = arrays(module.parameters())
 
 
-def final_weights(make, mode, norm=False):
-    def train():
+def final_weights(makes, mode, norm=False):
+    """On each rank, for each callback."""
+
+    def train(make):
         own = OwnAverages()
         strategy = EASGDStrategy(mode=mode, tau=3, order="round_robin" if mode == "async" else "free")
         module = fitted(Slow(norm=norm), strategy, 2, callbacks=[make(), own], max_epochs=3, limit_val_batches=0)
         center = arrays(strategy.center.values())
         return own.own, arrays(module.parameters()), center, arrays(module.buffers())
 
-    return run_ranks(train, 2)
+    return run_ranks(lambda: [*map(train, makes)], 2)
 
 
 AVERAGING = {"swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)}
@@ -241,19 +243,18 @@ if hasattr(callbacks, "WeightAveraging"):  # from Lightning 2.6 on
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", AVERAGING)
-def test_averages_of_the_workers_become_one(name, mode):
-    first, second = final_weights(AVERAGING[name], mode)
-    assert not equal(first[0], second[0])  # each rank's own
-    assert equal(first[1], second[1])
-    assert not equal(first[1], first[2])  # not the center: the user asked for the average
-    for mean, one, other in zip(first[1], first[0], second[0], strict=True):
-        expected = ((one.astype(np.float64) + other) / 2).astype(np.float32)
-        np.testing.assert_array_equal(mean, expected)
+def test_averages_of_the_workers_become_one(mode):
+    for name, first, second in zip(AVERAGING, *final_weights(AVERAGING.values(), mode), strict=True):
+        assert not equal(first[0], second[0]), name  # each rank's own
+        assert equal(first[1], second[1]), name
+        assert not equal(first[1], first[2]), name  # not the center: the user asked for the average
+        for mean, one, other in zip(first[1], first[0], second[0], strict=True):
+            expected = ((one.astype(np.float64) + other) / 2).astype(np.float32)
+            np.testing.assert_array_equal(mean, expected, name)
 
 
 def test_swa_with_batch_norm_adds_an_epoch_without_exchanges():
-    first, second = final_weights(AVERAGING["swa"], "sync", norm=True)
+    (first,), (second,) = final_weights([AVERAGING["swa"]], "sync", norm=True)
     assert equal(first[1], second[1])
     assert equal(first[3], second[3])
     assert not equal(first[1], first[2])
@@ -265,7 +266,7 @@ def test_swa_with_batch_norm_adds_an_epoch_without_exchanges():
 
 
 def test_without_such_callbacks_the_center_keeps_its_bits():
-    first, second = final_weights(Callback, "sync", norm=True)
+    (first,), (second,) = final_weights([Callback], "sync", norm=True)
     assert equal(first[1], first[2])
     assert equal(first[1], second[1])
     assert equal(first[3], second[3])
@@ -394,18 +395,19 @@ class Deep(Regression):
             self.trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("what", ["step", "hook", "center"])
 @pytest.mark.parametrize(
     "arguments", [{}, {"mode": "async", "order": "round_robin"}, {"process_group_backend": "gloo"}]
 )
-def test_a_checkpoint_or_the_center_between_forward_and_backward(what, arguments, tmp_path):
-    def train(each):
+def test_a_checkpoint_or_the_center_between_forward_and_backward(arguments, tmp_path):
+    def train(what):
         torch.manual_seed(1)
-        module = fitted(Deep(each, tmp_path / "x.ckpt"), EASGDStrategy(tau=2, **arguments), 2, limit_val_batches=0)
+        module = fitted(Deep(what, tmp_path / "x.ckpt"), EASGDStrategy(tau=2, **arguments), 2, limit_val_batches=0)
         return arrays(list(module.net.parameters()))
 
-    plain, looked = run_ranks(train, 2, ""), run_ranks(train, 2, what)
-    assert all(map(equal, plain, looked))
+    whats = ("step", "hook", "center")
+    for plain, *looked in run_ranks(lambda: [*map(train, ("", *whats))], 2):
+        for what, each in zip(whats, looked, strict=True):
+            assert equal(plain, each), what
 
 
 def test_the_center_between_forward_and_backward_under_fabric():

@@ -171,23 +171,26 @@ def trained(arguments, **trainer):
     return end.worker, end.momentum, end.center, arrays(module.parameters()), strategy.communication.bytes_sent
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [{}, {"process_group_backend": "gloo", "alpha": None}, {"center_device": "cpu"}, NEW],
-    ids=["shared", "gloo, alpha is beta / p", "on host", "new center"],
-)
-def test_workers_of_two_ranks_are_the_two_of_the_reference(arguments):
-    family = arguments if arguments is NEW else {}
-    rates = {"alpha": arguments.get("alpha", RUN["alpha"]) or RUN["beta"] / 2}
-    workers, momenta, center = reference(2, 2, **rates | family)
-    results = run_ranks(trained, 4, arguments, timeout=110)
-    for rank, (worker, momentum, own_center, module, _) in enumerate(results):
-        assert close(worker, workers[rank // 2])
-        assert close(momentum, momenta[rank // 2])
-        assert close(own_center, center)
-        assert equal(module, own_center)
-        assert equal(own_center, results[0][2])
-        assert equal(worker, results[rank // 2 * 2][0])
+def test_workers_of_two_ranks_are_the_two_of_the_reference():
+    cases = {
+        "shared": {},
+        "gloo, alpha is beta / p": {"process_group_backend": "gloo", "alpha": None},
+        "on host": {"center_device": "cpu"},
+        "new center": NEW,
+    }
+    ranks = run_ranks(lambda: {name: trained(given) for name, given in cases.items()}, 4, timeout=110)
+    for name, given in cases.items():
+        family = given if given is NEW else {}
+        rates = {"alpha": given.get("alpha", RUN["alpha"]) or RUN["beta"] / 2}
+        workers, momenta, center = reference(2, 2, **rates | family)
+        results = [of_rank[name] for of_rank in ranks]
+        for rank, (worker, momentum, own_center, module, _) in enumerate(results):
+            assert close(worker, workers[rank // 2]), name
+            assert close(momentum, momenta[rank // 2]), name
+            assert close(own_center, center), name
+            assert equal(module, own_center), name
+            assert equal(own_center, results[0][2]), name
+            assert equal(worker, results[rank // 2 * 2][0]), name
 
 
 class SaveAt(Callback):
@@ -211,44 +214,43 @@ class Sums(Callback):
         self.header = averager._line.control.bytes_sent(72)
 
 
-@pytest.mark.parametrize("wire_dtype", [None, "bfloat16", "int8"])
-def test_a_resumed_run_goes_on_bitwise_and_validation_changes_nothing(wire_dtype, tmp_path):
+def test_a_resumed_run_goes_on_bitwise_and_validation_changes_nothing(tmp_path):
     """And each rank sends a half of what it would as a worker of its own."""
-    given = {"wire_dtype": wire_dtype, "devices_per_worker": 2, "process_group_backend": "gloo", **RUN}
+    wires = (None, "bfloat16", "int8")
 
-    def fit(size, **arguments):
+    def fit(wire, size, **arguments):
         end, sums = End(), Sums()
         callbacks = [end, sums, *arguments.pop("callbacks", [])]
-        strategy = EASGDStrategy(**given | {"devices_per_worker": size})
+        strategy = EASGDStrategy(wire_dtype=wire, devices_per_worker=size, process_group_backend="gloo", **RUN)
         ckpt_path = arguments.pop("ckpt_path", None)
         trainer = quiet_trainer(strategy=strategy, devices=4, callbacks=callbacks, max_epochs=2, **arguments)
         trainer.fit(TwoLayers(steps=10, **SGD), ckpt_path=ckpt_path)
         sent = (sums.sent - sums.exchanges * sums.header) / sums.exchanges
         return end.worker, end.momentum, end.center, sent
 
-    def train():
-        path = tmp_path / "10.ckpt"
-        plain = fit(2, limit_val_batches=0)
-        watched = fit(2, val_check_interval=5, callbacks=[SaveAt(10, path)])
-        resumed = fit(2, ckpt_path=path, limit_val_batches=0)
-        apart = fit(1, limit_val_batches=0, max_steps=5)
+    def train(wire):
+        path = tmp_path / f"{wire}.ckpt"
+        plain = fit(wire, 2, limit_val_batches=0)
+        watched = fit(wire, 2, val_check_interval=5, callbacks=[SaveAt(10, path)])
+        resumed = fit(wire, 2, ckpt_path=path, limit_val_batches=0)
+        apart = fit(wire, 1, limit_val_batches=0, max_steps=5)
         return plain, watched, resumed, apart[3]
 
-    results = run_ranks(train, 4, timeout=110)
-    for rank, (plain, watched, resumed, sent_alone) in enumerate(results):
-        for kind in range(3):
-            assert equal(plain[kind], watched[kind])
-            assert equal(plain[kind], resumed[kind])
-            assert equal(plain[kind], results[rank // 2 * 2][0][kind])
-        assert equal(plain[2], results[0][0][2])
-        # Of 21 elements, so that slices, and blocks of the codec, are not quite a half; (p - 1) / p is another, too.
-        assert plain[3] <= 0.55 * sent_alone * (1 / 2) / (3 / 4) + 8
-    saved = torch.load(tmp_path / "10.ckpt", weights_only=True)["easgd"]
-    assert (saved["world_size"], saved["worker_shape"]) == (4, [2])
-    first, second, third, fourth = (state["tensors"]["net.first.weight"] for state in saved["workers"])
-    assert first.data_ptr() == second.data_ptr()
-    assert third.data_ptr() == fourth.data_ptr()
-    assert not torch.equal(first, third)
+    for wire, *results in zip(wires, *run_ranks(lambda: [*map(train, wires)], 4, timeout=110), strict=True):
+        for rank, (plain, watched, resumed, sent_alone) in enumerate(results):
+            for kind in range(3):
+                assert equal(plain[kind], watched[kind]), wire
+                assert equal(plain[kind], resumed[kind]), wire
+                assert equal(plain[kind], results[rank // 2 * 2][0][kind]), wire
+            assert equal(plain[2], results[0][0][2]), wire
+            # Of 21 elements, so that slices, and the codec's blocks, are not quite a half; (p - 1) / p is another, too.
+            assert plain[3] <= 0.55 * sent_alone * (1 / 2) / (3 / 4) + 8, wire
+        saved = torch.load(tmp_path / f"{wire}.ckpt", weights_only=True)["easgd"]
+        assert (saved["world_size"], saved["worker_shape"]) == (4, [2]), wire
+        first, second, third, fourth = (state["tensors"]["net.first.weight"] for state in saved["workers"])
+        assert first.data_ptr() == second.data_ptr(), wire
+        assert third.data_ptr() == fourth.data_ptr(), wire
+        assert not torch.equal(first, third), wire
 
 
 def test_other_workers_start_at_the_center_and_say_so(tmp_path):
@@ -307,11 +309,13 @@ class Estimated(Stream):
 
 @pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__` defined")
 @pytest.mark.parametrize(
-    "given", [{}, {"limit_train_batches": 9}, {"stream": Estimated}], ids=["unknown", "a limit", "estimated"]
+    ("given", "ended"),
+    [({}, 3), ({}, 0), ({"limit_train_batches": 9}, 3), ({"stream": Estimated}, 0)],
+    ids=["unknown, second worker", "unknown, first worker", "a limit", "estimated"],
 )
-@pytest.mark.parametrize(("sizes", "ended", "more"), [((8, 8, 6, 5), [3], [2]), ((7, 9, 8, 8), [0], [1])])
-def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(sizes, ended, more, given):
+def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(given, ended):
     """Where no number is known before but a limit, or one that is no more than an estimate. Others' may differ."""
+    sizes, more, at = {3: ((8, 8, 6, 5), 2, slice(2, 4)), 0: ((7, 9, 8, 8), 1, slice(2))}[ended]
     trainer = given | {"limit_val_batches": 0}
     stream = trainer.pop("stream", Stream)
 
@@ -323,11 +327,10 @@ def test_ranks_of_a_worker_whose_data_end_unevenly_are_an_error_and_no_hang(size
         strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)
         fitted(Streamed(), strategy, 4, **trainer)
 
-    at = slice(2, 4) if ended == [3] else slice(2)
     for outcome in end_ranks(train, 4, timeout=15)[at]:
         number = min(sizes[at])
         assert (
-            f"the data of ranks {ended} have ended after {number} batches of the epoch, and ranks {more}, of the"
+            f"the data of ranks [{ended}] have ended after {number} batches of the epoch, and ranks [{more}], of the"
             in (outcome.error)
         )
         assert f"limit_train_batches={number}" in outcome.error
@@ -597,8 +600,7 @@ def test_a_communication_hook_with_fabric_reduces_inside_of_a_worker(has_state):
     assert run_ranks(train, 4) == [[[0, 1]]] * 2 + [[[2, 3]]] * 2
 
 
-@pytest.mark.parametrize("wire_dtype", [None, "int8"])
-def test_parameters_that_come_later(wire_dtype):
+def test_parameters_that_come_later():
     """The slices are cut anew; every rank has the center of the others, and the workers' mean is in it."""
 
     class Late(TwoLayers):
@@ -609,18 +611,19 @@ def test_parameters_that_come_later(wire_dtype):
             if index == 7:
                 self.trainer.optimizers[0].add_param_group({"params": list(self.net.second.parameters())})
 
-    def train():
-        strategy = EASGDStrategy(devices_per_worker=2, wire_dtype=wire_dtype, find_unused_parameters=True, **RUN)
+    def train(wire):
+        strategy = EASGDStrategy(devices_per_worker=2, wire_dtype=wire, find_unused_parameters=True, **RUN)
         module = fitted(Late(), strategy, 4, limit_val_batches=0)
         return arrays(strategy.center.values()), arrays(module.parameters())
 
-    results = run_ranks(train, 4, timeout=110)
+    wires = (None, "int8")
     start = arrays(TwoLayers().parameters())
-    for center, module in results:
-        assert equal(center, results[0][0])
-        assert equal(center, module)
-        assert len(center) == 3
-        assert not any(np.array_equal(a, b) for a, b in zip(center, start, strict=True))
+    for wire, *results in zip(wires, *run_ranks(lambda: [*map(train, wires)], 4, timeout=110), strict=True):
+        for center, module in results:
+            assert equal(center, results[0][0]), wire
+            assert equal(center, module), wire
+            assert len(center) == 3, wire
+            assert not any(np.array_equal(a, b) for a, b in zip(center, start, strict=True)), wire
 
 
 class Frozen(TwoLayers):
@@ -642,9 +645,8 @@ class ThawAt(Callback):
             module.net.first.requires_grad_(True)
 
 
-@pytest.mark.parametrize(("cls", "callback"), [(Frozen, Thaw), (TwoLayers, ThawAt)])
-def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a_worker(cls, callback):
-    def train():
+def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a_worker():
+    def train(cls, callback):
         strategy = EASGDStrategy(devices_per_worker=2, **RUN)
         own = []
 
@@ -658,13 +660,14 @@ def test_gradients_of_parameters_that_are_unfrozen_later_are_reduced_inside_of_a
         assert strategy.model is module
         return own, arrays(module.parameters())
 
-    results = run_ranks(train, 4, timeout=110)
+    cases = [(Frozen, Thaw), (TwoLayers, ThawAt)]
     start = arrays(TwoLayers().parameters())
-    for rank, (worker, center) in enumerate(results):
-        assert equal(worker, results[rank // 2 * 2][0])
-        assert equal(center, results[0][1])
-        assert not any(np.array_equal(a, b) for a, b in zip(worker, start, strict=True))
-    assert not equal(results[0][0], results[2][0])
+    for case, *results in zip(cases, *run_ranks(lambda: [train(*each) for each in cases], 4, timeout=110), strict=True):
+        for rank, (worker, center) in enumerate(results):
+            assert equal(worker, results[rank // 2 * 2][0]), case
+            assert equal(center, results[0][1]), case
+            assert not any(np.array_equal(a, b) for a, b in zip(worker, start, strict=True)), case
+        assert not equal(results[0][0], results[2][0]), case
 
 
 def test_a_hook_that_keeps_something_of_each_bucket_begins_anew_where_more_is_reduced():

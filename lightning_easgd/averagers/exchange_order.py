@@ -149,8 +149,8 @@ class Header:
             raise ExchangeError(
                 f"{self._strategy}: some workers are at a validation, checkpoint or end of training where others are"
                 " not. The ranks have different numbers of batches and a trigger inside the epoch, such as a"
-                " validation, a checkpoint or max_time; set limit_train_batches to a number that every rank has, or"
-                " validate and save at the end of the epoch."
+                " validation, a checkpoint, max_steps or max_time; set limit_train_batches to a number that every rank"
+                " has, or validate and save at the end of the epoch."
             )
         if exchanging == 0 and self._workers * centers != center**2:
             raise ExchangeError(

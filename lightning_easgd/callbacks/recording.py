@@ -1,8 +1,8 @@
 """What the callbacks share: the part of a strategy that they read, and how they gather and write what they saw."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ __all__ = [
     "Communication",
     "ElasticStrategy",
     "ddp_bytes",
+    "evaluating",
     "gather",
     "layout_of",
     "number_of",
@@ -72,6 +73,22 @@ def ddp_bytes(gradient_bytes: int, steps: int, world_size: int) -> int:
 def own_weights(strategy: object) -> AbstractContextManager[Any]:
     """Context in which the module holds this rank's own weights."""
     return strategy.worker_weights() if isinstance(strategy, ElasticStrategy) else nullcontext()
+
+
+@contextmanager
+def evaluating(module: L.LightningModule) -> Iterator[None]:
+    """Context in which a module is in evaluation mode; afterwards each part is in its own, a frozen backbone in eval.
+
+    Args:
+        module: The module.
+    """
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training:
+            part.training = mode
 
 
 def layout_of(trainer: L.Trainer) -> WorkerLayout:

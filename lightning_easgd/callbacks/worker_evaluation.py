@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
+    evaluating,
     gather,
     layout_of,
     number_of,
@@ -142,18 +143,13 @@ class WorkerEvaluation(Callback):
         return batches
 
     def _total(self, trainer: L.Trainer, module: L.LightningModule, batches: Sequence[Any]) -> tuple[float, int]:
-        was_training = module.training
-        module.eval()
         total, count = 0.0, 0
-        try:
-            with torch.no_grad():
-                for batch in batches:
-                    given = prepared(trainer, batch)
-                    with trainer.precision_plugin.forward_context():
-                        value, samples = self.score(module, given)
-                    total, count = total + float(value), count + samples
-        finally:
-            module.train(was_training)
+        with evaluating(module), torch.no_grad():
+            for batch in batches:
+                given = prepared(trainer, batch)
+                with trainer.precision_plugin.forward_context():
+                    value, samples = self.score(module, given)
+                total, count = total + float(value), count + samples
         return total, count
 
     def _record(self, trainer: L.Trainer, stage: str, scores: dict[str, float]) -> None:

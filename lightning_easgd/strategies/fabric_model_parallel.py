@@ -95,7 +95,8 @@ def fabric_model_parallel_strategy(base: Any) -> Any:
 
         def setup_module(self, module: nn.Module) -> nn.Module:  # type: ignore[override]
             """Parallelize a module, and give the ranks of each coordinate what the one in worker 0 has."""
-            parallelized: nn.Module = base.setup_module(self, module)
+            with self._parallelizing():
+                parallelized: nn.Module = base.setup_module(self, module)
             self._share_parts(parallelized, self._trained_tensors)
             self._take_in(parallelized)
             return parallelized

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.distributed.device_mesh as torch_meshes
 from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.imports import compare_version
 from torch import Tensor, nn
@@ -263,6 +265,23 @@ class _ShardedRanks(WorkerProcess):
             self._mesh = make_mesh(self.root_device, self.layout, self.worker_shape, timeout)
             self._open_inside("gloo")
         self._device_mesh = inside(self._mesh)
+
+    @contextmanager
+    def _parallelizing(self) -> Iterator[None]:
+        """Context in which a module is parallelized: a mesh that is made there is of this worker's ranks.
+
+        FSDP2 makes one for a ``reshard_after_forward`` that is a number, and a module may for replicas of shards. Torch
+        has all ranks of a job take part in each group of a mesh, in the same order, and those of other workers make
+        groups of other ranks there: all would wait for each other.
+        """
+        meshes: Any = torch_meshes
+        make = meshes.new_group
+        own = {"use_local_synchronization": True, "timeout": self._timeout or DEFAULT_TIMEOUT}
+        meshes.new_group = lambda *arguments, **keywords: make(*arguments, **{**keywords, **own})
+        try:
+            yield
+        finally:
+            meshes.new_group = make
 
     def _share_parts(self, module: nn.Module, trained: Collection[Tensor] = ()) -> None:
         """Give the ranks of each coordinate what the one in worker 0 has; let BatchNorm be synchronized inside."""

@@ -120,9 +120,8 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "precision"),
-    [
+def test_another_kind_of_elastic_averaging(tmp_path: Path) -> None:
+    cases = [
         ("sync", "tau", "32-true"),
         ("sync", "async", "bf16-true"),
         ("async", "sync", "bf16-true"),
@@ -131,15 +130,17 @@ STRATEGIES: dict[str, Callable[..., Any]] = {
         ("eamsgd async", "sync", "32-true"),
         ("async", "int8", "32-true"),
         ("int8", "async", "bf16-true"),
-    ],
-)
-def test_another_kind_of_elastic_averaging(tmp_path: Path, before: str, after: str, precision: str) -> None:
-    owns = run_ranks(lambda: train(tmp_path, STRATEGIES[before](), precision=precision), 2)
-    resumed = run_ranks(lambda: resume(tmp_path / "x.ckpt", STRATEGIES[after](), precision=precision), 2)
-    for own, (start, _, clocks, warned) in zip(owns, resumed, strict=True):
-        assert all(torch.equal(start[name], value) for name, value in own.items())
-        assert clocks == [8]
-        assert "at the center" not in warned
+    ]
+
+    def both(before: str, after: str, precision: str) -> tuple[Any, Any]:
+        own = train(tmp_path, STRATEGIES[before](), precision=precision)
+        return own, resume(tmp_path / "x.ckpt", STRATEGIES[after](), precision=precision)
+
+    for results in run_ranks(lambda: [both(*case) for case in cases], 2):
+        for case, (own, (start, _, clocks, warned)) in zip(cases, results, strict=True):
+            assert all(torch.equal(start[name], value) for name, value in own.items()), case
+            assert clocks == [8], case
+            assert "at the center" not in warned, case
 
 
 DOWNPOURS: dict[str, Callable[..., Any]] = {
@@ -150,21 +151,15 @@ DOWNPOURS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("downpour", "adownpour"),
-        ("mdownpour", "mdownpour"),
-        ("mdownpour", "adownpour"),
-        ("adownpour", "mdownpour"),
-        ("adownpour", "mvadownpour"),
-    ],
-)
-def test_another_kind_of_downpour(tmp_path: Path, before: str, after: str) -> None:
+def test_another_kind_of_downpour(tmp_path: Path) -> None:
     """The center's own memory is its own kind's: a momentum is not taken for an average."""
-    run_ranks(train, 2, tmp_path, DOWNPOURS[before]())
+    cases = {
+        "downpour": ["adownpour"],
+        "mdownpour": ["mdownpour", "adownpour"],
+        "adownpour": ["mdownpour", "mvadownpour"],
+    }
 
-    def go_on() -> tuple[Any, Any]:
+    def go_on(before: str, after: str) -> Any:
         net = Net()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,60 +173,64 @@ def test_another_kind_of_downpour(tmp_path: Path, before: str, after: str) -> No
                     trainer.strategy.barrier()
 
             net.on_train_batch_start = note  # type: ignore[method-assign]
-            trainer.fit(net, ckpt_path=tmp_path / "x.ckpt")
+            trainer.fit(net, ckpt_path=tmp_path / before / "x.ckpt")
         return stores[0]
 
-    stores = run_ranks(go_on, 2)[0]
-    checkpoint = torch.load(tmp_path / "x.ckpt", weights_only=True)
-    saved = checkpoint["easgd"]["center"].get("stores")
-    model = torch.cat([checkpoint["state_dict"][name].flatten() for name, _ in Net().named_parameters()])
-    if stores is None:
-        return
-    center = model if saved is None else saved[0][0]
-    assert torch.equal(stores[0][0], center)
-    if before == after or {before, after} == {"adownpour", "mvadownpour"}:
-        assert torch.equal(stores[1][0], saved[1][0])
-    elif after == "mdownpour":
-        assert not stores[1][0].any()
-    else:
-        assert torch.equal(stores[1][0], center)
+    def run() -> dict[tuple[str, str], Any]:
+        for before in cases:
+            train(tmp_path / before, DOWNPOURS[before]())
+        return {(before, after): go_on(before, after) for before, all_after in cases.items() for after in all_after}
+
+    for (before, after), stores in run_ranks(run, 2)[0].items():
+        checkpoint = torch.load(tmp_path / before / "x.ckpt", weights_only=True)
+        saved = checkpoint["easgd"]["center"].get("stores")
+        model = torch.cat([checkpoint["state_dict"][name].flatten() for name, _ in Net().named_parameters()])
+        center = model if saved is None else saved[0][0]
+        assert torch.equal(stores[0][0], center), (before, after)
+        if before == after or {before, after} == {"adownpour", "mvadownpour"}:
+            assert torch.equal(stores[1][0], saved[1][0]), (before, after)
+        elif after == "mdownpour":
+            assert not stores[1][0].any(), (before, after)
+        else:
+            assert torch.equal(stores[1][0], center), (before, after)
 
 
-@pytest.mark.parametrize(("before", "after"), [(Net, TwoOptimizers), (TwoOptimizers, Net)])
 @pytest.mark.parametrize("name", ["sync", "async", "downpour"])
-def test_more_or_fewer_optimizers(tmp_path: Path, name: str, before: Any, after: Any) -> None:
+def test_more_or_fewer_optimizers(tmp_path: Path, name: str) -> None:
     make = (STRATEGIES | DOWNPOURS)[name]
-    owns = run_ranks(train, 2, tmp_path, make(), before)
+    cases = [(Net, TwoOptimizers), (TwoOptimizers, Net)]
 
-    def go_on() -> tuple[Any, Any, list[int], str]:
+    def both(before: Any, after: Any) -> tuple[Any, Any]:
         class Anew(after):  # type: ignore[misc]
             def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
                 checkpoint["optimizer_states"] = []
 
-        return resume(tmp_path / "x.ckpt", make(), Anew)
+        return train(tmp_path, make(), before), resume(tmp_path / "x.ckpt", make(), Anew)
 
-    for own, (start, _, clocks, _) in zip(owns, run_ranks(go_on, 2), strict=True):
-        assert all(torch.equal(start[key], value) for key, value in own.items())
-        assert clocks[0] == 8
+    for results in run_ranks(lambda: [both(*case) for case in cases], 2):
+        for case, (own, (start, _, clocks, _)) in zip(cases, results, strict=True):
+            assert all(torch.equal(start[key], value) for key, value in own.items()), case
+            assert clocks[0] == 8, case
 
 
-@pytest.mark.parametrize(
-    ("name", "precision"),
-    [("sync", "bf16-true"), ("int8", "32-true"), ("async", "bf16-true"), ("downpour", "32-true")],
-)
-def test_parameters_in_another_order(tmp_path: Path, name: str, precision: str) -> None:
-    make = (STRATEGIES | DOWNPOURS)[name]
-    owns = run_ranks(lambda: train(tmp_path, make(), precision=precision), 2)
-    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)["easgd"]
-    resumed = run_ranks(lambda: resume(tmp_path / "x.ckpt", make(), Reordered, precision=precision), 2)
-    for own, (start, center, _, _) in zip(owns, resumed, strict=True):
-        assert all(torch.equal(start[key], value) for key, value in own.items())
-        if name == "sync" and precision == "bf16-true":
-            sizes = [size for _, size in saved["layouts"][0]]
-            parts = torch.split(saved["center"]["stores"][0][0], sizes)
-            for (key, _), part in zip(saved["layouts"][0], parts, strict=True):
-                assert torch.equal(center[key].flatten(), part)
-    assert "extra.weight" in resumed[0][3]
+def test_parameters_in_another_order(tmp_path: Path) -> None:
+    cases = [("sync", "bf16-true"), ("int8", "32-true"), ("async", "bf16-true"), ("downpour", "32-true")]
+
+    def both(name: str, precision: str) -> tuple[Any, Any]:
+        make = (STRATEGIES | DOWNPOURS)[name]
+        own = train(tmp_path / name, make(), precision=precision)
+        return own, resume(tmp_path / name / "x.ckpt", make(), Reordered, precision=precision)
+
+    for case, *results in zip(cases, *run_ranks(lambda: [both(*each) for each in cases], 2), strict=True):
+        saved = torch.load(tmp_path / case[0] / "x.ckpt", weights_only=True)["easgd"]
+        for own, (start, center, _, _) in results:
+            assert all(torch.equal(start[key], value) for key, value in own.items()), case
+            if case == ("sync", "bf16-true"):
+                sizes = [size for _, size in saved["layouts"][0]]
+                parts = torch.split(saved["center"]["stores"][0][0], sizes)
+                for (key, _), part in zip(saved["layouts"][0], parts, strict=True):
+                    assert torch.equal(center[key].flatten(), part)
+        assert "extra.weight" in results[0][1][3], case
 
 
 def test_an_asynchronous_writer_writes_what_was_there(tmp_path: Path) -> None:

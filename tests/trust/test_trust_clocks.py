@@ -86,48 +86,58 @@ def resume(file: Path, strategy: Any, ranks: int = 2, module: Any = Clocked) -> 
     return again.clocks, " ".join(str(each.message) for each in caught)
 
 
-@pytest.mark.parametrize(
-    ("name", "worker_state", "module"),
-    [
+def test_another_number_of_workers(tmp_path: Path) -> None:
+    cases = [
         ("sync", "embed", Two),
         ("sync", "sidecar", Clocked),
         ("sync", "none", Clocked),
         ("async", "embed", Two),
         ("downpour", "sidecar", Clocked),
-    ],
-)
-def test_another_number_of_workers(tmp_path: Path, name: str, worker_state: str, module: Any) -> None:
-    make = STRATEGIES[name]
-    run_ranks(train, 2, tmp_path, make(worker_state=worker_state), module)
-    expected = [16] if module is Clocked else [16, 8]
-    for clocks, _ in run_ranks(resume, 3, tmp_path / "x.ckpt", make(worker_state=worker_state), 3, module):
-        assert clocks == expected
+    ]
+
+    def each(do: Any) -> list[Any]:
+        return [
+            do(tmp_path / f"{name} {state}", STRATEGIES[name](worker_state=state), module)
+            for name, state, module in cases
+        ]
+
+    run_ranks(each, 2, train)
+    for results in run_ranks(each, 3, lambda folder, *given: resume(folder / "x.ckpt", given[0], 3, given[1])):
+        for case, (clocks, _) in zip(cases, results, strict=True):
+            assert clocks == ([16] if case[2] is Clocked else [16, 8]), case
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_no_state_of_workers_was_saved_or_is_wanted(tmp_path: Path, name: str) -> None:
     make = STRATEGIES[name]
-    run_ranks(train, 2, tmp_path / "none", make(worker_state="none"))
-    run_ranks(train, 2, tmp_path / "embed", make())
-    ((clocks, warned), _) = run_ranks(resume, 2, tmp_path / "none/x.ckpt", make(worker_state="none"))
-    assert clocks == [16]
-    assert "at the center" not in warned
-    ((clocks, warned), _) = run_ranks(resume, 2, tmp_path / "none/x.ckpt", make())
-    assert clocks == [16]
-    assert "starts at the center" in warned
-    assert run_ranks(resume, 2, tmp_path / "embed/x.ckpt", make(worker_state="none"))[0][0] == [16]
+
+    def run() -> list[tuple[list[int], str]]:
+        train(tmp_path / "none", make(worker_state="none"))
+        train(tmp_path / "embed", make())
+        return [
+            resume(tmp_path / "none/x.ckpt", make(worker_state="none")),
+            resume(tmp_path / "none/x.ckpt", make()),
+            resume(tmp_path / "embed/x.ckpt", make(worker_state="none")),
+        ]
+
+    neither, not_saved, not_wanted = run_ranks(run, 2)[0]
+    assert neither[0] == not_saved[0] == not_wanted[0] == [16]
+    assert "at the center" not in neither[1]
+    assert "starts at the center" in not_saved[1]
 
 
-@pytest.mark.parametrize("torn", ["missing", "torn"])
-def test_a_torn_sidecar(tmp_path: Path, torn: str) -> None:
+def test_a_torn_sidecar(tmp_path: Path) -> None:
     make = STRATEGIES["sync"]
     run_ranks(train, 2, tmp_path, make(worker_state="sidecar"))
-    if torn == "missing":
-        shutil.rmtree(tmp_path / "x.ckpt.easgd")
-    else:
-        next((tmp_path / "x.ckpt.easgd").glob("*/rank_1.pt")).write_bytes(b"torn")
-    for clocks, _ in run_ranks(resume, 2, tmp_path / "x.ckpt", make(worker_state="sidecar")):
-        assert clocks == [16]
+    sidecar = tmp_path / "x.ckpt.easgd"
+    tear = {
+        "torn": lambda: next(sidecar.glob("*/rank_1.pt")).write_bytes(b"torn"),
+        "missing": lambda: shutil.rmtree(sidecar),
+    }
+    for kind, damage in tear.items():
+        damage()
+        for clocks, _ in run_ranks(resume, 2, tmp_path / "x.ckpt", make(worker_state="sidecar")):
+            assert clocks == [16], kind
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -139,15 +149,16 @@ def test_a_checkpoint_on_an_error(tmp_path: Path, name: str) -> None:
         assert clocks == [11]
 
 
-def test_workers_of_another_method(tmp_path: Path) -> None:
-    run_ranks(train, 2, tmp_path, STRATEGIES["downpour"]())
-    assert [clocks for clocks, _ in run_ranks(resume, 2, tmp_path / "x.ckpt", STRATEGIES["sync"]())] == [[16], [16]]
+def test_workers_of_another_method_and_ddps_checkpoint(tmp_path: Path) -> None:
+    def run() -> list[tuple[str, list[int]]]:
+        train(tmp_path / "downpour", STRATEGIES["downpour"]())
+        train(tmp_path / "ddp", "ddp", Regression)
+        cases = [("downpour", "sync"), *(("ddp", name) for name in STRATEGIES)]
+        return [(case, resume(tmp_path / case[0] / "x.ckpt", STRATEGIES[case[1]]())[0]) for case in cases]
 
-
-def test_ddps_checkpoint(tmp_path: Path) -> None:
-    run_ranks(train, 2, tmp_path, "ddp", Regression)
-    for make in STRATEGIES.values():
-        assert [clocks for clocks, _ in run_ranks(resume, 2, tmp_path / "x.ckpt", make())] == [[16], [16]]
+    for told in run_ranks(run, 2):
+        for case, clocks in told:
+            assert clocks == [16], case
 
 
 def test_a_checkpoint_of_version_0_1_0(tmp_path: Path) -> None:
@@ -185,13 +196,17 @@ def test_under_fabric(tmp_path: Path, worker_state: str) -> None:
         assert run_ranks(run, 3, 3, True) == [10, 10, 10]
 
 
-@pytest.mark.parametrize("worker_state", ["embed", "none"])
-def test_a_checkpoint_saved_after_fit(tmp_path: Path, worker_state: str) -> None:
+def test_a_checkpoint_saved_after_fit(tmp_path: Path) -> None:
+    states = ("embed", "none")
+
     def run() -> None:
-        trainer = quiet_trainer(strategy=STRATEGIES["sync"](worker_state=worker_state), devices=2, max_epochs=2)
-        trainer.fit(Clocked())
-        trainer.save_checkpoint(tmp_path / "x.ckpt")
+        for state in states:
+            trainer = quiet_trainer(strategy=STRATEGIES["sync"](worker_state=state), devices=2, max_epochs=2)
+            trainer.fit(Clocked())
+            trainer.save_checkpoint(tmp_path / f"{state}.ckpt")
+
+    def go_on() -> list[list[int]]:
+        return [resume(tmp_path / f"{each}.ckpt", STRATEGIES["sync"](worker_state=each), 3)[0] for each in states]
 
     run_ranks(run, 2)
-    for clocks, _ in run_ranks(resume, 3, tmp_path / "x.ckpt", STRATEGIES["sync"](worker_state=worker_state), 3):
-        assert clocks == [16]
+    assert run_ranks(go_on, 3) == [[[16], [16]]] * 3

@@ -85,19 +85,23 @@ def test_the_file_is_no_larger_than_ddps_by_more_than_what_is_trained(tmp_path: 
     assert sizes["easgd"] < sizes["ddp"] + ranks * (trained + random_states)
 
 
-@pytest.mark.parametrize("worker_state", ["embed", "sidecar"])
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_it_comes_back_with_the_rest(tmp_path: Path, name: str, worker_state: str) -> None:
-    make = STRATEGIES[name]
-    owns = run_ranks(train, 2, tmp_path, make(worker_state=worker_state), 2)
-    resumed = run_ranks(resume, 2, tmp_path / "x.ckpt", make(worker_state=worker_state), 2)
-    for own, (start, _) in zip(owns, resumed, strict=True):
-        assert all(torch.equal(start[key], value) for key, value in own.items())
-    assert "start at the center" not in resumed[0][1]
-    if worker_state == "embed":
-        for worker in torch.load(tmp_path / "x.ckpt", weights_only=True)["easgd"]["workers"]:
-            assert not worker["tensors"].keys() & set(SHARED)
-            assert "table" in worker["tensors"]  # the state_dict does not have it
+def test_it_comes_back_with_the_rest(tmp_path: Path) -> None:
+    cases = [(name, worker_state) for name in STRATEGIES for worker_state in ("embed", "sidecar")]
+
+    def both(name: str, state: str) -> tuple[dict[str, Tensor], tuple[dict[str, Tensor], str]]:
+        folder = tmp_path / f"{name} {state}"
+        own = train(folder, STRATEGIES[name](worker_state=state), 2)
+        return own, resume(folder / "x.ckpt", STRATEGIES[name](worker_state=state), 2)
+
+    for case, *results in zip(cases, *run_ranks(lambda: [both(*each) for each in cases], 2), strict=True):
+        for own, (start, _) in results:
+            assert all(torch.equal(start[key], value) for key, value in own.items()), case
+        assert "start at the center" not in results[0][1][1], case
+        if case[1] == "embed":
+            path = tmp_path / " ".join(case) / "x.ckpt"
+            for worker in torch.load(path, weights_only=True)["easgd"]["workers"]:
+                assert not worker["tensors"].keys() & set(SHARED), case
+                assert "table" in worker["tensors"], case  # the state_dict does not have it
 
 
 def test_equal_parts_of_two_states_are_one_object() -> None:
@@ -117,10 +121,12 @@ def test_equal_parts_of_two_states_are_one_object() -> None:
 
 
 def test_a_base_that_the_file_leaves_out_is_not_stored_by_the_workers_either(tmp_path: Path) -> None:
-    run_ranks(train, 2, tmp_path, EASGDStrategy(tau=3), 2, Dropping)
+    def run() -> str:
+        train(tmp_path, EASGDStrategy(tau=3), 2, Dropping)
+        return resume(tmp_path / "x.ckpt", EASGDStrategy(tau=3), 2, Dropping)[1]
+
+    assert "start at the center" not in run_ranks(run, 2)[0]
     assert (tmp_path / "x.ckpt").stat().st_size < 4 * SIZE * SIZE
-    resumed = run_ranks(resume, 2, tmp_path / "x.ckpt", EASGDStrategy(tau=3), 2, Dropping)
-    assert "start at the center" not in resumed[0][1]
 
 
 class Dropping(Adapted):

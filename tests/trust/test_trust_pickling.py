@@ -87,20 +87,19 @@ def test_what_spawned_ranks_cannot_be_given_is_named(start_method: str, cls: typ
     cls(start_method=start_method, center_rule=NesterovRule(0.5))
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
-def test_copies_of_trainer_strategy_and_module(name: str) -> None:
-    def train() -> None:
+def test_copies_of_trainer_strategy_and_module() -> None:
+    def train(name: str) -> None:
         trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2)
         copies(trainer)
         module = Regression()
         trainer.fit(module)
         for again in copies(trainer):
-            assert again.global_step == 8
+            assert again.global_step == 8, name
         copies(trainer.strategy)
         for again in copies(module):
-            assert all(map(torch.equal, again.parameters(), module.parameters()))
+            assert all(map(torch.equal, again.parameters(), module.parameters())), name
 
-    run_ranks(train, 2)
+    run_ranks(lambda: [*map(train, STRATEGIES)], 2)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -116,18 +115,17 @@ def test_copies_after_a_failed_fit(name: str) -> None:
     run_ranks(train, 2)
 
 
-@pytest.mark.parametrize("name", ["sync", "async", "downpour"])
-def test_a_copy_still_has_the_center_read_only(name: str) -> None:
-    def train() -> None:
+def test_a_copy_still_has_the_center_read_only() -> None:
+    def train(name: str) -> None:
         trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2)
         trainer.fit(Regression())
         for again in copies(trainer.strategy):
-            assert again.center.keys() == trainer.strategy.center.keys()
-            assert all(map(torch.equal, again.center.values(), trainer.strategy.center.values()))
+            assert again.center.keys() == trainer.strategy.center.keys(), name
+            assert all(map(torch.equal, again.center.values(), trainer.strategy.center.values())), name
             with pytest.raises(TypeError):
                 again.center["x"] = torch.ones(())
 
-    run_ranks(train, 2)
+    run_ranks(lambda: [*map(train, ("sync", "async", "downpour"))], 2)
 
 
 def test_the_other_tree() -> None:
@@ -150,9 +148,8 @@ def test_the_other_tree() -> None:
     run_ranks(train, 2)
 
 
-@pytest.mark.parametrize("name", ["ddp", "sync", "async"])
-def test_a_copied_trainer_goes_on(name: str) -> None:
-    def train() -> int:
+def test_a_copied_trainer_goes_on() -> None:
+    def train(name: str) -> int:
         trainer = copy.deepcopy(quiet_trainer(strategy=STRATEGIES[name](), devices=2))
         trainer.fit(Regression())
         again = pickle.loads(pickle.dumps(trainer))
@@ -160,7 +157,8 @@ def test_a_copied_trainer_goes_on(name: str) -> None:
         again.fit(Regression())
         return again.global_step
 
-    assert run_ranks(train, 2) == [16, 16]
+    names = ("ddp", "sync", "async")
+    assert run_ranks(lambda: {name: train(name) for name in names}, 2) == [dict.fromkeys(names, 16)] * 2
 
 
 def test_fabrics_strategy() -> None:

@@ -79,43 +79,39 @@ def equal(these, those):
     return len(these) == len(those) and all(map(torch.equal, these, those))
 
 
-@pytest.mark.parametrize("kind", ["whole", "in another group", "three", "part", "larger"])
+TRAINED = ("whole", "in another group", "three", "part", "larger")
+UNTRAINED = ("frozen", "outside", "part outside", "buffer")
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_parameters_of_one_memory_are_moved_once(name, kind):
-    _compare(name, kind)
+def test_parameters_of_one_memory_are_moved_once_and_what_no_optimizer_has_follows_it(name):
+    kinds = TRAINED + UNTRAINED if name in ("sync", "async") else TRAINED
+
+    def train_all():
+        trace, final, _ = train(name, "")
+        told = {}
+        for kind in kinds:
+            tied, tied_final, seen = train(name, kind)
+            moved_once = len(tied) == len(trace) and all(map(equal, tied, trace))
+            told[kind] = moved_once, equal(tied_final, final), bool(seen) and all(seen)
+        return told
+
+    assert run_ranks(train_all, 2, timeout=90) == [dict.fromkeys(kinds, (True, True, True))] * 2
 
 
-@pytest.mark.parametrize("kind", ["frozen", "outside", "part outside", "buffer"])
 @pytest.mark.parametrize("name", ["sync", "async"])
-def test_what_no_optimizer_has_follows_the_memory_that_it_lies_in(name, kind):
-    _compare(name, kind)
+def test_they_go_on_bit_for_bit(name, tmp_path):
+    def go_on(kind):
+        broken = quiet_trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=1, val_check_interval=3)
+        broken.fit(Tied(kind))
+        broken.save_checkpoint(tmp_path / "x.ckpt")
+        trace, final, _ = train(name, kind, tmp_path / "x.ckpt")
+        whole, whole_final, _ = train(name, kind)
+        return len(trace) == 9 and all(map(equal, trace, whole[9:])), equal(final, whole_final)
 
-
-def _compare(name, kind):
-    plain = run_ranks(train, 2, name, "")
-    tied = run_ranks(train, 2, name, kind)
-    for (trace, final, seen), (as_one, final_as_one, _) in zip(tied, plain, strict=True):
-        assert all(map(equal, trace, as_one))
-        assert equal(final, final_as_one)
-        assert seen
-        assert all(seen)
-
-
-@pytest.mark.parametrize("kind", ["three", "part", "frozen"])
-@pytest.mark.parametrize("name", ["sync", "async"])
-def test_they_go_on_bit_for_bit(name, kind, tmp_path):
-    def broken():
-        module = Tied(kind)
-        trainer = quiet_trainer(strategy=STRATEGIES[name](), devices=2, max_epochs=1, val_check_interval=3)
-        trainer.fit(module)
-        trainer.save_checkpoint(tmp_path / "x.ckpt")
-        return module.values()
-
-    run_ranks(broken, 2)
-    resumed, whole = (run_ranks(train, 2, name, kind, folder) for folder in (tmp_path / "x.ckpt", None))
-    for (trace, final, _), (of_all, final_of_all, _) in zip(resumed, whole, strict=True):
-        assert all(map(equal, trace, of_all[9:]))
-        assert equal(final, final_of_all)
+    kinds = ("three", "part", "frozen")
+    told = run_ranks(lambda: {kind: go_on(kind) for kind in kinds}, 2)
+    assert told == [dict.fromkeys(kinds, (True, True))] * 2
 
 
 def test_what_is_written_to_beside_the_trained_columns_of_a_matrix_has_a_common_value():
@@ -167,18 +163,18 @@ class Pair(L.LightningModule):
         return DataLoader(torch.zeros(2 * 12))
 
 
-@pytest.mark.parametrize(
-    "arguments", [{}, {"momentum": 0.5}, {"momentum": 0.5, "mode": "async", "order": "round_robin"}]
-)
-def test_a_gradient_of_each_moves_them_like_one_parameter(arguments):
-    def train(kind):
+def test_a_gradient_of_each_moves_them_like_one_parameter():
+    def train(kind, arguments):
         module = Pair(kind)
         module.momentum = arguments.get("momentum", 0.0)
         fitted(module, EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
         return [*module.trace, module.a.tolist()]
 
-    one, two = run_ranks(train, 2, "one"), run_ranks(train, 2, "two")
-    torch.testing.assert_close(torch.tensor(two, dtype=torch.float64), torch.tensor(one, dtype=torch.float64))
+    cases = [{}, {"momentum": 0.5}, {"momentum": 0.5, "mode": "async", "order": "round_robin"}]
+    for traces in run_ranks(lambda: [(train("one", each), train("two", each)) for each in cases], 2):
+        for case, (one, two) in zip(cases, traces, strict=True):
+            expected, made = (torch.tensor(each, dtype=torch.float64) for each in (one, two))
+            torch.testing.assert_close(made, expected, msg=lambda text, case=case: f"{case}: {text}")
 
 
 class Comes(Pair):
@@ -200,14 +196,17 @@ class Comes(Pair):
         return torch.optim.SGD([self.b] if self.kind == "alone" else self.parameters(), lr=0.05)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"wire_dtype": "int8"}, {"outer_momentum": 0.5}])
-@pytest.mark.parametrize("kind", ["comes", "goes"])
-def test_the_center_of_a_memory_goes_on_when_another_parameter_of_it_takes_part(kind, arguments):
-    def train(each):
-        module = fitted(Comes(each), EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
+def test_the_center_of_a_memory_goes_on_when_another_parameter_of_it_takes_part():
+    def train(kind, arguments):
+        module = fitted(Comes(kind), EASGDStrategy(tau=3, timeout=TIMEOUT, **arguments), 2)
         return [*module.trace, module.a.tolist()]
 
-    assert run_ranks(train, 2, kind) == run_ranks(train, 2, "alone")
+    cases = [{}, {"wire_dtype": "int8"}, {"outer_momentum": 0.5}]
+    kinds = ("alone", "comes", "goes")
+    for traces in run_ranks(lambda: [[train(kind, each) for kind in kinds] for each in cases], 2):
+        for case, (alone, comes, goes) in zip(cases, traces, strict=True):
+            assert comes == alone, case
+            assert goes == alone, case
 
 
 def test_one_of_those_that_are_one_memory_is_chosen():

@@ -129,18 +129,24 @@ def fitted(kind, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(
-    ("bare", "wrapped"),
-    [(Bare, Wrapped), (BareWithClosure, WrappedWithClosure), (Overridden, Net), (ClosureFirst, Net),
-     (NestedBare, Wrapped), (NestedWrapped, Wrapped)],
-)  # fmt: skip
-def test_a_bare_step_is_a_step_like_any_other(strategy, bare, wrapped):
-    if strategy == "downpour" and bare is ClosureFirst:
-        pytest.skip("a gradient that is taken before the step: DOWNPOUR takes the center over a hook earlier")
-    expected = run_ranks(fitted, 2, wrapped, strategy)
-    assert run_ranks(fitted, 2, bare, strategy) == expected
-    assert expected[0][0] != expected[1][0], "the workers do not differ: the test shows nothing"
-    assert all(exchanges == 3 for _, exchanges, _ in expected)
+def test_a_bare_step_is_a_step_like_any_other(strategy):
+    cases = {
+        Wrapped: [Bare, NestedBare, NestedWrapped],
+        WrappedWithClosure: [BareWithClosure],
+        # DOWNPOUR takes the center over a hook earlier than a gradient that is taken before the step.
+        Net: [Overridden] if strategy == "downpour" else [Overridden, ClosureFirst],
+    }
+    kinds = [kind for wrapped, all_bare in cases.items() for kind in (wrapped, *all_bare)]
+    first, second = (
+        dict(zip(kinds, results, strict=True))
+        for results in run_ranks(lambda: [fitted(kind, strategy) for kind in kinds], 2)
+    )
+    for wrapped, all_bare in cases.items():
+        assert first[wrapped][0] != second[wrapped][0], f"the workers do not differ: {wrapped} shows nothing"
+        assert first[wrapped][1] == second[wrapped][1] == 3, wrapped
+        for bare in all_bare:
+            assert first[bare] == first[wrapped], bare
+            assert second[bare] == second[wrapped], bare
 
 
 class Pair(Net):
@@ -168,7 +174,8 @@ class HalfBare(Pair):
 
 @pytest.mark.parametrize("strategy", ["sync", "round_robin"])
 def test_of_two_optimizers_one_is_stepped_bare(strategy):
-    assert run_ranks(fitted, 2, HalfBare, strategy) == run_ranks(fitted, 2, Pair, strategy)
+    for half_bare, wrapped in run_ranks(lambda: (fitted(HalfBare, strategy), fitted(Pair, strategy)), 2):
+        assert half_bare == wrapped
 
 
 def test_bare_steps_under_fabric():
@@ -184,8 +191,9 @@ def test_bare_steps_under_fabric():
         fabric.strategy.finalize()
         return fabric.strategy.communication.exchanges, model.state_dict()["weight"].tolist()
 
-    assert run_ranks(train, 2, True) == run_ranks(train, 2, False)
-    assert run_ranks(train, 2, True)[0][0] == 3
+    for one, other in run_ranks(lambda: (train(True), train(False)), 2):
+        assert one == other
+        assert one[0] == 3
 
 
 class Unknown(Net):
@@ -236,13 +244,20 @@ class ByHand(Unknown):
 
 
 @NO_OPTIMIZER
-@pytest.mark.parametrize("strategy", ["sync", "round_robin", "downpour"])
 @pytest.mark.parametrize(
-    ("kind", "names"),
-    [(Unknown, "net.0.weight"), (UnknownAndCleared, "net.0.weight"), (UnknownBeside, "net.2.weight"),
-     (ByHand, "net.0.weight")],
-)  # fmt: skip
-def test_parameters_that_an_unknown_optimizer_trains_are_named(strategy, kind, names):
+    ("kind", "names", "strategy"),
+    [
+        (Unknown, "net.0.weight", "sync"),
+        (UnknownAndCleared, "net.0.weight", "sync"),
+        (UnknownBeside, "net.2.weight", "sync"),
+        (ByHand, "net.0.weight", "sync"),
+        (Unknown, "net.0.weight", "round_robin"),
+        (ByHand, "net.0.weight", "round_robin"),
+        (UnknownAndCleared, "net.0.weight", "downpour"),
+        (UnknownBeside, "net.2.weight", "downpour"),
+    ],
+)
+def test_parameters_that_an_unknown_optimizer_trains_are_named(kind, names, strategy):
     outcomes = end_ranks(fitted, 2, kind, strategy, timeout=60)
     assert all(outcome.exitcode for outcome in outcomes)
     for outcome in outcomes:
@@ -292,14 +307,13 @@ def linear(rank):
 
 
 @pytest.mark.parametrize("strategy", ["sync", "round_robin", "async"])
-@pytest.mark.parametrize("failing", [(2,), (2, 2, 4), (3, 4, 6)])
-def test_a_step_that_is_tried_again_exchanges_once(strategy, failing):
+def test_a_step_that_is_tried_again_exchanges_once(strategy):
     """Σ x_i + x̃ changes by the gradient steps alone, whatever the closures raise."""
 
     class Linear(L.LightningModule):
         automatic_optimization = False
 
-        def __init__(self):
+        def __init__(self, failing):
             super().__init__()
             self.x = nn.Parameter(torch.ones(1))
             self.failures = list(failing)
@@ -328,18 +342,20 @@ def test_a_step_that_is_tried_again_exchanges_once(strategy, failing):
             with self.trainer.strategy.worker_weights():
                 self.final = self.x.item()
 
-    def train():
-        module = Linear()
+    def train(failing):
+        module = Linear(failing)
         mode = "sync" if strategy == "sync" else "async"
         order = "round_robin" if strategy == "round_robin" else "free"
         easgd = EASGDStrategy(tau=2, alpha=0.25, mode=mode, order=order, timeout=TIMEOUT)
         quiet_trainer(strategy=easgd, devices=2, use_distributed_sampler=False).fit(module)
         return module.final, easgd.center["x"].item(), easgd.communication.exchanges
 
-    (x0, center, exchanges), (x1, same, _) = run_ranks(train, 2)
-    assert center == same
-    assert exchanges == 3
-    assert x0 + x1 + center == pytest.approx(3 - 0.1 * 8 * (linear(0) + linear(1)), abs=1e-5)
+    cases = [(2,), (2, 2, 4), (3, 4, 6)]
+    results = run_ranks(lambda: [*map(train, cases)], 2)
+    for failing, (x0, center, exchanges), (x1, same, _) in zip(cases, *results, strict=True):
+        assert center == same, failing
+        assert exchanges == 3, failing
+        assert x0 + x1 + center == pytest.approx(3 - 0.1 * 8 * (linear(0) + linear(1)), abs=1e-5), failing
 
 
 # The position of EAMSGD
@@ -506,10 +522,10 @@ class SamByClosure(WrappedWithClosure):
 
 @pytest.mark.parametrize("strategy", ["sync", "round_robin"])
 def test_an_inner_optimizers_step_is_the_workers(strategy):
-    by_hand, by_closure = run_ranks(fitted, 2, SamByHand, strategy), run_ranks(fitted, 2, SamByClosure, strategy)
-    assert by_hand == by_closure
-    assert by_hand[0][0] != by_hand[1][0]
-    assert all(exchanges == 3 for _, exchanges, _ in by_hand)
+    results = run_ranks(lambda: (fitted(SamByHand, strategy), fitted(SamByClosure, strategy)), 2)
+    assert all(by_hand == by_closure for by_hand, by_closure in results)
+    assert results[0][0][0] != results[1][0][0]
+    assert all(by_hand[1] == 3 for by_hand, _ in results)
 
 
 def test_an_inner_optimizers_step_is_the_workers_under_fabric():
@@ -533,8 +549,9 @@ def test_an_inner_optimizers_step_is_the_workers_under_fabric():
         fabric.strategy.finalize()
         return fabric.strategy.communication.exchanges, model.state_dict()["weight"].tolist()
 
-    assert run_ranks(train, 2, True) == run_ranks(train, 2, False)
-    assert run_ranks(train, 2, True)[0][0] == 3
+    for one, other in run_ranks(lambda: (train(True), train(False)), 2):
+        assert one == other
+        assert one[0] == 3
 
 
 class ByGradient(Wrapped):
@@ -556,9 +573,9 @@ class ByGradient(Wrapped):
 
 @pytest.mark.parametrize("strategy", ["sync", "round_robin"])
 def test_parameters_that_are_frozen_and_trained_all_the_same(strategy):
-    first, second = run_ranks(fitted, 2, ByGradient, strategy)
+    (first, wrapped), (second, _) = run_ranks(lambda: (fitted(ByGradient, strategy), fitted(Wrapped, strategy)), 2)
     assert first[2] == second[2]
-    assert torch.allclose(torch.tensor(first[2]), torch.tensor(run_ranks(fitted, 2, Wrapped, strategy)[0][2]))
+    assert torch.allclose(torch.tensor(first[2]), torch.tensor(wrapped[2]))
 
 
 @pytest.mark.parametrize("strategy", ["sync", "round_robin"])

@@ -1,6 +1,5 @@
 """Values that no averager holds, and parameters that are not what they were: nothing is mixed up or left behind."""
 
-import itertools
 import os
 import time
 import warnings
@@ -132,23 +131,24 @@ class SwappedData(Taught):
 
 
 @pytest.mark.parametrize("strategy", [*MODES, "downpour"])
-@pytest.mark.parametrize("kind", [Taught, TaughtWithGrad, SwappedData])
-def test_a_teacher_outside_of_optimizers_is_the_workers_mean(strategy, kind, tmp_path):
-    def train():
+def test_a_teacher_outside_of_optimizers_is_the_workers_mean(strategy, tmp_path):
+    def train(kind):
         module = kind(batches=6)
         fit(module, strategy, max_epochs=2, val_check_interval=3)
-        module.trainer.save_checkpoint(tmp_path / "after.ckpt")
+        module.trainer.save_checkpoint(tmp_path / f"{kind.__name__}.ckpt")
         return module.seen, module.own, module.teacher.weight.detach().clone(), module.before[:3] == module.after[:3]
 
-    (seen, own, final, restored), (seen2, own2, final2, restored2) = run_ranks(train, 2)
-    assert not own.equal(own2), "the workers' teachers do not differ: the test shows nothing"
-    assert all(a.equal(b) for a, b in zip(seen, seen2, strict=True))
-    assert final.equal(final2)
-    assert torch.allclose(final, (own + own2) / 2)
-    assert restored
-    assert restored2
-    saved = torch.load(tmp_path / "after.ckpt", weights_only=True)
-    assert saved["state_dict"]["teacher.weight"].equal(final)
+    kinds = (Taught, TaughtWithGrad, SwappedData)
+    results = run_ranks(lambda: [train(kind) for kind in kinds], 2)
+    for kind, (seen, own, final, restored), (seen2, own2, final2, restored2) in zip(kinds, *results, strict=True):
+        assert not own.equal(own2), f"the workers' teachers do not differ: {kind} shows nothing"
+        assert all(a.equal(b) for a, b in zip(seen, seen2, strict=True)), kind
+        assert final.equal(final2), kind
+        assert torch.allclose(final, (own + own2) / 2), kind
+        assert restored, kind
+        assert restored2, kind
+        saved = torch.load(tmp_path / f"{kind.__name__}.ckpt", weights_only=True)
+        assert saved["state_dict"]["teacher.weight"].equal(final), kind
 
 
 @pytest.mark.parametrize("strategy", MODES)
@@ -253,12 +253,13 @@ def test_broadcast_buffers_false_leaves_them_to_each_rank(strategy):
         told = fit(module, strategy, more={"broadcast_buffers": value})
         return module.net[1].running_mean.tolist(), module.seed.item(), module.net[0].weight.tolist(), told
 
-    (mean, seed, weight, told), (mean2, seed2, weight2, _) = run_ranks(train, 2, False)
+    (own, common), (own2, common2) = run_ranks(lambda: (train(False), train(True)), 2)
+    (mean, seed, weight, told), (mean2, seed2, weight2, _) = own, own2
     assert mean != mean2
     assert (seed, seed2) == (0.0, 1.0)
     assert weight == weight2
     assert not any("broadcast_buffers" in text for text in told)
-    (mean, seed, *_), (mean2, seed2, *_) = run_ranks(train, 2, True)
+    (mean, seed, *_), (mean2, seed2, *_) = common, common2
     assert (mean, seed) == (mean2, seed2)
 
 
@@ -334,13 +335,13 @@ class Sparse(Cached):
 
 
 @pytest.mark.parametrize("strategy", MODES)
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [(Cached, {"cache"}), (CachedBool, {"cache"}), (CachedOnOne, {"cache"}), (Pairwise, {"cache", "other"}),
-     (Present, {"extra"}), (Typed, {"cache"}), (Sparse, {"cache"})],
-)  # fmt: skip
-def test_buffers_of_different_shapes_stay_each_ranks_own(strategy, kind, names):
-    def train():
+def test_buffers_of_different_shapes_stay_each_ranks_own(strategy):
+    cases = {
+        Cached: {"cache"}, CachedBool: {"cache"}, CachedOnOne: {"cache"}, Pairwise: {"cache", "other"},
+        Present: {"extra"}, Typed: {"cache"}, Sparse: {"cache"},
+    }  # fmt: skip
+
+    def train(kind):
         module = kind()
         seen = []
         module.on_validation_epoch_start = lambda: seen.append({n: b.clone() for n, b in module.named_buffers()})
@@ -353,13 +354,14 @@ def test_buffers_of_different_shapes_stay_each_ranks_own(strategy, kind, names):
         same = [{n: torch.equal(a[n].to_dense(), own[n].to_dense()) for n in own} for a in (*seen[-1:], final)]
         return told, same, module.net[0].weight.tolist()
 
-    first, second = run_ranks(train, 2, timeout=60)
-    assert first[2] == second[2]
-    for _, same, _ in (first, second):
-        assert all(all(each[name] for name in names & each.keys()) for each in same)
-    about = [text for text in first[0] if "differ between the ranks" in text]
-    assert len(about) == 1
-    assert all(name in about[0] for name in names)
+    results = run_ranks(lambda: [train(kind) for kind in cases], 2)
+    for (kind, names), first, second in zip(cases.items(), *results, strict=True):
+        assert first[2] == second[2], kind
+        for _, same, _ in (first, second):
+            assert all(all(each[name] for name in names & each.keys()) for each in same), kind
+        about = [text for text in first[0] if "differ between the ranks" in text]
+        assert len(about) == 1, kind
+        assert all(name in about[0] for name in names), kind
 
 
 @pytest.mark.parametrize("strategy", MODES)
@@ -515,25 +517,28 @@ OTHERS = [name for name in STRATEGIES if name not in ("ddp", *MODES)]
 ROUND = [(OTHERS[(2 * number + more) % len(OTHERS)], kind) for number, kind in enumerate(KINDS) for more in (0, 1)]
 
 
-@pytest.mark.parametrize(("strategy", "kind"), [*itertools.product(MODES, KINDS), *ROUND])
-def test_parameters_of_every_kind_train(strategy, kind):
-    def train():
+@pytest.mark.parametrize(
+    "cases", [*([(mode, kind) for kind in KINDS] for mode in MODES), ROUND], ids=[*MODES, "others"]
+)
+def test_parameters_of_every_kind_train(cases):
+    def train(strategy, kind):
         module = kind()
         start = bits(module.state_dict())
         fit(module, strategy)
         final = {name: value.clone() for name, value in module.state_dict().items()}
         return start, bits(final), final, module.trainer.strategy.communication.exchanges, module.distance
 
-    first, second = run_ranks(train, 2, timeout=60)
-    assert first[1] == second[1]
-    assert first[0]["net.0.weight"] != first[1]["net.0.weight"]
-    assert first[3] > 0
-    assert first[4] > 0
-    if kind in (Counting, CountingApart):
-        assert first[2]["count"].tolist() == [8, 8]  # rank 0's
-    if kind is Complex:
-        assert not first[2]["z"].equal(torch.full((3,), 1 + 1j))
-        assert first[2]["z"].isfinite().all()
+    results = run_ranks(lambda: [train(*case) for case in cases], 2)
+    for case, first, second in zip(cases, *results, strict=True):
+        assert first[1] == second[1], case
+        assert first[0]["net.0.weight"] != first[1]["net.0.weight"], case
+        assert first[3] > 0, case
+        assert first[4] > 0, case
+        if case[1] in (Counting, CountingApart):
+            assert first[2]["count"].tolist() == [8, 8], case  # rank 0's
+        if case[1] is Complex:
+            assert not first[2]["z"].equal(torch.full((3,), 1 + 1j)), case
+            assert first[2]["z"].isfinite().all(), case
 
 
 def test_a_complex_parameter_is_pulled_as_its_two_parts_are():
@@ -558,9 +563,10 @@ def test_a_complex_parameter_is_pulled_as_its_two_parts_are():
         z = center["z"] if "z" in center else torch.complex(center["re"], center["im"])
         return torch.view_as_real(z)
 
-    for strategy in ("sync", "eamsgd"):
-        of_complex, of_parts = run_ranks(train, 2, Complex, strategy)[0], run_ranks(train, 2, Parts, strategy)[0]
-        assert torch.allclose(of_complex, of_parts, atol=1e-6)
+    names = ("sync", "eamsgd")
+    traces, _ = run_ranks(lambda: [(train(Complex, name), train(Parts, name)) for name in names], 2)
+    for name, (of_complex, of_parts) in zip(names, traces, strict=True):
+        assert torch.allclose(of_complex, of_parts, atol=1e-6), name
 
 
 class Frozen(Net):
@@ -571,19 +577,19 @@ class Frozen(Net):
         self.base = nn.Linear(100, 100).requires_grad_(False)
 
 
-@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "async", "downpour"])
-def test_frozen_parameters_of_an_optimizer_do_not_travel(strategy):
-    def train(kind):
+def test_frozen_parameters_of_an_optimizer_do_not_travel():
+    def train(kind, strategy):
         module = kind()
         fit(module, strategy)
         return module.trainer.strategy.communication.bytes_sent
 
-    with_base, without = run_ranks(train, 2, Frozen)[0], run_ranks(train, 2, Net)[0]
-    assert with_base == without
+    names = ("sync", "gloo", "int8", "async", "downpour")
+    sent, _ = run_ranks(lambda: {name: (train(Frozen, name), train(Net, name)) for name in names}, 2)
+    for name, (with_base, without) in sent.items():
+        assert with_base == without, name
 
 
-@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "async"])
-def test_a_frozen_parameter_takes_part_when_it_is_unfrozen(strategy):
+def test_a_frozen_parameter_takes_part_when_it_is_unfrozen():
     class Thawed(Frozen):
         def on_train_epoch_start(self):
             if self.current_epoch == 1:
@@ -593,16 +599,18 @@ def test_a_frozen_parameter_takes_part_when_it_is_unfrozen(strategy):
             shift = self.base(torch.ones(100)).mean() - self.trainer.global_rank
             return self.loss(batch) + shift.square()
 
-    def train():
+    def train(strategy):
         module = Thawed(batches=5)
         start = module.base.weight.detach().clone()
-        fit(module, strategy, max_epochs=4)
+        fit(module, strategy, max_epochs=3)
         return start, module.trainer.strategy.center["base.weight"], module.base.weight.detach().clone()
 
-    (start, named, final), (*_, final2) = run_ranks(train, 2)
-    assert not start.equal(final)
-    assert final.equal(final2)
-    assert named.equal(final)
+    names = ("sync", "gloo", "int8", "async")
+    results = run_ranks(lambda: [train(name) for name in names], 2)
+    for name, (start, named, final), (*_, final2) in zip(names, *results, strict=True):
+        assert not start.equal(final), name
+        assert final.equal(final2), name
+        assert named.equal(final), name
 
 
 # Parameters that are not what they were: the identity counts, not the number
@@ -673,32 +681,35 @@ class AnewWithOther(Changed):
 
 def changed(kind, strategy):
     module = kind()
-    fit(module, strategy, max_epochs=4)
+    fit(module, strategy, max_epochs=2)
     strategy = module.trainer.strategy
     return bits(dict(module.named_parameters())), module.final_averaged, strategy.communication.exchanges
 
 
+REFUSED = {Replaced: "net.2.bias", Added: "extra", AnewWithOther: "net.2.bias", Deleted: "net.0.weight"}
+
+
 @pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "eamsgd", "async"])
-@pytest.mark.parametrize("kind", [Replaced, Added, Deleted, Swapped, Anew, AnewWithOther])
-def test_parameters_that_change_in_mid_training(strategy, kind):
-    """Averaged from then on, or refused by name: never each rank its own."""
-    outcomes = end_ranks(changed, 2, kind, strategy, timeout=60)
-    if strategy == "async" and kind in (Replaced, Added, AnewWithOther, Deleted):
-        assert all(outcome.exitcode for outcome in outcomes)
-        names = {Replaced: "net.2.bias", Added: "extra", AnewWithOther: "net.2.bias", Deleted: "net.0.weight"}
-        assert all(names.get(kind, "") in outcome.error for outcome in outcomes)
-        assert all("fixed size" in outcome.error for outcome in outcomes)
-        return
-    assert [outcome.exitcode for outcome in outcomes] == [0, 0], [outcome.error for outcome in outcomes]
-    (first, averaged, exchanges), (second, *_) = (outcome.value for outcome in outcomes)
-    assert first == second
-    assert exchanges == 15
-    assert ("net.0.weight" in averaged) == (kind is not Deleted)
-    assert "net.2.bias" in averaged
+def test_parameters_that_change_in_mid_training(strategy):
+    """Averaged from then on, never each rank its own."""
+    kinds = (Swapped, Anew, *(() if strategy == "async" else REFUSED))
+    results = run_ranks(lambda: [changed(kind, strategy) for kind in kinds], 2)
+    for kind, (first, averaged, exchanges), (second, *_) in zip(kinds, *results, strict=True):
+        assert first == second, kind
+        assert exchanges == 7, kind
+        assert ("net.0.weight" in averaged) == (kind is not Deleted), kind
+        assert "net.2.bias" in averaged, kind
 
 
-@pytest.mark.parametrize("backend", [None, "gloo"])
-def test_a_new_parameter_begins_at_rank_zeros_value(backend):
+@pytest.mark.parametrize(("kind", "name"), REFUSED.items())
+def test_parameters_that_change_in_mid_training_are_refused_by_name_where_the_center_is_served(kind, name):
+    for outcome in end_ranks(changed, 2, kind, "async"):
+        assert outcome.exitcode
+        assert name in outcome.error
+        assert "fixed size" in outcome.error
+
+
+def test_a_new_parameter_begins_at_rank_zeros_value():
     """The center of what is added starts where rank 0 has it; each worker is pulled there from its own."""
 
     class Still(Changed):
@@ -714,12 +725,11 @@ def test_a_new_parameter_begins_at_rank_zeros_value(backend):
             if "extra" in self.trainer.strategy.center:
                 self.apart.append((self.extra.item(), self.trainer.strategy.center["extra"].item()))
 
-    def train():
+    def train(backend):
         module = Still(batches=3)
         fit(module, "sync", max_epochs=3, more={"alpha": 0.25, "process_group_backend": backend}, limit_val_batches=0)
         return module.apart
 
-    first, second = run_ranks(train, 2)
     x, center = [5.0, 6.0], 5.0
     expected = []
     for exchange in range(3):  # at t = 4, 6, 8
@@ -727,9 +737,11 @@ def test_a_new_parameter_begins_at_rank_zeros_value(backend):
         x = [value - 0.25 * difference for value, difference in zip(x, differences, strict=True)]
         center += 0.25 * sum(differences)
         expected += [(*x, center)] * (2 if exchange < 2 else 1)
-    assert [a for a, _ in first] == pytest.approx([row[0] for row in expected])
-    assert [a for a, _ in second] == pytest.approx([row[1] for row in expected])
-    assert [c for _, c in first] == pytest.approx([row[2] for row in expected])
+    backends = (None, "gloo")
+    for backend, first, second in zip(backends, *run_ranks(lambda: [*map(train, backends)], 2), strict=True):
+        assert [a for a, _ in first] == pytest.approx([row[0] for row in expected]), backend
+        assert [a for a, _ in second] == pytest.approx([row[1] for row in expected]), backend
+        assert [c for _, c in first] == pytest.approx([row[2] for row in expected]), backend
 
 
 # Ranks that do not agree
@@ -749,15 +761,16 @@ class InOrder(Ordered):
     reverse = False
 
 
-@pytest.mark.parametrize("strategy", ["sync", "gloo", "int8", "eamsgd", "round_robin"])
-def test_the_order_of_parameters_in_an_optimizer_is_each_ranks_own(strategy):
-    def train(kind):
+def test_the_order_of_parameters_in_an_optimizer_is_each_ranks_own():
+    def train(kind, strategy):
         module = kind()
         fit(module, strategy)
         return bits(module.state_dict())
 
-    mixed, straight = run_ranks(train, 2, Ordered), run_ranks(train, 2, InOrder)
-    assert mixed == straight
+    names = ("sync", "gloo", "int8", "eamsgd", "round_robin")
+    for results in run_ranks(lambda: {name: (train(Ordered, name), train(InOrder, name)) for name in names}, 2):
+        for name, (mixed, straight) in results.items():
+            assert mixed == straight, name
 
 
 @pytest.mark.parametrize("strategy", [*MODES, "downpour"])
@@ -801,8 +814,7 @@ def test_what_was_written_to_while_it_was_frozen_is_refused_where_it_is_unfrozen
         assert "while it was frozen" in outcome.error
 
 
-@pytest.mark.parametrize("strategy", MODES)
-def test_a_buffer_that_is_a_view_of_a_parameter_follows_it(strategy):
+def test_a_buffer_that_is_a_view_of_a_parameter_follows_it():
     class Viewed(Net):
         def __init__(self, **arguments):
             super().__init__(**arguments)
@@ -820,14 +832,15 @@ def test_a_buffer_that_is_a_view_of_a_parameter_follows_it(strategy):
                 self.compare = False
                 self.states.append(bits(self.state_dict()) == self.last)
 
-    def train():
+    def train(strategy):
         module = Viewed()
         fit(module, strategy, val_check_interval=2)
         return module.states, bits(module.state_dict())
 
-    (first, final), (second, final2) = run_ranks(train, 2)
-    assert first == second == [True] * 3
-    assert final == final2
+    results = run_ranks(lambda: [*map(train, MODES)], 2)
+    for mode, (first, final), (second, final2) in zip(MODES, *results, strict=True):
+        assert first == second == [True] * 3, mode
+        assert final == final2, mode
 
 
 @pytest.mark.parametrize("strategy", MODES)
@@ -901,7 +914,6 @@ def test_a_run_that_is_resumed_averages_what_it_averaged(strategy, tmp_path):
         made.fit(module, ckpt_path=path)
         return "net.0.weight" in made.strategy.center, bits(module.state_dict())
 
-    run_ranks(train, 2, False)
-    first, second = run_ranks(train, 2, True)
+    first, second = run_ranks(lambda: (train(False), train(True))[1], 2)
     assert first == second
     assert first[0]

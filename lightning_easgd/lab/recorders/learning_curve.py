@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_easgd.callbacks.recording import (
     ElasticStrategy,
     ddp_bytes,
+    evaluating,
     gather,
     layout_of,
     own_part,
@@ -138,9 +139,7 @@ class LearningCurve(Callback):
         data.setup("test")
         loader = data.val_dataloader() if stage == "val" else data.test_dataloader()
         loss, wrong, count = 0.0, 0.0, 0
-        was_training = module.training
-        module.eval()
-        try:
+        with evaluating(module):
             for batch in islice(loader, part.start or 0, None, part.step or 1):
                 inputs, targets = prepared(trainer, batch)
                 with trainer.precision_plugin.forward_context():
@@ -148,8 +147,6 @@ class LearningCurve(Callback):
                 loss += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
                 wrong += float((logits.argmax(dim=-1) != targets).sum())
                 count += len(targets)
-        finally:
-            module.train(was_training)
         return loss, wrong, count
 
 

@@ -1,6 +1,7 @@
 """The strategy of sharded workers for a Trainer, made for the ``ModelParallelStrategy`` of each class tree."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, final
@@ -116,6 +117,12 @@ def model_parallel_strategy(base: Any, of_tree: TrainerTree) -> Any:
             unbind_group(self._get_process_group_backend())
             self._set_up_mesh()
             give_mesh(self.lightning_module, self._device_mesh)
+
+        @contextmanager
+        def model_sharded_context(self) -> Iterator[None]:
+            """Context in which Lightning calls ``configure_model``."""
+            with super().model_sharded_context(), self._parallelizing():
+                yield
 
         def model_to_device(self) -> None:
             """Move what is left, and give the ranks of each coordinate what the one in worker 0 has.

@@ -448,6 +448,13 @@ class TrainerStrategy(WorkerProcess, _Base):
         self._read_from = str(checkpoint_path), keywords.get("weights_only")
         return checkpoint
 
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the module's state, in double precision where the Trainer has it so: Lightning converts afterwards."""
+        if self.precision_plugin.precision == "64-true":
+            assert self.lightning_module is not None
+            self.precision_plugin.convert_module(self.lightning_module)
+        super().load_model_state_dict(checkpoint, strict)
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what this worker had where the checkpoint was saved, else what worker 0 had."""
         if self._session is None or self._checkpoints is None:
