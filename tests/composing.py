@@ -5,6 +5,7 @@ first time, only to see whether something in it sets Hydra's mode, where nothing
 """
 
 import copy
+import sys
 import warnings
 from typing import Any
 
@@ -35,7 +36,8 @@ def _read_once(repository: ConfigRepository, config_path: str) -> Any:
 
 
 def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
-    sets_one = any("hydra" in word or "hparams_search" in word for word in overrides)
+    has_own_files = any(word.startswith(("--config", "-c")) for word in sys.argv)
+    sets_one = has_own_files or any("hydra" in word or "hparams_search" in word for word in overrides)
     return _find_mode(hydra, config_name, overrides) if sets_one else None
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import KubeflowEnvironment
 from ranks import end_ranks, run_ranks
 from toys import Quadratic, Regression, fitted, quiet_trainer
 
-from lightning_easgd import DownpourStrategy, EASGDStrategy, LocalStrategy
+from lightning_easgd import DownpourStrategy, EASGDModelParallelStrategy, EASGDStrategy, LocalStrategy
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -186,17 +186,21 @@ def test_optimizers_that_shard_their_state():
         assert "EASGDStrategy: ZeroRedundancyOptimizer shards its state" in outcome.error
 
 
-@pytest.mark.parametrize(("ranks", "nodes"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks_than_the_cluster_has_started(ranks, nodes):
+@pytest.mark.parametrize(
+    ("strategy", "ranks", "nodes"),
+    [(EASGDStrategy(mode="async"), 1, 2), (EASGDStrategy(mode="async"), 2, 1), (EASGDModelParallelStrategy(), 3, 2)],
+)
+def test_another_number_of_ranks_than_the_cluster_has_started(strategy, ranks, nodes):
     """Kind: α is β over the workers that the Trainer counts on; only torchrun and SLURM compare them with the ranks."""
 
     def train():
         given = {"plugins": [KubeflowEnvironment()], "num_nodes": nodes, "use_distributed_sampler": False}
-        quiet_trainer(strategy=EASGDStrategy(mode="async"), devices=1, **given).fit(Quadratic(record=False))
+        quiet_trainer(strategy=strategy, devices=1, **given).fit(Quadratic(record=False))
 
     for outcome in end_ranks(train, ranks):
         assert outcome.exitcode == 1
-        assert f"EASGDStrategy: the cluster environment has started {ranks} rank" in outcome.error
+        name = type(strategy).__name__
+        assert f"{name}: the cluster environment has started {ranks} rank" in outcome.error
         assert f"devices=1 and num_nodes={nodes} make {nodes}; give numbers" in outcome.error
 
 

@@ -19,6 +19,7 @@ from lightning_easgd.callbacks import (
     WorkerEvaluation,
     ddp_bytes,
 )
+from lightning_easgd.callbacks.recording import evaluating
 from lightning_easgd.lab.data import DigitsDataModule
 from lightning_easgd.lab.recorders import LearningCurve
 from lightning_easgd.strategies.trainer.lightning_private import clocks_of, go_on_at
@@ -166,6 +167,12 @@ def test_ddp_is_that_of_all_who_were_there(tmp_path):
     assert int(total["ddp_bytes"]) == gradients * (3 * 0 + 5 * 1 + 4 * 3 // 2)  # 2 (p - 1) / p at each step
 
 
+def test_a_batch_that_is_none_is_none_of_the_monitors():
+    """Lightning warns of it, and leaves out its start, but not its end."""
+    monitor, trainer = ElasticMonitor(), SimpleNamespace(strategy=Elastic(), global_step=4, world_size=1)
+    monitor.on_train_batch_end(trainer, L.LightningModule(), None, None, 0)
+
+
 def test_monitor_refuses_zero():
     with pytest.raises(ValueError, match=r"ElasticMonitor\(every_n_exchanges=0\)"):
         ElasticMonitor(every_n_exchanges=0)
@@ -212,6 +219,23 @@ def test_scoring_leaves_the_mode_of_each_part_of_the_module(tmp_path):
     _, model = fit(Elastic(), WorkerEvaluation(), LearningCurve(tmp_path), Watch())
     modes.append([part.training for part in model.network])
     assert all(each == [True] * (len(each) - 1) + [False] for each in modes)
+
+
+def test_scoring_undoes_what_a_part_does_as_its_mode_changes():
+    class Adapted(torch.nn.Module):
+        """As layers that merge low-rank weights for an evaluation."""
+
+        is_merged = False
+
+        def train(self, mode=True):
+            self.is_merged = not mode
+            return super().train(mode)
+
+    module = L.LightningModule()
+    module.trained, module.frozen = Adapted(), Adapted().eval()
+    with evaluating(module):
+        assert module.trained.is_merged
+    assert [(part.training, part.is_merged) for part in module.children()] == [(True, False), (False, True)]
 
 
 def test_worker_evaluation_takes_the_model_where_there_is_no_center():

@@ -1,7 +1,7 @@
 """Every way to start the ranks, from a script as a user writes it.
 
-Real interpreters with Lightning's Popen, with torchrun and at a prompt; else the script is forked, with everything
-imported.
+Real interpreters with Lightning's Popen, with torchrun, at a prompt, and once where ranks are spawned; else the script
+is forked, with everything imported.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["easgd_spawn", "easgd_notebook", "easgd_async_spawn"])
 def test_the_parent_of_spawned_ranks_holds_the_center(name, reference, tmp_path):
-    launch([python(), str(SCRIPT), name, str(tmp_path)])
+    launch([sys.executable if name == "easgd_spawn" else python(), str(SCRIPT), name, str(tmp_path)])
     (state,) = states(tmp_path)
     assert same(state, reference) == ("async" not in name)
 

@@ -43,7 +43,7 @@ def trace(strategy, steps):
 )
 def test_traces(workers, tau, arguments):
     traces = run_ranks(trace, workers, EASGDStrategy(tau=tau, **arguments), 13)
-    check(traces, reference_of(workers, 13, tau, arguments))
+    check(traces, reference_of(workers, 13, tau, arguments), arguments)
 
 
 @pytest.mark.parametrize("wire_dtype", ["bfloat16", "int8"])

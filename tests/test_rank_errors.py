@@ -83,9 +83,15 @@ def test_a_divergence_is_in_the_table_and_fails_unless_asked_otherwise(tmp_path,
         assert "learning rate" in done.stderr or "optimizer.lr" in done.stderr
 
 
-@pytest.mark.parametrize(("local_rank", "code"), [(0, 143), (1, None)])
-def test_a_run_that_sigterm_has_ended_is_not_done(local_rank, code, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("local_rank", "code", "files", "way"),
+    [(0, 143, ["last.ckpt"], "ckpt_path=... goes on with it"), (0, 143, [], "no checkpoint had been saved"),
+     (1, None, [], None)],
+)  # fmt: skip
+def test_a_run_that_sigterm_has_ended_is_not_done(local_rank, code, files, way, tmp_path, capfd):
     """Kind: an exit code says whether there is a result; Lightning's own says that there is."""
+    for name in files:
+        (tmp_path / name).touch()
 
     def ended():
         raise SIGTERMException
@@ -96,5 +102,5 @@ def test_a_run_that_sigterm_has_ended_is_not_done(local_rank, code, tmp_path, ca
     with pytest.raises(SystemExit) as stopped:
         rank_errors.fit(trainer, tmp_path, "easgd-train", lambda: None)
     assert stopped.value.code == code
-    said = f"easgd-train: SIGTERM has ended the run in {tmp_path}; ckpt_path=... goes on with it\n"
+    said = f"easgd-train: SIGTERM has ended the run in {tmp_path}; {way}\n"
     assert capfd.readouterr().err == ("" if local_rank else said)

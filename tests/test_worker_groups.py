@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import CombinedLoader
 from ranks import end_ranks, run_ranks
 from reference import grouped_trace
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -272,13 +273,19 @@ def test_other_workers_start_at_the_center_and_say_so(tmp_path):
 
 @pytest.mark.parametrize("is_reloaded", [False, True])
 def test_ranks_of_a_worker_with_different_numbers_of_batches_are_an_error_and_no_hang(is_reloaded):
-    """Where the numbers are known. Those of other workers may differ."""
+    """Where the numbers are known; also of new data in a loader that is kept. Those of other workers may differ."""
 
     class Uneven(TwoLayers):
+        kept = CombinedLoader([])
+
         def train_dataloader(self):
             last = not is_reloaded or self.trainer.current_epoch == 1
             sizes = [8, 8, 5, 6] if last else [8, 8, 5, 5]
-            return DataLoader(self.rows(sizes[self.trainer.global_rank]))
+            loader = DataLoader(self.rows(sizes[self.trainer.global_rank]))
+            if not is_reloaded:
+                return loader
+            self.kept.__init__(loader, "max_size")
+            return self.kept
 
     def train():
         strategy = EASGDStrategy(devices_per_worker=2, timeout=timedelta(seconds=20), **RUN)

@@ -94,7 +94,8 @@ class ElasticMonitor(Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, ElasticStrategy):
             return
-        assert self._step is not None
+        if self._step is None:  # Lightning leaves out the start of a batch that is None
+            self._step = trainer.global_step
         workers = _of_membership(strategy).get("participants", 1)  # where they come and go; else there is one launch
         self._steps[workers * trainer.world_size] += trainer.global_step - self._step
         self._step = trainer.global_step

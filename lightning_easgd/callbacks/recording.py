@@ -88,7 +88,8 @@ def evaluating(module: L.LightningModule) -> Iterator[None]:
         yield
     finally:
         for part, mode in training:
-            part.training = mode
+            if part.training != mode:
+                part.train(mode)  # a method of its own may have done more, as merged what was adapted
 
 
 def layout_of(trainer: L.Trainer) -> WorkerLayout:

@@ -52,7 +52,8 @@ def fit(trainer: L.Trainer, run: Path, command: str, prepare_rank: Callable[[], 
         if trainer.local_rank:  # whoever has started it would kill the others, which are about to end as well
             raise
         if trainer.is_global_zero:
-            print(f"{command}: SIGTERM has ended the run in {run}; ckpt_path=... goes on with it", file=sys.stderr)
+            way = "ckpt_path=... goes on with it" if any(run.rglob("*.ckpt")) else "no checkpoint had been saved"
+            print(f"{command}: SIGTERM has ended the run in {run}; {way}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 

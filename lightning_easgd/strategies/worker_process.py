@@ -198,8 +198,8 @@ class WorkerProcess(_Base):
             ValueError: If ranks have been given different arguments, or are more or fewer than the user has said.
         """
         set_up_group(self._get_process_group_backend(), self._timeout or DEFAULT_TIMEOUT, self.root_device)
-        self._set_up_groups()
         check_ranks(type(self).__name__, self.num_nodes, self.num_processes, self.world_size)
+        self._set_up_groups()
         self._is_rank = True
         if dist.is_initialized():  # it is not where somebody else makes the group
             self._groups.enter(self.global_rank, self.world_size)

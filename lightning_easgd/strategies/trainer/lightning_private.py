@@ -34,7 +34,7 @@ __all__ = [
     "request_stop",
     "saves_after_batch",
     "saves_in_epoch",
-    "training_loader",
+    "training_data",
     "watch_evaluation",
     "watch_fetching",
 ]
@@ -125,9 +125,9 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
     )
 
 
-def training_loader(trainer: Any) -> Any:
-    """What a fit's batches come from; another one where it was made anew (``reload_dataloaders_every_n_epochs``)."""
-    return trainer.fit_loop._combined_loader
+def training_data(trainer: Any) -> Any:
+    """What fetches a fit's batches; another one where its loaders are anew (``reload_dataloaders_every_n_epochs``)."""
+    return trainer.fit_loop._data_fetcher
 
 
 def knows_batches(loop: Any) -> bool:

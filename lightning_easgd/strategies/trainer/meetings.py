@@ -13,7 +13,7 @@ from lightning_easgd.strategies.trainer.lightning_private import (
     reads_common_clock,
     saves_after_batch,
     saves_in_epoch,
-    training_loader,
+    training_data,
     watch_evaluation,
 )
 from lightning_easgd.transport.worker_layout import WorkerLayout
@@ -52,7 +52,7 @@ class Meetings:
         self._look()
 
     def _look(self) -> None:
-        self._loader = training_loader(self._trainer)
+        self._fetcher = training_data(self._trainer)
         own = self._trainer.num_training_batches, knows_batches(self._trainer.fit_loop)
         batches, known = zip(*self._ranks.gather(own), strict=True)
         if len(batches) > 1:
@@ -72,7 +72,7 @@ class Meetings:
         Raises:
             ValueError: If ranks of one worker are known to have different numbers.
         """
-        if training_loader(self._trainer) is not self._loader:
+        if training_data(self._trainer) is not self._fetcher:
             self._look()
 
     def before_batch(self) -> None:
