@@ -41,7 +41,7 @@ class Outcome:
     error: str | None = None
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: Any, timeout: float = 90) -> list[Any]:
     """Return what ``function(*arguments)`` returns on each rank; fail if one of them fails."""
     outcomes = end_ranks(function, ranks, *arguments, timeout=timeout)
     for rank, outcome in enumerate(outcomes):
