@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import RunningStage
 
+from lightning_easgd.strategies.trainer.lightning_private import before_transfer
 from lightning_easgd.transport.worker_layout import WorkerLayout
 
 __all__ = [
@@ -167,11 +168,11 @@ def prepared(trainer: L.Trainer, batch: Any) -> Any:
         trainer: The trainer; what its hooks ask it is answered as in a validation, so that they augment nothing.
         batch: The batch.
     """
-    module, stage = trainer.lightning_module, trainer.state.stage
+    stage = trainer.state.stage
     trainer.state.stage = RunningStage.VALIDATING
     try:
-        batch = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-        return trainer.strategy.batch_to_device(batch, module.device)
+        batch = before_transfer(trainer, trainer.precision_plugin.convert_input(batch))
+        return trainer.strategy.batch_to_device(batch, trainer.lightning_module.device)
     finally:
         trainer.state.stage = stage
 

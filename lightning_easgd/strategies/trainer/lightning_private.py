@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 __all__ = [
+    "before_transfer",
     "begin_epoch_whole",
     "begins_epoch",
     "clocks_of",
@@ -128,6 +129,11 @@ def communicates_at_epoch_end(trainer: Any) -> bool:
 def training_data(trainer: Any) -> Any:
     """What fetches a fit's batches; another one where its loaders are anew (``reload_dataloaders_every_n_epochs``)."""
     return trainer.fit_loop._data_fetcher
+
+
+def before_transfer(trainer: Any, batch: Any) -> Any:
+    """A batch as the hook ``on_before_batch_transfer`` of the datamodule, or else of the module, makes it."""
+    return trainer.lightning_module._on_before_batch_transfer(batch)
 
 
 def knows_batches(loop: Any) -> bool:
