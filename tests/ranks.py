@@ -1,5 +1,6 @@
 """Run a function as the ranks of one job: forked processes, a hard timeout, and each rank's result."""
 
+import faulthandler
 import fcntl
 import functools
 import gc
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import signal
 import socket
 import tempfile
 import time
@@ -30,6 +32,7 @@ from lightning_easgd.strategies.worker_state import random_state, set_random_sta
 _CONTEXT = multiprocessing.get_context("fork")
 _PORTS = random.SystemRandom()  # tests seed the other one
 _HELD: list[IO[str]] = []
+_TELL = signal.SIGRTMAX  # a rank that hangs tells where
 
 
 @dataclass
@@ -77,7 +80,10 @@ def end_ranks(
             for process in processes:
                 process.join(max(0.1, deadline - time.monotonic()))
             hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-            assert not hanging, f"ranks {hanging} hang: still running after {timeout} s\n{_errors(folder)}"
+            assert not hanging, (
+                f"ranks {hanging} hang: still running after {timeout} s\n{_errors(folder)}\n"
+                + "\n".join(f"rank {rank} is here:\n{_stacks(folder, rank, processes[rank].pid)}" for rank in hanging)
+            )
         finally:
             for process in processes:
                 process.kill()
@@ -125,6 +131,16 @@ def _errors(folder: str) -> str:
     return "\n".join(error for _, error in results if error)
 
 
+def _stacks(folder: str, rank: int, pid: int | None) -> str:
+    """Where the threads of a rank are, and whether its function has returned."""
+    assert pid is not None
+    os.kill(pid, _TELL)
+    time.sleep(1)
+    stacks = Path(folder, f"{rank}.stacks")
+    told = stacks.read_text() if stacks.exists() else ""
+    return f"(its function has returned)\n{told}" if Path(folder, str(rank)).exists() else told
+
+
 def free_port() -> int:
     """A port that is free, and stays so until a rank listens on it.
 
@@ -166,6 +182,7 @@ def _rank(
         "TORCHELASTIC_RUN_ID": "test",
     }
     torch.set_num_threads(1)
+    faulthandler.register(_TELL, os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
     value, error, code = None, None, 0
     try:
         value = function(*arguments)
