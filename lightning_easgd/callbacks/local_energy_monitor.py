@@ -139,8 +139,8 @@ class LocalEnergyMonitor(Callback):
             batches = self._training_batches(trainer)
             with strategy.center_weights() if isinstance(strategy, ElasticStrategy) else nullcontext():
                 known = reached(trainer)
-                own_part = slice(known.index(rank), None, len(known))
-                part = batches[own_part] if has_center or alike else batches if rank == 0 else []
+                every_other = slice(known.index(rank), None, len(known))
+                part = batches[every_other] if has_center or alike else batches if rank == 0 else []
                 model = self._sums(trainer, module, part)
             with own_weights(strategy):
                 own = self._sums(trainer, module, batches if workers else [])
